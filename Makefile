@@ -1,0 +1,30 @@
+# The two commands: `make demo` and `make test`. Everything they need is installed into .venv, versions pinned.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+demo: .venv/installed ## quantize the bundled model, verify it, and say where the report is
+	$(BIN)/quantkit awq demo --w-bit 4 --group 128 --offline --fresh --out outputs/demo
+
+test: .venv/installed ## all tests
+	$(BIN)/python -m pytest -n auto
+
+check: .venv/installed ## what CI runs: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
