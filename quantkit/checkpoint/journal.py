@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a run: what it is, and which units of it are finished, so that interrupting loses one unit at most.
+
+`journal.jsonl` is append-only. Its first line is the run's identity: everything that determines the bytes of the
+result. Every further line is a finished unit, appended (one write, flushed to the disk) after the unit's file is in
+place. It holds no times, so an interrupted and resumed run leaves the same journal as one that was not interrupted.
+
+The journal is also the lock: it is held with flock(2) while open, which the kernel releases however the process ends.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.reader import is_plain_name, shorten
+from quantkit.checkpoint.writer import output_error, to_json
+from quantkit.errors import OutputError
+
+JOURNAL = "journal.jsonl"
+HEAD = b'{"quantkit_journal": 1, "identity": '  # how every journal of ours begins; the number is the format's version
+RUN_FILES = (  # what a run leaves beside its journal, and a fresh start removes
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "quantkit.json",
+    "quantize_config.json",
+    "report.html",
+    "README.md",
+    "chat_template*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A finished unit of work: its name, the file it left, the file's sha256, and what there is to report of it.
+
+    The record is JSON: what is read back on resuming is equal to what was appended.
+    """
+
+    unit: str
+    file: str
+    sha256: str
+    record: Mapping[str, Any]
+
+
+@dataclass
+class Journal:
+    """An open journal. `finished` holds the finished units by name, in the order in which they were finished."""
+
+    folder: Path
+    descriptor: int
+    finished: dict[str, Unit] = field(default_factory=dict)
+    begins: dict[str, int] = field(default_factory=dict)  # the byte at which the line of a finished unit begins
+
+    def append(self, unit: Unit) -> None:
+        """Record a finished unit. Its file must be on the disk already.
+
+        Raises:
+            OutputError: the disk is full or failing; the journal is then as it was before.
+            NumericsError: the record holds a number that is not finite.
+            ValueError: the unit is already finished, or its file is not a plain file name.
+        """
+        if unit.unit in self.finished or not is_plain_name(unit.file):
+            raise ValueError(f"{unit.unit}: already finished, or {unit.file!r} is not a plain file name")
+        fields = {"unit": unit.unit, "file": unit.file, "sha256": unit.sha256, "record": unit.record}
+        line = to_json(fields, f"the record of {unit.unit}").encode() + b"\n"
+        begin = _append(self.descriptor, line, self.folder / JOURNAL)
+        self.finished[unit.unit] = Unit(**json.loads(line))
+        self.begins[unit.unit] = begin
+
+    def verify_unit(self, unit: Unit) -> bool:
+        """Whether the unit's file is there with the content it was finished with."""
+        try:
+            with (self.folder / unit.file).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == unit.sha256
+        except OSError:
+            return False
+
+    def drop_from(self, name: str) -> None:
+        """Forget a finished unit and all that were finished after it; their files stay until they are overwritten.
+
+        Raises:
+            KeyError: the unit is not finished.
+            OutputError: the journal cannot be written.
+        """
+        begin = self.begins[name]
+        _truncate(self.descriptor, begin, self.folder / JOURNAL)
+        for later in [unit for unit, at in self.begins.items() if at >= begin]:
+            del self.finished[later], self.begins[later]
+
+
+@contextmanager
+def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> Iterator[Journal]:
+    """Open or begin the journal of a run in its output folder, which is created if it is missing.
+
+    A run that ends before it has left anything leaves the folder as it was found. With `fresh`, what an earlier run
+    has left is removed; other files are not touched.
+
+    Raises:
+        OutputError: another process works in the folder; the folder holds other files and no journal, or the journal
+            of a run with another identity; the journal is damaged; the folder cannot be written.
+    """
+    first_line = HEAD + to_json(identity, "the identity of the run").encode() + b"}\n"
+    path = folder / JOURNAL
+    try:
+        found = next(parent for parent in (path, *path.parents) if parent.exists())
+        if found == folder:
+            _refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        _lock(descriptor, path)
+        try:
+            yield _begin(Journal(folder, descriptor), first_line, fresh=fresh)
+        finally:
+            if found != path:
+                _leave_as_found(folder, found)
+    finally:
+        os.close(descriptor)
+
+
+def _begin(journal: Journal, first_line: bytes, *, fresh: bool) -> Journal:
+    path = journal.folder / JOURNAL
+    try:
+        rest = _continue(journal, first_line, fresh=fresh)
+        for temporary in journal.folder.glob(".*.tmp"):
+            temporary.unlink()
+        if rest is not None:
+            return _read_units(journal, rest)
+        os.ftruncate(journal.descriptor, 0)
+        os.fchmod(journal.descriptor, 0o644)
+    except OSError as error:
+        raise output_error(path, error) from error
+    _append(journal.descriptor, first_line, path)
+    return journal
+
+
+def _continue(journal: Journal, first_line: bytes, *, fresh: bool) -> bytes | None:
+    """The lines of the units of the run to continue, or None to begin one."""
+    path = journal.folder / JOURNAL
+    text = path.read_bytes()
+    old_line, end_of_line, rest = text.partition(b"\n")
+    if not end_of_line and HEAD.startswith(text[: len(HEAD)]):  # begun, and killed in the middle of its first line
+        _refuse_foreign(journal.folder)
+        return None
+    if not old_line.startswith(HEAD):
+        raise OutputError(f"{path}: not a journal that this version of quantkit writes; choose another --out")
+    if fresh:
+        _remove_run(journal.folder, rest)
+        return None
+    _refuse_other_identity(journal.folder, old_line, first_line)
+    return rest
+
+
+def _read_units(journal: Journal, text: bytes) -> Journal:
+    path = journal.folder / JOURNAL
+    lines = text.splitlines(keepends=True)
+    begin = os.fstat(journal.descriptor).st_size - len(text)
+    for number, line in enumerate(lines, start=2):
+        unit = _parse_unit(line)
+        if unit is None or unit.unit in journal.finished:
+            if number <= len(lines):
+                raise OutputError(f"{path}: line {number} is damaged; --fresh starts over, or choose another --out")
+            _truncate(journal.descriptor, begin, path)  # the last line, torn when the run was killed
+            break
+        journal.finished[unit.unit] = unit
+        journal.begins[unit.unit] = begin
+        begin += len(line)
+    return journal
+
+
+def _parse_unit(line: bytes) -> Unit | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        unit = Unit(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    whole = isinstance(unit.unit, str) and isinstance(unit.sha256, str) and isinstance(unit.record, dict)
+    return unit if whole and is_plain_name(unit.file) else None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A folder that has files but no journal belongs to someone else."""
+    foreign = sorted(path.name for path in folder.iterdir() if path.name != JOURNAL)
+    if foreign:
+        raise OutputError(
+            f"{folder}: not empty and not the output of a quantkit run (holds {shorten(foreign)}); choose another --out"
+        )
+
+
+def _refuse_other_identity(folder: Path, old_line: bytes, first_line: bytes) -> None:
+    try:
+        old, new = (_flat(json.loads(line)["identity"]) for line in (old_line, first_line))
+    except (ValueError, RecursionError, KeyError) as error:
+        raise OutputError(f"{folder / JOURNAL}: line 1 is damaged; --fresh starts over") from error
+    changes = [
+        f"{key}: {_short(old.get(key, 'none'))} -> {_short(new.get(key, 'none'))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise OutputError(
+            f"{folder} holds a run with other settings ({'; '.join(changes)}); "
+            "repeat those to continue it, start over with --fresh, or choose another --out"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {
+            k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: json.dumps(value, ensure_ascii=False)}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:28]}...{text[-9:]}"
+
+
+def _remove_run(folder: Path, unit_lines: bytes) -> None:
+    units = filter(None, map(_parse_unit, unit_lines.splitlines(keepends=True)))
+    paths = {folder / unit.file for unit in units}.union(*(folder.glob(pattern) for pattern in RUN_FILES))
+    for path in paths - {folder / JOURNAL}:
+        path.unlink(missing_ok=True)
+
+
+def _leave_as_found(folder: Path, found: Path) -> None:
+    """Remove a new journal, and the folders made for it, if nothing but the journal is in the folder."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] != [JOURNAL]:
+            return
+        (folder / JOURNAL).unlink()
+        for made in (folder, *folder.parents):
+            if made == found:
+                break
+            made.rmdir()
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another run may have removed its journal between our opening and our locking it.
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "just released")
+    except BlockingIOError as error:
+        pid = _holder(descriptor)
+        raise OutputError(
+            f"{path.parent}: another run is writing here{f' (process {pid})' if pid else ''}; "
+            "wait for it, stop it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+def _holder(descriptor: int) -> int | None:
+    """The process that holds the lock, where Linux tells it: `1: FLOCK ADVISORY WRITE pid major:minor:inode 0 EOF`."""
+    status = os.fstat(descriptor)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with suppress(OSError, ValueError, IndexError):
+        for fields in map(str.split, Path("/proc/locks").read_text().splitlines()):
+            if fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
+                return int(fields[4])
+    return None
+
+
+def _append(descriptor: int, line: bytes, path: Path) -> int:
+    """Append a line whole or not at all; returns where it begins."""
+    begin = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, "no space left")
+        os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, begin)
+        raise output_error(path, error) from error
+    return begin
+
+
+def _truncate(descriptor: int, length: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, length)
+        os.fsync(descriptor)
+    except OSError as error:
+        raise output_error(path, error) from error

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory of safetensors files, read one tensor at a time.
+
+Everything about the files is validated when they are opened, from their headers alone. Tensors are then read with
+plain reads into fresh memory: nothing stays mapped, so a tensor that is dropped is gone from the process.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, decode, parse_object
+from quantkit.errors import ModelError, NumericsError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HASHED_WHOLE_BYTES = 2**30
+SAMPLES, SAMPLE_BYTES = 64, 2**20
+FINITE_CHUNK = 2**24  # values looked at in one step: keeps the memory of an exact search small
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: nbytes bytes at offset (from the beginning of the file) of a file in the directory."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model directory, by name."""
+
+    directory: Path
+    entries: Mapping[str, Entry]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that hold the tensors, sorted."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, in its stored dtype and shape.
+
+        Raises:
+            ModelError: there is no such tensor, or its file changed or failed since it was opened.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise ModelError(f"{self.directory}: expected a tensor named {name}, found none; the model is incomplete")
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        path = self.directory / entry.file
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                read = _fill(file, raw.numpy().data)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        if read != entry.nbytes:
+            raise ModelError(f"{path}: {name} ended after {read} of {entry.nbytes} bytes; the file has changed")
+        return raw.view(entry.dtype).view(entry.shape).to(device)
+
+    def read_many(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Several tensors by name; see `read`."""
+        return {name: self.read(name, device) for name in names}
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read and validate the headers of a model directory: one file, or an index and its shards.
+
+    Raises:
+        ModelError: something is missing, damaged, or points outside the directory.
+    """
+    try:
+        return Checkpoint(directory, _read_headers(directory))
+    except OSError as error:
+        raise ModelError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
+    """File name -> hash of the content, for the tensor files and config.json: tells whether a model has changed.
+
+    Files up to 1 GiB are hashed whole ("sha256:..."). Of larger ones the size, the header and 64 evenly spaced
+    blocks of 1 MiB are ("sampled:..."), so that a 65 GB model takes a second or two instead of minutes.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    names = checkpoint.files + ["config.json"] * (checkpoint.directory / "config.json").is_file()
+    try:
+        return {name: _hash(checkpoint.directory / name) for name in names}
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def require_finite(name: str, tensor: Tensor, file: str | Path = "the model") -> None:
+    """Refuse NaN and infinities in a tensor read from a file.
+
+    Raises:
+        NumericsError: naming the tensor, the file, and how many values are not finite.
+    """
+    if not tensor.is_floating_point():
+        return
+    # A sum is finite only if all terms are; float8 has no sum, and a float16 sum may overflow: then count.
+    if tensor.dtype.itemsize > 1 and bool(torch.isfinite(tensor.sum())):
+        return
+    chunks = torch.split(tensor.reshape(-1), FINITE_CHUNK)
+    bad = sum(int(torch.isfinite(chunk.float()).logical_not_().sum()) for chunk in chunks)
+    if bad:
+        raise NumericsError(
+            f"{name} in {file}: {bad} of {tensor.numel()} values are NaN or infinite; the file is damaged or the "
+            "model was saved after training diverged; download it again or use another revision"
+        )
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file is a plain file name, so that joining it to a folder stays in that folder."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="replace")) < 256
+        and name.isprintable()
+        and not name.startswith(".")
+        and not {"/", "\\"} & set(name)
+    )
+
+
+def _read_headers(directory: Path) -> dict[str, Entry]:
+    if not directory.is_dir():
+        fault = "is a file" if directory.exists() else "no such folder"
+        raise ModelError(f"{directory}: {fault}; expected a folder with config.json and {SINGLE}")
+    if not (directory / SINGLE).exists() and (directory / INDEX).exists():
+        return _read_sharded(directory)
+    return _read_header(directory / _single_file(directory))
+
+
+def _single_file(directory: Path) -> str:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if SINGLE in names or len(names) == 1:
+        return SINGLE if SINGLE in names else names[0]
+    if names:
+        raise ModelError(f"{directory}: {len(names)} safetensors files, but neither {SINGLE} nor {INDEX} to order them")
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise ModelError(
+            f"{directory}: only pickle weights (.bin, .pt), which are not read because loading them can run any code; "
+            "use a safetensors revision of the model, or convert it with transformers' save_pretrained"
+        )
+    raise ModelError(f"{directory}: no weights; looked for {SINGLE}, {INDEX} and *.safetensors")
+
+
+def _read_sharded(directory: Path) -> dict[str, Entry]:
+    index = directory / INDEX
+    if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
+        raise ModelError(f"{index}: expected a regular file of at most {MAX_HEADER_BYTES} bytes; download it again")
+    weight_map = parse_object(index.read_bytes(), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: expected a weight_map of tensor names to files; the file is damaged")
+    for name, file in weight_map.items():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise ModelError(f"{index}: {ascii(name)[:80]}: expected a file name *.safetensors, got {ascii(file)[:80]}")
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (directory / file).exists()]
+    if missing:
+        raise ModelError(
+            f"{directory}: {len(missing)} of {len(files)} shards missing ({shorten(missing)}); download it again"
+        )
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in _read_header(directory / file).items():
+            if name in entries:
+                raise ModelError(
+                    f"{directory}: {name} is in both {entries[name].file} and {file}; the shards are mixed up"
+                )
+            entries[name] = entry
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].file != file:
+            raise ModelError(f"{index}: expected {ascii(name)[1:81]} in {file}, which lacks it; download both again")
+    return entries
+
+
+def shorten(names: list[str]) -> str:
+    """The first two names, and how many more there are."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    if not path.is_file():
+        raise ModelError(f"{path}: expected a regular file; remove or replace it")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(LENGTH_BYTES)
+        length = _header_length(prefix, size, path)
+        text = file.read(length)
+    begin = LENGTH_BYTES + length
+    return {
+        name: Entry(path.name, span.dtype, span.shape, begin + span.start, span.nbytes)
+        for name, span in decode(text, size - begin, str(path)).items()
+    }
+
+
+def _header_length(prefix: bytes, size: int, path: Path) -> int:
+    if prefix == b"version ":
+        raise ModelError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < LENGTH_BYTES or (length <= MAX_HEADER_BYTES and LENGTH_BYTES + length > size):
+        raise ModelError(f"{path}: truncated: the header does not fit in the file's {size} bytes; download it again")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(
+            f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} expected; not a safetensors file"
+        )
+    return length
+
+
+def _fill(file: FileIO, view: memoryview) -> int:
+    done = 0  # one read returns at most 2 GiB
+    while done < len(view) and (count := file.readinto(view[done:])):
+        done += count
+    return done
+
+
+def _hash(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE_BYTES:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        prefix = file.read(LENGTH_BYTES)
+        digest = hashlib.sha256(size.to_bytes(8, "little") + prefix)
+        digest.update(file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES)))
+        for sample in range(SAMPLES):
+            file.seek(sample * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"sampled:{digest.hexdigest()}"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the user calls a model to a local directory: a recipe's name, a folder, or a hub id.
+
+Messages never repeat what a server or the network library said: that may hold signed addresses.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import constants, errors, snapshot_download, try_to_load_from_cache
+
+from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
+from quantkit.errors import ModelError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+UNWANTED = ["*/*", "consolidated*"]  # other exports in sub-folders, and a second copy of the weights
+
+
+def resolve(
+    model: str,
+    *,
+    offline: bool,
+    revision: str | None = None,
+    recipe_models: Mapping[str, str],
+    cache_dir: Path | None = None,
+) -> Path:
+    """The directory that holds the model; it is downloaded if it is on the hub and not in the cache yet.
+
+    recipe_models maps a recipe's name to a hub id or to the absolute path of a bundled model. revision (a branch, tag
+    or commit) applies to hub ids. cache_dir is the Hugging Face cache; None is the one that HF_HUB_CACHE or HF_HOME
+    name. HF_HUB_OFFLINE=1 counts as offline.
+
+    Raises:
+        ModelError: there is no such model, it is incomplete, or it cannot be downloaded.
+    """
+    target = recipe_models.get(model, model)
+    path = Path(target).expanduser() if target.startswith("~") else Path(target)
+    try:
+        if target and path.is_dir():
+            return path
+        if target and path.exists():
+            raise ModelError(f"{path}: is a file; expected a folder with config.json and {SINGLE}")
+        parent_exists = "/" in target and path.parent.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{target!r}: cannot be opened as a folder ({type(error).__name__})") from error
+    if target.startswith(("/", ".", "~")) or parent_exists:
+        hint = f"; to mean the hub's {target}, run where no folder {path.parent} is" if HUB_ID.fullmatch(target) else ""
+        raise ModelError(f"{target}: no such folder{hint}")
+    if not HUB_ID.fullmatch(target):
+        recipes = ", ".join(sorted(recipe_models)) or "none"
+        raise ModelError(f"{target!r}: not a recipe ({recipes}), not a folder, and not a hub id (org/name)")
+    return _from_hub(target, offline or constants.HF_HUB_OFFLINE, revision, cache_dir or Path(constants.HF_HUB_CACHE))
+
+
+def _from_hub(hub_id: str, offline: bool, revision: str | None, cache: Path) -> Path:
+    snapshot = _cached_snapshot(hub_id, revision, cache)
+    missing = _missing_files(snapshot) if snapshot else []
+    if snapshot and not missing:
+        return snapshot
+    if not offline:
+        return _download(hub_id, revision, cache)
+    at = f"{hub_id}@{revision}" if revision else hub_id
+    fault = (
+        f"the copy in {snapshot} lacks {shorten(missing)}" if missing else f"not in the Hugging Face cache ({cache})"
+    )
+    how = f"hf download {hub_id}" + (f" --revision {revision}" if revision else "")
+    raise ModelError(f"{at}: {fault} and offline; run `{how}` on a machine with network, or drop --offline")
+
+
+def _cached_snapshot(hub_id: str, revision: str | None, cache: Path) -> Path | None:
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache, revision=revision)
+    except errors.HFValidationError as error:
+        raise ModelError(f"{hub_id}: not a valid hub id (org/name)") from error
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _missing_files(snapshot: Path) -> list[str]:
+    """The weight files that a snapshot should hold and does not: an interrupted download leaves such."""
+    if (snapshot / SINGLE).exists():
+        return []
+    try:
+        index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
+        files = sorted({str(file) for file in index["weight_map"].values()})
+    except FileNotFoundError:
+        files = []
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return [INDEX]
+    if not files:
+        return [] if any(path.exists() for path in snapshot.glob("*.safetensors")) else [SINGLE]
+    return [file for file in files if not (snapshot / file).exists()]
+
+
+def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
+    page = f"{constants.ENDPOINT}/{hub_id}"
+    try:
+        folder = snapshot_download(
+            hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{hub_id}: gated; accept its terms at {page}, then log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{hub_id}: no such model at {page} (a private one needs `hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{hub_id}: no revision {revision}; see {page}/tree/main") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        raise ModelError(f"{hub_id}: the hub refused the download (HTTP {status}); try later, or see {page}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelError(
+                f"{hub_id}: disk full while downloading to {cache}; make room or set HF_HUB_CACHE"
+            ) from error
+        raise _unreachable(hub_id, page, cache, error) from error
+    except Exception as error:  # each version of the hub's library brings its own network library, with its own errors
+        raise _unreachable(hub_id, page, cache, error) from error
+    if missing := _missing_files(Path(folder)):  # older versions of the library return what there is when they fail
+        raise ModelError(
+            f"{hub_id}: the copy in {folder} lacks {shorten(missing)}; "
+            "either the model has no safetensors weights, or the network failed: run the command again"
+        )
+    return Path(folder)
+
+
+def _unreachable(hub_id: str, page: str, cache: Path, error: Exception) -> ModelError:
+    kind = type(error.__cause__ or error).__name__
+    return ModelError(f"{hub_id}: not in the cache ({cache}) and {page} cannot be reached ({kind}); check the network")
