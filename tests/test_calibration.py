@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration sources: what is read, how it is cut, what is refused, and what ships."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import random
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from quantkit import calibration
+from quantkit.calibration import BUNDLED, MIX, TokenSet, load, load_eval, parse_hub, render
+from quantkit.errors import InputError
+from quantkit.resources import calibration_dir
+
+BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
+KEEPS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}{{ eos_token }}\n"
+    "{% else %}{{ raise_exception('no such role: ' + m.role) }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# As in DeepSeek-R1: the reasoning of a past turn is dropped, the prompt for the next begins it.
+STRIPS = KEEPS.replace("<|assistant|>{{ m.content }}", "<|assistant|>{{ m.content.split('</think>')[-1] }}")
+STRIPS_AND_BEGINS = STRIPS.replace("prompt %}<|assistant|>{%", "prompt %}<|assistant|><think>\\n{%").replace(
+    "\\n", "\n"
+)
+
+CHAT = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "<think>\nTwo and two make four.\n</think>\n\n**4**"},
+]
+
+
+def make_tokenizer(*, template: str | None = None, bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens that puts bos before a text, as Llama's does."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[BOS, EOS, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(["the model reads one layer at a time and the layer is written " * 4], trainer)
+    if bos:
+        tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    names = ({"bos_token": BOS} if bos else {}) | ({"eos_token": EOS} if eos else {})
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=32, **names)
+    wrapped.chat_template = template
+    return wrapped
+
+
+PLAIN = make_tokenizer()
+BARE = make_tokenizer(bos=False, eos=False)
+VOCAB = len(PLAIN)
+
+
+def get(source: object, tok: PreTrainedTokenizerBase = PLAIN, **options: Any) -> TokenSet:
+    """`load` with small defaults."""
+    settings = {"samples": 4, "seqlen": 16, "seed": 0, "vocab_size": VOCAB, **options}
+    return load(str(source), lambda: tok, **settings)
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> Path:
+    """Write records as JSON lines, compressed as the name says."""
+    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return path
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    """Forty short documents, each of one word of its own."""
+    return write_jsonl(tmp_path / "stories.jsonl", ({"text": f"word{i} " * 12} for i in range(40)))
+
+
+# What ships
+
+
+def manifest() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((calibration_dir() / "manifest.json").read_text(encoding="utf-8"))
+    return content
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    with lzma.open(calibration_dir() / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def words(record: dict[str, Any]) -> str:
+    return record.get("text") or "\n".join(m["content"] for m in record["messages"])
+
+
+def test_manifest_tells_the_truth_about_every_file() -> None:
+    sets = manifest()["sets"]
+    assert {*sets, "mix"} == set(BUNDLED)
+    assert {f"{name}.jsonl.xz" for name in sets} == {path.name for path in calibration_dir().glob("*.xz")}
+    notices = (calibration_dir() / "README.md").read_text(encoding="utf-8")
+    for name, entry in sets.items():
+        path = calibration_dir() / entry["file"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"], name
+        assert path.stat().st_size <= 400_000, name
+        content = records(name)
+        assert len(content) == entry["documents"]
+        assert sum(len(words(record)) for record in content) == entry["characters"]
+        assert {record["source"]: record["license"] for record in content} == entry["sources"]
+        assert all(source in notices for source in entry["sources"])
+
+
+def test_eval_shares_no_document_with_a_calibration_set() -> None:
+    def lines(name: str) -> set[str]:
+        return {line for record in records(name) for line in words(record).splitlines() if len(line) >= 60}
+
+    measured = lines("eval")
+    assert len(measured) > 1000
+    for name in MIX:
+        assert len(measured & lines(name)) < 0.01 * len(measured)
+
+
+def test_reasoning_set_holds_traces() -> None:
+    answers = [record["messages"][-1]["content"] for record in records("reasoning")]
+    assert all(answer.startswith("<think>\n") and "\n</think>\n\n" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_bundled_set_loads_offline(name: str) -> None:
+    found = get(name, make_tokenizer(template=KEEPS), samples=5, seqlen=64, offline=True)
+    assert (found.samples, found.seqlen) == found.input_ids.shape == (5, 64)
+    assert found.input_ids.dtype == torch.int64
+    assert found.notes == ()
+
+
+def test_mix_takes_the_kinds_in_turn() -> None:
+    tok = make_tokenizer(template=KEEPS)
+    mixed = get("mix", tok, samples=6, seqlen=32).input_ids
+    single = [get(name, tok, samples=2, seqlen=32).input_ids for name in MIX]
+    expected = [single[0][0], single[1][0], single[2][0], single[3][0], single[0][1], single[1][1]]
+    assert torch.equal(mixed, torch.stack(expected))
+
+
+def test_default_size_comes_out_of_one_set_for_a_coarse_vocabulary() -> None:
+    # Qwen2's tokenizer needs 4.2 characters a token for this prose; the set must hold 128 x 2048 such tokens.
+    assert manifest()["sets"]["general"]["characters"] > 4.2 * 128 * 2048
+
+
+# Windows
+
+
+def test_same_seed_same_ids_other_seed_others(stories: Path) -> None:
+    first, again, other = get(stories), get(stories), get(stories, seed=1)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_hash_is_of_shape_and_little_endian_ids(stories: Path) -> None:
+    found = get(stories, samples=2, seqlen=3)
+    flat = found.input_ids.flatten().tolist()
+    assert found.sha256 == hashlib.sha256(struct.pack("<8q", 2, 3, *flat)).hexdigest()
+
+
+def test_documents_are_whole_and_joined_by_one_eos(stories: Path) -> None:
+    text = PLAIN.decode(get(stories, samples=1, seqlen=400).input_ids[0])
+    parts = text.split(EOS)
+    assert len(parts) > 4
+    assert all(part.startswith(BOS + "word") and part.count(BOS) == 1 for part in parts)
+    whole = [set(part.removeprefix(BOS).split()) for part in parts[:-1]]
+    assert all(len(names) == 1 for names in whole)
+    assert len(set.union(*whole)) == len(whole)
+
+
+def test_tokenizer_without_bos_and_eos(stories: Path) -> None:
+    text = BARE.decode(get(stories, BARE, samples=1, seqlen=200).input_ids[0])
+    assert "<" not in text
+    assert "word" in text
+
+
+def test_one_long_document_does_not_crowd_out_the_others(tmp_path: Path) -> None:
+    long = {"text": "long story " * 20_000}
+    path = write_jsonl(tmp_path / "uneven.jsonl", [long, *({"text": f"tale{i} " * 40} for i in range(20))])
+    text = PLAIN.decode(get(path, samples=30, seqlen=64).input_ids.flatten())
+    assert sum(f"tale{i} " in text for i in range(20)) >= 5
+    # Once every document has had its turn, the long one fills the rest.
+    text = PLAIN.decode(get(path, samples=400, seqlen=64).input_ids.flatten())
+    assert all(f"tale{i} " in text for i in range(20))
+    assert text.count("long story") > 1000
+
+
+@given(st.text(max_size=400), st.integers(1, 50))
+def test_passages_lose_nothing_and_stay_near_their_size(text: str, size: int) -> None:
+    passages = calibration._passages(text, size)
+    assert "".join(passages) == text
+    assert all(passages) or not text
+    assert all(len(passage) <= 2.5 * size + 1 for passage in passages)
+
+
+@given(st.lists(st.text("ab \n", max_size=60), max_size=6), st.integers(0, 5))
+def test_rounds_give_every_passage_once(documents: list[str], seed: int) -> None:
+    found = list(calibration._in_rounds(documents, 10, random.Random(seed)))
+    assert sorted(map(str, found)) == sorted(p for text in documents for p in calibration._passages(text, 10))
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=6), st.integers(1, 20))
+def test_join_puts_no_two_eos_together(rows: list[list[int]], enough: int) -> None:
+    stream = calibration._join(rows, 9, enough)
+    kept = list(itertools.chain.from_iterable(row for row in rows if row))
+    without = [i for i in stream if i != 9]
+    assert without == kept[: len(without)]
+    assert (9, 9) not in itertools.pairwise(stream)
+    assert len(stream) >= min(enough, len(kept))
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("template", [KEEPS, STRIPS, STRIPS_AND_BEGINS])
+def test_reasoning_survives_the_template(template: str) -> None:
+    expected = f"{BOS}{USER}What is two and two?{ASSISTANT}{CHAT[1]['content']}{EOS}"
+    assert render(CHAT, make_tokenizer(template=template)).rstrip("\n") == expected
+
+
+def test_reasoning_without_its_opening_is_continued_from_the_prompt() -> None:
+    chat = [CHAT[0], {"role": "assistant", "content": "Four.\n</think>\n\n4"}]
+    text = render(chat, make_tokenizer(template=STRIPS_AND_BEGINS))
+    assert text.endswith(f"{ASSISTANT}<think>\nFour.\n</think>\n\n4{EOS}")
+
+
+def test_answer_without_reasoning_is_the_templates_own() -> None:
+    chat = [CHAT[0], {"role": "assistant", "content": "Four."}]
+    assert render(chat, make_tokenizer(template=STRIPS_AND_BEGINS)).endswith(f"{ASSISTANT}Four.{EOS}\n")
+    assert render(CHAT[:1], make_tokenizer(template=STRIPS_AND_BEGINS)) == f"{BOS}{USER}What is two and two?"
+
+
+@pytest.mark.parametrize("template", [KEEPS, STRIPS_AND_BEGINS])
+def test_conversations_get_bos_and_eos_once(tmp_path: Path, template: str) -> None:
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 12)
+    text = PLAIN.decode(get(path, make_tokenizer(template=template), samples=1, seqlen=400).input_ids[0])
+    assert text.count(BOS) >= 4
+    assert text.count("<think>") == text.count(BOS)
+    assert BOS + BOS not in text
+    assert EOS + EOS not in text.replace("\n", "")
+
+
+def test_missing_template_is_recorded(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 12)
+    found = get(path, seqlen=32)
+    assert found.notes[0].endswith("plain 'role: content' lines: the tokenizer has no chat template")
+    assert "user: What is two and two?\nassistant: <think>" in PLAIN.decode(found.input_ids.flatten())
+
+
+def test_refusing_template_is_recorded(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, *CHAT]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": chat}])
+    found = get(path, make_tokenizer(template=KEEPS), samples=2, seqlen=40)
+    (note,) = found.notes
+    assert note.startswith("1 of the conversations")
+    assert "no such role: system" in note
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".JSONL"])
+def test_compression_does_not_change_the_ids(tmp_path: Path, stories: Path, suffix: str) -> None:
+    content = [json.loads(line) for line in stories.read_text().splitlines()]
+    assert get(write_jsonl(tmp_path / f"same{suffix}", content)).sha256 == get(stories).sha256
+
+
+@pytest.mark.parametrize("field", ["text", "messages"])
+def test_parquet_equals_jsonl(tmp_path: Path, field: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values: list[Any] = [CHAT] * 20 if field == "messages" else [f"word{i} " * 12 for i in range(20)]
+    content = [{field: value, "id": i} for i, value in enumerate(values)]
+    parquet.write_table(arrow.Table.from_pylist(content), tmp_path / "set.parquet")
+    tok = make_tokenizer(template=STRIPS)
+    lines = write_jsonl(tmp_path / "set.jsonl", content)
+    assert get(tmp_path / "set.parquet", tok).sha256 == get(lines, tok).sha256
+
+
+def test_text_file_is_one_document_of_many_passages(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\ufeff" + "".join(f"Line {i} of the book.\n" for i in range(500)), encoding="utf-8")
+    assert get(path, samples=8, seqlen=32).sha256 != get(path, samples=8, seqlen=32, seed=1).sha256
+    assert "\ufeff" not in PLAIN.decode(load_eval(str(path), lambda: PLAIN, seqlen=8, vocab_size=VOCAB).input_ids[0])
+
+
+def test_half_a_surrogate_pair_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "half \\ud83d of it"}\n' * 9)
+    assert "half ? of it" in PLAIN.decode(get(path, samples=1, seqlen=64).input_ids[0])
+
+
+def test_token_file_is_used_as_it_is(tmp_path: Path) -> None:
+    ids = torch.arange(12, dtype=torch.int32).reshape(3, 4)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+
+    def no_tokenizer() -> PreTrainedTokenizerBase:
+        raise AssertionError("a token file needs no tokenizer")
+
+    path = str(tmp_path / "ids.safetensors")
+    found = load(path, no_tokenizer, samples=99, seqlen=99, seed=0, vocab_size=12)
+    assert torch.equal(found.input_ids, ids.long())
+    assert load_eval(path, no_tokenizer, seqlen=99, vocab_size=12).sha256 == found.sha256
+
+
+def test_long_text_gives_no_warning(stories: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    get(stories, samples=1, seqlen=64)
+    assert "longer than" not in caplog.text + "".join(capfd.readouterr())
+
+
+# Evaluation
+
+
+def test_text_is_evaluated_by_the_wikitext_protocol(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_text("".join(f"Line {i} of the page.\n\n" for i in range(50)))
+    whole = PLAIN(path.read_text(), verbose=False)["input_ids"]
+    found = load_eval(str(path), lambda: PLAIN, seqlen=32, vocab_size=VOCAB)
+    assert found.input_ids.flatten().tolist() == whole[: len(whole) // 32 * 32]
+    first = load_eval(str(path), lambda: PLAIN, seqlen=32, samples=3, vocab_size=VOCAB)
+    assert torch.equal(first.input_ids, found.input_ids[:3])
+    assert first.protocol == "whole file tokenized as one text; the first 3 windows of 32 without overlap"
+
+
+def test_documents_are_evaluated_in_order(stories: Path) -> None:
+    found = load_eval(str(stories), lambda: PLAIN, seqlen=16, vocab_size=VOCAB)
+    text = PLAIN.decode(found.input_ids.flatten())
+    assert text.startswith(BOS + "word0 ")
+    assert [text.index(f"word{i} ") for i in range(39)] == sorted(text.index(f"word{i} ") for i in range(39))
+
+
+# What is refused, in one line that says what to do
+
+
+def refusal(source: object, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        get(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith((str(source), repr(source), "--"))
+    return message
+
+
+def test_missing_and_unknown_sources(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "nothing.txt")
+    assert "no such file" in message
+    assert all(name in message for name in BUNDLED)
+    assert "no such file" in refusal("wikitext")
+    assert "no such file" in refusal("nothing.safetensors")
+    assert "a folder" in refusal(tmp_path)
+    (tmp_path / "set.pkl").write_bytes(b"\x80\x04.")
+    assert "unknown kind of source; expected a bundled set" in refusal(tmp_path / "set.pkl")
+    refusal("")
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n \n")
+    assert "expected text, got none" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl.gz", "bad.jsonl.xz", "bad.parquet", "bad.safetensors"])
+def test_damaged_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00damage" * 9)
+    assert "check or replace the file" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_truncated_files(tmp_path: Path, stories: Path, suffix: str) -> None:
+    path = write_jsonl(tmp_path / f"cut.jsonl{suffix}", [{"text": f"word{i}"} for i in range(500)])
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "check or replace the file" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"question": "text?"}',
+        '{"text": 3}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}], "text": "a"}',
+        "[1]",
+        '"text"',
+        "{cut",
+        "[" * 100_000,
+    ],
+)
+def test_bad_lines_are_named_by_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    assert f"{path}: line 3: expected" in refusal(path)
+
+
+def test_parquet_without_a_usable_column(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "set.parquet"
+    parquet.write_table(arrow.Table.from_pylist([{"question": "a", "answer": "b"}]), path)
+    assert "expected a column 'text' or 'messages', got question, answer" in refusal(path)
+
+
+def test_too_few_tokens(stories: Path) -> None:
+    tokens = (
+        sum(
+            len(PLAIN(json.loads(line)["text"], verbose=False)["input_ids"])
+            for line in stories.read_text().splitlines()
+        )
+        + 39
+    )
+    message = refusal(stories, samples=1000, seqlen=64)
+    assert f"got {tokens} tokens, expected 1000 x 64 = 64000; use --samples {tokens // 64}," in message
+    get(stories, samples=tokens // 64, seqlen=64)
+    assert f"use --seqlen {tokens} or less" in refusal(stories, seqlen=100_000)
+    with pytest.raises(InputError, match="expected 1 x 100000"):
+        load_eval(str(stories), lambda: PLAIN, seqlen=100_000, vocab_size=VOCAB)
+
+
+def test_mix_says_which_kind_is_short() -> None:
+    assert "mix (general): got" in refusal("mix", samples=400_000, seqlen=16)
+
+
+def test_id_outside_the_vocabulary(stories: Path, tmp_path: Path) -> None:
+    top = int(get(stories).input_ids.max())
+    assert f"token id {top} is outside the vocabulary, expected 0 to {top - 1}" in refusal(stories, vocab_size=top)
+    save_file({"input_ids": torch.tensor([[1, -2]])}, tmp_path / "ids.safetensors")
+    assert "token id -2" in refusal(tmp_path / "ids.safetensors")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"ids": torch.ones(2, 2, dtype=torch.int64)},
+        {"input_ids": torch.ones(2, 2, dtype=torch.int64), "attention_mask": torch.ones(2, 2)},
+        {"input_ids": torch.ones(2, 2)},
+        {"input_ids": torch.ones(2, 2, dtype=torch.bool)},
+        {"input_ids": torch.ones(4, dtype=torch.int64)},
+        {"input_ids": torch.ones(0, 4, dtype=torch.int64)},
+    ],
+)
+def test_wrong_token_files(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "ids.safetensors")
+    assert "expected one integer tensor input_ids [samples, seqlen], got" in refusal(tmp_path / "ids.safetensors")
+
+
+@pytest.mark.parametrize("option", ["samples", "seqlen"])
+def test_sizes_are_positive(stories: Path, option: str) -> None:
+    assert refusal(stories, **{option: 0}) == f"--{option}: expected at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf:org/name", ("org/name", None, "train")),
+        ("hf:org/name:test", ("org/name", None, "test")),
+        ("hf:org/name/main", ("org/name", "main", "train")),
+        ("hf:org/na-me.1/2024-10:train_sft", ("org/na-me.1", "2024-10", "train_sft")),
+    ],
+)
+def test_hub_names(source: str, expected: tuple[str, str | None, str]) -> None:
+    assert parse_hub(source) == expected
+
+
+@pytest.mark.parametrize(
+    "source", ["hf:", "hf:name", "hf:../name", "hf:/etc/passwd", "hf:a/b/c/d", "hf:a/b:", "hf:a/b:c:d"]
+)
+def test_wrong_hub_names(source: str) -> None:
+    assert "expected hf:ORG/NAME[/CONFIG][:SPLIT]" in refusal(source)
+
+
+def test_hub_is_not_reached_offline() -> None:
+    assert "this run is offline; use a bundled set" in refusal("hf:org/name", offline=True)
