@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWQ "gemm": the layout of AutoAWQ (https://github.com/casper-hansen/AutoAWQ), 4 bits only.
+
+    qweight  int32   [in, out / 8]       nibble i of a word is output column [0, 2, 4, 6, 1, 3, 5, 7][i]
+    qzeros   int32   [groups, out / 8]   the same order; the zero point as it is
+    scales   float16 [groups, out]
+
+One scheme for the whole checkpoint. Linears that stay in 16 bit are listed by name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import SchemeError
+from quantkit.formats.base import (
+    Format,
+    TensorSpec,
+    check_symmetric,
+    matching,
+    no_extra_files,
+    refuse_g_idx,
+    require,
+    why_not_groups,
+)
+from quantkit.formats.bits import pack_bits, unpack_bits
+from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
+from quantkit.scheme import QuantizedTensor, Scheme
+
+BITS = 4
+PER_WORD = 8
+
+
+def why_not(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    if scheme.bits != BITS:
+        return f"awq holds {BITS} bits only, got {scheme.bits}; compressed-tensors holds 2 to 8, gptq 2, 3, 4 and 8"
+    if out_features % PER_WORD:
+        return f"awq needs out_features divisible by {PER_WORD}, got {out_features}; compressed-tensors holds any"
+    return why_not_groups(scheme, in_features)
+
+
+def specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    require(why_not(scheme, out_features, in_features))
+    groups = scheme.groups(in_features)
+    return {
+        "qweight": TensorSpec(torch.int32, (in_features, out_features // PER_WORD)),
+        "qzeros": TensorSpec(torch.int32, (groups, out_features // PER_WORD)),
+        "scales": TensorSpec(torch.float16, (groups, out_features)),
+    }
+
+
+def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    require(why_not(quantized.scheme, quantized.out_features, quantized.in_features))
+    refuse_g_idx("awq", quantized)
+    return {
+        "qweight": _pack_columns(quantized.codes),
+        "qzeros": _pack_columns(quantized.zeros),
+        "scales": quantized.scales.t().contiguous(),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+    qweight, qzeros, scales = matching(tensors, specs(scheme, *shape))
+    zeros = _unpack_columns(qzeros)
+    check_symmetric(zeros, scheme)
+    return QuantizedTensor(_unpack_columns(qweight), scales.t().contiguous(), zeros, scheme)
+
+
+def _pack_columns(codes: Tensor) -> Tensor:
+    """[out, columns] -> words [columns, out / 8]. The order 0 2 4 6 1 3 5 7 is a transposed 4 x 2 block."""
+    rows, columns = codes.shape
+    interleaved = codes.view(-1, 4, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return pack_bits(interleaved.t().contiguous(), BITS)
+
+
+def _unpack_columns(words: Tensor) -> Tensor:
+    """The inverse: words [columns, out / 8] -> [out, columns]."""
+    columns, rows = words.shape[0], words.shape[1] * PER_WORD
+    interleaved = unpack_bits(words, BITS, rows).t()
+    return interleaved.contiguous().view(-1, 2, 4, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def config(
+    quantized: Sequence[QuantizedLayer],
+    kept: Sequence[str],
+    *,
+    damp_percent: float = 0.01,
+    desc_act: bool = False,
+    static_groups: bool = False,
+) -> dict[str, Any]:
+    check_layers(quantized, kept)
+    name, scheme = quantized[0]
+    for other in quantized:
+        if other.scheme != scheme:
+            raise SchemeError(
+                f"awq holds one scheme, got {scheme} for {name} and {other.scheme} for {other.name}; "
+                "use one scheme, or gptq or compressed-tensors"
+            )
+        if is_lm_head(other.name):
+            raise SchemeError(f"{other.name}: readers of awq expect it in 16 bit; keep it so, or use gptq")
+    if desc_act:
+        raise SchemeError("awq has no act-order; gptq holds it")
+    result: dict[str, Any] = {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        # The file holds zero points also when they are all 8, and the fast kernels refuse a file that says it has none.
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": with_fused(kept),
+    }
+    inner = [name for name in kept if not is_lm_head(name)]
+    if inner:  # GPTQModel reads this and not the list above
+        result["dynamic"] = {f"-:{pattern(with_fused(inner))}": {}}
+    return result
+
+
+AWQ = Format(
+    name="awq",
+    holds_mixed=False,
+    specs=specs,
+    why_not=why_not,
+    min_zero=lambda scheme: 0,
+    pack=pack,
+    unpack=unpack,
+    config=config,
+    extra_files=no_extra_files,
+)

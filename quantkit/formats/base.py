@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format is, and the checks that all formats share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ModelError, NumericsError, SchemeError
+from quantkit.formats.names import QuantizedLayer
+from quantkit.scheme import QuantizedTensor, Scheme
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A stored tensor before it exists."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ConfigBuilder(Protocol):
+    """Builds config.json's `quantization_config`.
+
+    quantized: every quantized linear; kept: the full names of the linears (within decoder layers, and lm_head) that
+    stay in 16 bit. The keywords are what only some formats write down: the damping and column order of GPTQ.
+
+    Raises:
+        SchemeError: the format cannot hold this choice of layers and schemes. It needs no weights, so call it before
+            any work.
+    """
+
+    def __call__(
+        self,
+        quantized: Sequence[QuantizedLayer],
+        kept: Sequence[str],
+        *,
+        damp_percent: float = 0.01,
+        desc_act: bool = False,
+        static_groups: bool = False,
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store quantized linears. Tensor keys are local to the linear: "qweight", not "model.layers.0...".
+
+    name:        what `--format` says
+    holds_mixed: whether one checkpoint can hold several schemes
+    specs:       (scheme, out_features, in_features) -> exactly the tensors that `pack` returns; SchemeError if why_not
+    why_not:     (scheme, out_features, in_features) -> None, or one line: what cannot be held, and what would hold it
+    min_zero:    the smallest zero point that every reader of the format decodes alike
+    pack:        QuantizedTensor -> tensors; SchemeError if the format cannot hold it
+    unpack:      (tensors, scheme, (out_features, in_features)) -> QuantizedTensor; other keys, such as "bias", are
+                 ignored; ModelError if a tensor is missing or of another shape or kind
+    config:      see ConfigBuilder
+    extra_files: the quantization_config -> further JSON files of the checkpoint, by name
+    """
+
+    name: str
+    holds_mixed: bool
+    specs: Callable[[Scheme, int, int], dict[str, TensorSpec]]
+    why_not: Callable[[Scheme, int, int], str | None]
+    min_zero: Callable[[Scheme], int]
+    pack: Callable[[QuantizedTensor], dict[str, Tensor]]
+    unpack: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], QuantizedTensor]
+    config: ConfigBuilder
+    extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
+
+
+def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def why_not_groups(scheme: Scheme, in_features: int) -> str | None:
+    """One line if the group size does not divide the row; no format holds that."""
+    try:
+        scheme.groups(in_features)
+    except SchemeError as error:
+        return str(error)
+    return None
+
+
+def require(reason: str | None) -> None:
+    """Raise a SchemeError if there is a reason why not."""
+    if reason is not None:
+        raise SchemeError(reason)
+
+
+def refuse_g_idx(format_name: str, quantized: QuantizedTensor) -> None:
+    """Raise a SchemeError for groups that are not consecutive columns."""
+    if quantized.g_idx is not None:
+        raise SchemeError(f"{format_name} has no group index (act-order without static groups); gptq holds it")
+
+
+def matching(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> list[Tensor]:
+    """The tensors that `specs` names, in its order, of the shapes and dtypes it says.
+
+    Scales may come in any floating type (files of other tools hold bfloat16) and are returned as float16.
+
+    Raises:
+        ModelError: a tensor is missing, or has another shape or dtype.
+        NumericsError: a scale that is not finite in float16.
+    """
+    found = []
+    for key, spec in specs.items():
+        tensor = tensors.get(key)
+        if tensor is None:
+            raise ModelError(f"{key}: missing; found {', '.join(sorted(tensors)) or 'no tensor'}")
+        floating = spec.dtype.is_floating_point
+        if tuple(tensor.shape) != spec.shape or (
+            tensor.dtype != spec.dtype and not (floating and tensor.is_floating_point())
+        ):
+            raise ModelError(
+                f"{key}: expected {spec.dtype} {list(spec.shape)}, got {tensor.dtype} {list(tensor.shape)}; "
+                "is the quantization_config of this checkpoint right?"
+            )
+        if floating:
+            tensor = tensor.to(spec.dtype)
+            if not tensor.isfinite().all():
+                raise NumericsError(f"{key}: has values that are not finite in {spec.dtype}")
+        found.append(tensor)
+    return found
+
+
+def check_symmetric(zeros: Tensor, scheme: Scheme) -> None:
+    """Raise a ModelError if the scheme is symmetric and the stored zero points are not all in the middle."""
+    if scheme.symmetric and not (zeros == scheme.middle).all():
+        raise ModelError(
+            f"zero points: expected {scheme.middle} everywhere in a symmetric scheme, got "
+            f"{int(zeros.min())} to {int(zeros.max())}; the config names another format version, or is not symmetric"
+        )
