@@ -182,7 +182,9 @@ def _read_sharded(directory: Path) -> dict[str, Entry]:
             entries[name] = entry
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != file:
-            raise ModelError(f"{index}: expected {ascii(name)[1:81]} in {file}, which lacks it; download both again")
+            raise ModelError(
+                f"{index}: expected {ascii(name)[1:-1][:80]} in {file}, which lacks it; download both again"
+            )
     return entries
 
 

@@ -38,8 +38,8 @@ def resolve(
         ModelError: there is no such model, it is incomplete, or it cannot be downloaded.
     """
     target = recipe_models.get(model, model)
-    path = Path(target).expanduser() if target.startswith("~") else Path(target)
     try:
+        path = Path(target).expanduser() if target.startswith("~") else Path(target)
         if target and path.is_dir():
             return path
         if target and path.exists():
@@ -96,28 +96,12 @@ def _missing_files(snapshot: Path) -> list[str]:
 
 
 def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
-    page = f"{constants.ENDPOINT}/{hub_id}"
     try:
         folder = snapshot_download(
             hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{hub_id}: gated; accept its terms at {page}, then log in with `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{hub_id}: no such model at {page} (a private one needs `hf auth login`)") from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{hub_id}: no revision {revision}; see {page}/tree/main") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
-        raise ModelError(f"{hub_id}: the hub refused the download (HTTP {status}); try later, or see {page}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ModelError(
-                f"{hub_id}: disk full while downloading to {cache}; make room or set HF_HUB_CACHE"
-            ) from error
-        raise _unreachable(hub_id, page, cache, error) from error
     except Exception as error:  # each version of the hub's library brings its own network library, with its own errors
-        raise _unreachable(hub_id, page, cache, error) from error
+        raise ModelError(f"{hub_id}: {_why(error, hub_id, revision, cache)}") from error
     if missing := _missing_files(Path(folder)):  # older versions of the library return what there is when they fail
         raise ModelError(
             f"{hub_id}: the copy in {folder} lacks {shorten(missing)}; "
@@ -126,6 +110,21 @@ def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
     return Path(folder)
 
 
-def _unreachable(hub_id: str, page: str, cache: Path, error: Exception) -> ModelError:
-    kind = type(error.__cause__ or error).__name__
-    return ModelError(f"{hub_id}: not in the cache ({cache}) and {page} cannot be reached ({kind}); check the network")
+def _why(error: BaseException, hub_id: str, revision: str | None, cache: Path) -> str:
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:  # "not in the cache", because of:
+        error = error.__cause__
+    page = f"{constants.ENDPOINT}/{hub_id}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full while downloading to {cache}; make room or set HF_HUB_CACHE"
+    if isinstance(error, errors.GatedRepoError):
+        return f"gated; accept its terms at {page}, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such model at {page} (a private one needs `hf auth login`)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"no revision {revision}; see {page}/tree/main"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"not allowed (HTTP {status}); log in with `hf auth login`, and see {page} for terms to accept"
+    if status is not None:
+        return f"the hub failed (HTTP {status}); try later, or see {page}"
+    return f"not in the cache ({cache}) and {page} cannot be reached ({type(error).__name__}); check the network"

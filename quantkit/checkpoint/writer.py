@@ -22,7 +22,7 @@ from quantkit.checkpoint.header import Spec, encode, spec_bytes
 from quantkit.checkpoint.reader import INDEX
 from quantkit.errors import ModelError, NumericsError, OutputError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 COPY_BYTES = 2**20
 
 
@@ -58,7 +58,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
     """A failure to write, as one line that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"disk full while writing {path}: {_gib(_free_bytes(path.parent))} free; "
+            f"disk full while writing {path}: {_size(_free_bytes(path.parent))} free; "
             "the finished layers are kept: make room and run the same command again"
         )
     return OutputError(
@@ -147,7 +147,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
     free = _free_bytes(folder)
     if free < needed_bytes:
         raise OutputError(
-            f"{folder}: {_gib(needed_bytes)} needed, {_gib(free)} free; make room or choose an --out on another disk"
+            f"{folder}: {_size(needed_bytes)} needed, {_size(free)} free; make room or choose an --out on another disk"
         )
 
 
@@ -169,5 +169,5 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.2f} MiB"
