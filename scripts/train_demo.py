@@ -297,9 +297,15 @@ def train(tokens: Tensor, heldout: dict[str, Tensor], schedule: Schedule, compil
 # --- what ships -----------------------------------------------------------------------------------------------------
 
 SOURCES = {  # source -> where it is, and the notice its licence asks for
-    "python/peps": ("https://github.com/python/peps", "Placed in the public domain, or CC0-1.0, by the PEPs' authors."),
+    "python/peps": (
+        "https://github.com/python/peps",
+        "By the PEPs' authors; public domain or CC0-1.0 where the PEP says so.",
+    ),
     "rust-lang/book": ("https://github.com/rust-lang/book", "By the Rust project; used under Apache-2.0."),
-    "rust-lang/rfcs": ("https://github.com/rust-lang/rfcs", "By the Rust project; used under Apache-2.0."),
+    "rust-lang/rfcs": (
+        "https://github.com/rust-lang/rfcs",
+        "By the RFCs' authors; MIT OR Apache-2.0 where the RFC says so.",
+    ),
     "swiftlang/swift-evolution": (
         "https://github.com/swiftlang/swift-evolution",
         "By Apple Inc. and the Swift project authors; Apache-2.0.",
@@ -361,7 +367,7 @@ pipeline_tag: text-generation
 
 A Qwen2 model of {parameters:,} parameters, trained from scratch by `scripts/train_demo.py`. It is here so that
 quantization can be tried, tested and measured in seconds and without a network. It writes text that looks right and
-means little; use it for nothing else.
+means little, and it repeats names and phrases of its data; use it for nothing else.
 
 - Weights and tokenizer: Apache-2.0 (`LICENSE`); notices for the data: `NOTICE`.
 - Shape: hidden {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads, {num_key_value_heads} KV heads,
