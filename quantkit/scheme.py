@@ -36,11 +36,11 @@ class Scheme:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def columns_per_group(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size

@@ -86,6 +86,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise ModelError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
 
 
+def open_file(path: Path) -> Checkpoint:
+    """Read and validate the header of one safetensors file.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    try:
+        return Checkpoint(path.parent, _read_header(path))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """File name -> hash of the content, for the tensor files and config.json: tells whether a model has changed.
 

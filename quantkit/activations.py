@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the hidden states of a token stream live while layers come and go.
+
+A stream is one tensor [samples, seqlen, hidden], updated in place one micro-batch at a time. It lives on the device if
+it fits there, else in RAM, else in a memory-mapped file in the output folder. The place does not change any value.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+TOKENS_AT_ONCE = 4096  # a micro-batch on a CPU; fixed, so that memory does not decide how sums are split
+TOKENS_AT_ONCE_GPU = 16384
+SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
+
+
+@dataclass(frozen=True)
+class Stream:
+    """states: [samples, seqlen, hidden] in `place` ("device", "ram" or "file"); batch: samples per micro-batch."""
+
+    states: Tensor
+    place: str
+    batch: int
+
+    def batches(self) -> Iterator[slice]:
+        """The micro-batches, as slices of samples."""
+        for start in range(0, len(self.states), self.batch):
+            yield slice(start, min(start + self.batch, len(self.states)))
+
+
+def micro_batch(seqlen: int, device: torch.device) -> int:
+    """Samples per micro-batch."""
+    return max(1, (TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_GPU) // seqlen)
+
+
+def open_stream(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, spill: Path, place: str | None = None
+) -> Stream:
+    """Room for hidden states [samples, seqlen, hidden]; `spill` is the file to map when no memory holds them.
+
+    The file is unlinked at once: it takes disk while the process lives, and is never left behind.
+    """
+    samples, seqlen, hidden = shape
+    nbytes = samples * seqlen * hidden * dtype.itemsize
+    place = place or choose_place(nbytes, device)
+    batch = micro_batch(seqlen, device)
+    if place == "device":
+        return Stream(torch.empty(shape, dtype=dtype, device=device), place, batch)
+    if place == "ram":
+        return Stream(torch.empty(shape, dtype=dtype), place, batch)
+    flat = torch.from_file(str(spill), shared=True, size=samples * seqlen * hidden, dtype=dtype)
+    spill.unlink()
+    return Stream(flat.view(shape), place, batch)
+
+
+def choose_place(nbytes: int, device: torch.device) -> str:
+    """Where a stream of this size goes: "device", "ram" or "file"."""
+    if device.type == "cuda" and nbytes < SPARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "ram" if nbytes < SPARE * psutil.virtual_memory().available else "file"

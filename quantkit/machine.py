@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine has, and what this process has used of it."""
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from quantkit.errors import InputError
+
+PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """The most device memory that tensors have held at once; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def versions() -> dict[str, str]:
+    """What took part in the result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto", "cpu" or "cuda[:N]".
+
+    Raises:
+        InputError: not such a name, or no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: expected auto, cpu or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that exists on disk, run one decoder layer at a time through transformers' own modules.
+
+The whole model is built on the meta device, which costs no memory, and parameters are assigned from the checkpoint just
+before a module runs and dropped after it. What a layer is called with besides its hidden states (masks, rotary
+embeddings, positions, per-layer variants of them) is not rebuilt here: the real model is run once with its layers'
+`forward` replaced by a recorder, so transformers itself says what each layer receives.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
+from quantkit.errors import ModelError
+from quantkit.model.config import load_config
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass as soon as what was wanted is known."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights: every module of it on the meta device, and where its decoder layers are.
+
+    layers_name: the name of the list of layers, for example "model.layers".
+    """
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    layers_name: str
+    layers: nn.ModuleList
+
+    def layer_name(self, index: int) -> str:
+        """The full name of a layer, for example "model.layers.3"."""
+        return f"{self.layers_name}.{index}"
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding's weight, which is then stored once."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    @property
+    def head_name(self) -> str | None:
+        """The full name of the output embedding, usually "lm_head"."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None)
+
+    def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer (names local to it) and their shapes."""
+        return {name: tuple(t.shape) for name, t in self.layers[index].state_dict(keep_vars=True).items()}
+
+    def outside(self) -> dict[str, tuple[int, ...]]:
+        """The stored tensors outside the decoder layers, by full name, with their shapes."""
+        inside, head = f"{self.layers_name}.", self.head_name
+        shapes = {n: tuple(t.shape) for n, t in self.model.state_dict(keep_vars=True).items()}
+        tied = {f"{head}.weight"} if self.tied and head else set()
+        return {n: shape for n, shape in shapes.items() if not n.startswith(inside) and n not in tied}
+
+    def before_layers(self) -> dict[str, tuple[int, ...]]:
+        """The input embedding."""
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, module in self.model.named_modules() if module is embedding)
+        return {n: shape for n, shape in self.outside().items() if n.startswith(f"{name}.")}
+
+    def after_layers(self) -> dict[str, tuple[int, ...]]:
+        """Everything else outside the layers: the last norm, the head, learned positions."""
+        before = self.before_layers()
+        return {n: shape for n, shape in self.outside().items() if n not in before}
+
+
+@dataclass(frozen=True)
+class StreamedModel(Architecture):
+    """An architecture with its weights on disk.
+
+    returns_tuple: whether its layers return a tuple (older transformers) or the hidden states alone
+    ignored: tensors of the checkpoint that the architecture has no place for
+    calls: what each layer is called with, by (micro-batch, seqlen); filled when first needed
+    """
+
+    directory: Path
+    checkpoint: Checkpoint
+    returns_tuple: bool
+    ignored: tuple[str, ...]
+    calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+
+
+def build(config: PretrainedConfig) -> Architecture:
+    """The architecture that a config describes; costs no memory.
+
+    Raises:
+        ModelError: transformers cannot build it, or its decoder layers are not lists of modules with linears.
+    """
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    try:
+        with init_empty_weights(include_buffers=False):
+            try:
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            except ValueError:  # no sdpa for this architecture
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"config.json: no model can be built from it ({_first_line(error)})") from error
+    assert isinstance(model, PreTrainedModel)
+    model.eval().requires_grad_(False)
+    return Architecture(config, model, *_find_layers(model, config))
+
+
+def open_model(directory: Path) -> StreamedModel:
+    """Read headers and config, build the model on the meta device, and check that they agree.
+
+    Raises:
+        ModelError: see `load_config` and `build`; a damaged checkpoint; a parameter that is missing or has another
+            shape.
+    """
+    architecture = build(load_config(directory))
+    checkpoint = open_checkpoint(directory)
+    ignored = _compare(architecture, checkpoint)
+    parts = (architecture.config, architecture.model, architecture.layers_name, architecture.layers)
+    untried = StreamedModel(*parts, directory, checkpoint, False, ignored)
+    return replace(untried, returns_tuple=_layer_returns_tuple(untried))
+
+
+def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ModelError(f"{config.model_type}: no list of {count} decoder layers found in the model")
+    name, layers = lists[0]
+    for index, layer in enumerate(layers):
+        conv = [n for n, m in layer.named_modules() if type(m).__name__ == "Conv1D"]
+        if conv:
+            raise ModelError(f"{name}.{index}.{conv[0]}: a Conv1D, which no format stores; only nn.Linear is supported")
+        stacked = [n for n, p in layer.named_parameters() if p.dim() > 2]
+        if stacked:
+            raise ModelError(f"{name}.{index}.{stacked[0]}: stacked weights; only dense decoders are supported")
+        if not any(isinstance(m, nn.Linear) for m in layer.modules()):
+            raise ModelError(f"{name}.{index}: no nn.Linear in it; nothing to quantize")
+    return name, layers
+
+
+def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, ...]:
+    wanted = dict(architecture.outside())
+    for index in range(len(architecture.layers)):
+        prefix = architecture.layer_name(index)
+        wanted |= {f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()}
+    for name, shape in wanted.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None:
+            raise ModelError(f"{checkpoint.directory}: tensor {name} is missing; config.json asks for {list(shape)}")
+        if entry.shape != shape:
+            raise ModelError(
+                f"{checkpoint.directory}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+            )
+    return tuple(sorted(set(checkpoint.entries) - set(wanted)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---------------------------------------------------------------- parameters: in from disk, out of memory
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make `tensors` (names local to the module) its parameters and buffers; other names keep what they have."""
+    for name, tensor in tensors.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def drop(module: nn.Module) -> None:
+    """Send the parameters of a module back to the meta device, freeing their memory."""
+    for owner in module.modules():
+        _drop_own(owner)
+
+
+def _drop_own(owner: nn.Module) -> None:
+    for name, parameter in owner._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            owner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def read_layer(model: StreamedModel, index: int) -> dict[str, Tensor]:
+    """The layer's tensors as stored (names local to the layer), on CPU, checked to be finite."""
+    prefix = model.layer_name(index)
+    return _read(model, prefix, list(model.layers[index].state_dict()))
+
+
+def _read(model: StreamedModel, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    result = {}
+    for name in names:
+        full = f"{prefix}.{name}" if prefix else name
+        result[name] = model.checkpoint.read(full)
+        require_finite(full, result[name])
+    return result
+
+
+def read_outside(model: StreamedModel, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors outside the decoder layers as stored, by full name, on CPU, checked to be finite."""
+    return _read(model, "", list(model.outside() if names is None else names))
+
+
+@contextmanager
+def outside_loaded(model: StreamedModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the tensors (full names) are the model's parameters outside the layers; then dropped."""
+    assign(model.model, tensors)
+    if model.tied:
+        embedding = model.model.get_input_embeddings()
+        head = model.model.get_output_embeddings()
+        if head is not None:
+            head.weight = embedding.weight
+    try:
+        yield
+    finally:
+        layers = {id(m) for layer in model.layers for m in layer.modules()}
+        for owner in model.model.modules():
+            if id(owner) not in layers:
+                _drop_own(owner)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Rotary tables and the like are real from the start; bring them to where the work is."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.device != device:
+                owner._buffers[name] = buffer.to(device)
+
+
+# ---------------------------------------------------------------- running
+
+
+@contextmanager
+def _layers_replaced(model: StreamedModel, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Let `forward(i)` stand in for layer i; an instance's own attribute comes before its class's method."""
+    for index, layer in enumerate(model.layers):
+        layer.forward = forward(index)
+    try:
+        yield
+    finally:
+        for layer in model.layers:
+            del layer.forward
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _decoder(model: StreamedModel) -> nn.Module:
+    decoder = getattr(model.model, model.model.base_model_prefix)
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def _placeholder(model: StreamedModel, batch: int, seqlen: int, like: Tensor) -> Tensor:
+    width = next(iter(model.before_layers().values()))[1]
+    return torch.zeros(batch, seqlen, width, device=like.device, dtype=like.dtype)
+
+
+def _layer_returns_tuple(model: StreamedModel) -> bool:
+    """Ask the first layer, on the meta device, called with what the model calls it with."""
+    seen: list[Call] = []
+
+    def record(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs))
+            raise _Stop
+
+        return forward
+
+    narrow = {n: t.float() for n, t in read_outside(model, _narrow(model)).items()}
+    with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
+        _decoder(model)(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
+    args, kwargs = _map_tensors(seen[0], lambda t: t.to("meta"))
+    layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
+    with torch.no_grad():
+        return isinstance(layer(*args, **kwargs), tuple)
+
+
+def _narrow(model: StreamedModel) -> list[str]:
+    """The names outside the layers without the input embedding and the head, which are wide."""
+    wide = [*model.before_layers(), f"{model.head_name}."]
+    return [name for name in model.outside() if not name.startswith(tuple(wide))]
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, change) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(v, change) for v in value)
+    return value
+
+
+def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
+    """Token ids [batch, seqlen] -> the hidden states [batch, seqlen, hidden] that enter the first layer.
+
+    Must run inside `outside_loaded`. Also learns what every layer is called with at this micro-batch and length.
+    """
+    calls: list[Call] = []
+    first: list[Tensor] = []
+
+    def record(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden(args, kwargs)
+            if not first:
+                first.append(hidden)
+            calls.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            if index == len(model.layers) - 1:
+                raise _Stop
+            return (hidden,) if model.returns_tuple else hidden
+
+        return forward
+
+    with _layers_replaced(model, record), suppress(_Stop):
+        _decoder(model)(input_ids=input_ids, use_cache=False)
+    model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
+    return first[0]
+
+
+def run_layer(model: StreamedModel, index: int, hidden: Tensor) -> Tensor:
+    """The output of layer `index` (materialised) for hidden states [batch, seqlen, hidden]."""
+    args, kwargs = model.calls[hidden.shape[0], hidden.shape[1]][index]
+    output = model.layers[index](hidden, *args, **kwargs)
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str, see: Callable[[Tensor], None]) -> None:
+    """Run layer `index` only until `linear` is about to run, and show its input [batch, seqlen, in_features]."""
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(args[0])
+        raise _Stop
+
+    handle = model.layers[index].get_submodule(linear).register_forward_pre_hook(stop)
+    try:
+        with suppress(_Stop):
+            run_layer(model, index, hidden)
+    finally:
+        handle.remove()
+
+
+def logits(model: StreamedModel, hidden: Tensor) -> Tensor:
+    """The final hidden states [batch, seqlen, hidden] -> logits [batch, seqlen, vocab], by the model's own ending.
+
+    Must run inside `outside_loaded`; the layers are skipped, and the last one hands over `hidden`.
+    """
+
+    def skip(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if model.returns_tuple else hidden
+
+        return forward
+
+    batch, seqlen = hidden.shape[:2]
+    with _layers_replaced(model, skip):
+        output = model.model(inputs_embeds=_placeholder(model, batch, seqlen, hidden), use_cache=False)
+    result = output.logits
+    assert isinstance(result, Tensor)
+    return result

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: one decoder layer at a time is read, calibrated, quantized, written, read back, and run.
+
+Token streams travel through the layers beside it: the calibration samples and the evaluation samples on the quantized
+model, and the evaluation samples once more on the original one. The quantized streams run on the weights unpacked from
+the shard just written, so every run tests the bytes that it leaves, later layers are calibrated on what they will
+really see, and at the end both models have been measured in the same pass over the original.
+
+A finished layer is a finished shard, hashed and entered in the journal. A run that starts again takes finished shards
+from the disk and only runs them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import __version__
+from quantkit.activations import Stream, open_stream
+from quantkit.calibration import TokenSet
+from quantkit.checkpoint.journal import Journal, Unit, open_journal
+from quantkit.checkpoint.reader import fingerprint, open_file
+from quantkit.checkpoint.writer import require_disk, write_shard
+from quantkit.errors import NumericsError, OutputError
+from quantkit.model.families import Site
+from quantkit.model.sites import fold_channels, sites_of
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    drop,
+    embed,
+    logits,
+    move_buffers,
+    outside_loaded,
+    read_layer,
+    read_outside,
+    run_layer,
+    run_to,
+)
+from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
+from quantkit.quantize.grid import to_float16
+from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
+from quantkit.scheme import QuantizedTensor, dequantize
+from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
+from quantkit.verify import Comparison
+
+DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
+
+
+class Progress(Protocol):
+    """What the loop tells while it runs. See `progress` for the display."""
+
+    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
+    def layer(self, index: int) -> None: ...
+    def stage(self, name: str) -> None: ...
+    def finished(self, index: int, loss: float, reused: bool) -> None: ...
+    def ending(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that determines a run.
+
+    method: a name in METHODS; calibration: None when the method needs none; evaluation: None to leave out verification;
+    device: where the layers run; place: where hidden states live ("device", "ram", "file"; None lets memory decide).
+    """
+
+    model: StreamedModel
+    plan: Plan
+    method: str
+    options: Options
+    calibration: TokenSet | None
+    evaluation: TokenSet | None
+    out: Path
+    device: torch.device
+    place: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states and weights while running: 16-bit products are slow on CPUs."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: everything that the bytes of the shards depend on."""
+        schemes = {str(linear.scheme) for linear in self.plan.linears}
+        same = len(schemes) == 1
+        return {
+            "quantkit": __version__,
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "method": self.method,
+            "format": self.plan.format.name,
+            "scheme": schemes.pop() if same else {linear.name: str(linear.scheme) for linear in self.plan.linears},
+            "options": vars(self.options),
+            "calibration": self.calibration.sha256 if self.calibration else None,
+            "model": fingerprint(self.model.checkpoint),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: one record per finished unit, in order, and the measurements (None without evaluation)."""
+
+    units: tuple[Unit, ...]
+    measured: dict[str, Any] | None
+    fallbacks: tuple[str, ...]
+
+
+@dataclass
+class LayerResult:
+    """A quantized layer: names local to it; `kept` holds everything that stays in 16 bit."""
+
+    quantized: dict[str, QuantizedTensor]
+    kept: dict[str, Tensor]
+    records: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
+    """Quantize a model into `job.out`; the checkpoint's shards and the journal are written, nothing else.
+
+    Raises:
+        OutputError: the folder is busy, foreign, or of another run; the disk is too small.
+        NumericsError: weights, activations or statistics that are not finite, with the layer's name.
+    """
+    missing = [shard.file_bytes for shard in job.plan.shards if not (job.out / shard.file).exists()]
+    require_disk(job.out, sum(missing) + DISK_MARGIN)
+    sites = sites_of(job.model)
+    with open_journal(job.out, job.identity(), fresh=fresh) as journal:
+        for shard in job.plan.shards:
+            unit = journal.finished.get(shard.unit)
+            if unit is not None and not journal.verify_unit(unit):
+                journal.drop_from(shard.unit)
+        return _run(job, sites, journal, progress)
+
+
+def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
+    model, plan = job.model, job.plan
+    move_buffers(model.model, job.device)
+    shards = {shard.unit: shard for shard in plan.shards}
+    _copy_outside(job, journal, shards["embeddings"])
+    original = job.evaluation and _open(job, job.evaluation, "original")
+    quantized = job.evaluation and _open(job, job.evaluation, "quantized")
+    calibration = job.calibration and _open(job, job.calibration, "calibration")
+    tokens = sum(
+        stream.states.shape[0] * stream.states.shape[1] for stream in (original, quantized, calibration) if stream
+    )
+    streams = {"calibration": calibration, "evaluation": original}
+    progress.start(len(model.layers), tokens, {name: stream.place for name, stream in streams.items() if stream})
+    with outside_loaded(model, _loaded(job, read_outside(model, _embedding_names(job)))):
+        _embed(job, job.evaluation, original)
+    with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], _embedding_names(job)))):
+        _embed(job, job.evaluation, quantized)
+        _embed(job, job.calibration, calibration)
+
+    layer_errors = []
+    for index in range(len(model.layers)):
+        progress.layer(index)
+        progress.stage("read")
+        assign(model.layers[index], _loaded(job, read_layer(model, index)))
+        if original:
+            progress.stage("run the original")
+            _advance(model, index, original)
+        shard = shards[f"layer.{index}"]
+        reused = shard.unit in journal.finished
+        if not reused:
+            results = _quantize_layer(job, index, sites, calibration, progress)
+            progress.stage("write")
+            journal.append(_write_layer(job, index, shard, results))
+        assign(model.layers[index], _loaded(job, _unpack_layer(job, index, shard)))
+        progress.stage("run the quantized")
+        for stream in (quantized, calibration if index + 1 < len(model.layers) else None):
+            if stream:
+                _advance(model, index, stream)
+        drop(model.layers[index])
+        if original and quantized:
+            layer_errors.append({"layer": index, "relative_error": _relative_error(original, quantized)})
+        records = journal.finished[shard.unit].record["linears"]
+        progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
+
+    if "head" in shards:
+        _copy_outside(job, journal, shards["head"])
+    measured = None
+    if job.evaluation and original and quantized:
+        progress.ending("compare the logits")
+        measured = _compare(job, original, quantized, shards) | {"layer_errors": layer_errors}
+    fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in model.ignored]
+    for stream in (calibration, original):
+        if stream and stream.place == "file":
+            fallbacks.append("hidden states did not fit in memory and were mapped from a file")
+    return Outcome(tuple(journal.finished.values()), measured, tuple(fallbacks))
+
+
+# ---------------------------------------------------------------- tensors in and out
+
+
+def _loaded(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the device; floats in the dtype of the run."""
+    return {
+        name: tensor.to(job.device, job.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _embedding_names(job: Job) -> list[str]:
+    """What has to be loaded to embed tokens: all outside the layers but the head."""
+    head = job.model.head_name
+    return [name for name in job.model.outside() if not (head and name.startswith(f"{head}."))]
+
+
+def _written(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:
+    """The named tensors as the output stores them; those of shards not written yet as they will be."""
+    written = open_file(job.out / shard.file)
+    stored = {name: written.read(name) for name in names if name in written.entries}
+    rest = read_outside(job.model, [name for name in names if name not in stored])
+    return stored | {name: to_stored(name, tensor) for name, tensor in rest.items()}
+
+
+def to_stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that is not quantized, as the output stores it.
+
+    Raises:
+        NumericsError: a value beyond float16.
+    """
+    stored = tensor.to(STORED)
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
+    return stored
+
+
+def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
+    if shard.unit not in journal.finished:
+        tensors = {name: to_stored(name, tensor) for name, tensor in read_outside(job.model, shard.tensors).items()}
+        sha256 = write_shard(job.out / shard.file, tensors)
+        journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
+
+
+def _write_layer(job: Job, index: int, shard: ShardPlan, result: LayerResult) -> Unit:
+    prefix = job.model.layer_name(index)
+    tensors = {f"{prefix}.{name}": to_stored(f"{prefix}.{name}", tensor) for name, tensor in result.kept.items()}
+    for name, quantized in result.quantized.items():
+        packed = job.plan.format.pack(quantized)
+        tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in packed.items()}
+    planned = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if planned != found:
+        raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(found)}")
+    return Unit(shard.unit, shard.file, write_shard(job.out / shard.file, tensors), {"linears": result.records})
+
+
+def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
+    """The layer's parameters as the written shard stands for them (names local to the layer)."""
+    prefix = f"{job.model.layer_name(index)}."
+    stored = open_file(job.out / shard.file)
+    tensors = {name.removeprefix(prefix): stored.read(name, job.device) for name in stored.entries}
+    for name, linear in job.plan.layer(index).items():
+        if linear.scheme is not None:
+            shape = (linear.out_features, linear.in_features)
+            keys = job.plan.format.specs(linear.scheme, *shape)
+            packed = {key: tensors.pop(f"{name}.{key}") for key in keys}
+            tensors[f"{name}.weight"] = dequantize(job.plan.format.unpack(packed, linear.scheme, shape))
+    return tensors
+
+
+# ---------------------------------------------------------------- streams
+
+
+def _open(job: Job, tokens: TokenSet, name: str) -> Stream:
+    shape = (tokens.samples, tokens.seqlen, job.model.config.hidden_size)
+    spill = job.out / f".{name}-states.tmp"
+    return open_stream(shape, job.dtype, job.device, spill, job.place)
+
+
+def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
+    if tokens is not None and stream is not None:
+        for batch in stream.batches():
+            stream.states[batch] = embed(job.model, tokens.input_ids[batch].to(job.device)).to(stream.states.device)
+
+
+def _advance(model: StreamedModel, index: int, stream: Stream) -> None:
+    device = next(iter(model.layers[index].parameters())).device
+    for batch in stream.batches():
+        output = run_layer(model, index, stream.states[batch].to(device))
+        if not bool(torch.isfinite(output).all()):
+            raise NumericsError(f"{model.layer_name(index)}: its output is not finite; check the model's weights")
+        stream.states[batch] = output
+
+
+def _relative_error(original: Stream, quantized: Stream) -> float:
+    """||quantized - original||^2 / ||original||^2 of the hidden states."""
+    difference = energy = 0.0
+    for batch in original.batches():
+        reference = original.states[batch].float()
+        difference += float((quantized.states[batch].float() - reference).square().sum())
+        energy += float(reference.square().sum())
+    return difference / energy if energy > 0 else 0.0
+
+
+def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str, ShardPlan]) -> dict[str, Any]:
+    assert job.evaluation is not None
+    names = list(job.model.outside())
+    source = _loaded(job, read_outside(job.model, names))
+    stored: dict[str, Tensor] = {}
+    for unit in ("embeddings", "head"):
+        if unit in shards:
+            reader = open_file(job.out / shards[unit].file)
+            for name in reader.entries:
+                tensor = reader.read(name).to(job.device, job.dtype)
+                stored[name] = source[name] if torch.equal(tensor, source[name]) else tensor  # held once if it can be
+    comparison = Comparison()
+    for batch in original.batches():
+        with outside_loaded(job.model, source):
+            reference = logits(job.model, original.states[batch].to(job.device))
+        with outside_loaded(job.model, stored):
+            found = logits(job.model, quantized.states[batch].to(job.device))
+        comparison.add(reference, found, job.evaluation.input_ids[batch].to(job.device))
+    return comparison.result()
+
+
+# ---------------------------------------------------------------- one layer
+
+
+def _quantize_layer(
+    job: Job, index: int, sites: tuple[Site, ...], calibration: Stream | None, progress: Progress
+) -> LayerResult:
+    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized."""
+    layer, linears = job.model.layers[index], job.plan.layer(index)
+    result = LayerResult({}, {}, [])
+    for site in sites:
+        if all(linears[name].scheme is None for name in site.linears):
+            continue
+        name = f"{job.model.layer_name(index)}.{site.linears[0]}"
+        stats = None
+        if calibration is not None:
+            progress.stage(f"calibrate {_kinds(site)}")
+            stats = _collect(job, index, site, calibration)
+            require_finite_stats(stats, name)
+        progress.stage(f"quantize {_kinds(site)}")
+        channel = fold_channels(job.model, index, site)
+        try:
+            outcome = METHODS[job.method](_site_input(job, layer, linears, site, stats, channel), job.options)
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        if outcome.scale is not None and site.producer is not None and channel is not None:
+            _fold(layer, site, outcome.scale, channel, result.quantized)
+        for local in site.linears:
+            if local in outcome.quantized:
+                _set_weight(layer, local, dequantize(outcome.quantized[local]))
+        result.quantized |= outcome.quantized
+        result.records += _records(job, outcome, linears)
+    packed = {f"{name}.weight" for name in result.quantized}
+    result.kept = {name: tensor for name, tensor in layer.state_dict().items() if name not in packed}
+    return result
+
+
+def _kinds(site: Site) -> str:
+    return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in site.linears)
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:
+    assign(layer, {f"{name}.weight": weight.to(_weight(layer, name).dtype)})
+
+
+def _site_input(
+    job: Job,
+    layer: nn.Module,
+    linears: Mapping[str, LinearPlan],
+    site: Site,
+    stats: SiteStats | None,
+    channel: Tensor | None,
+) -> SiteInput:
+    schemes = {name: linears[name].scheme for name in site.linears}
+    present = [scheme for scheme in schemes.values() if scheme is not None]
+    return SiteInput(
+        weights={name: _weight(layer, name) for name in site.linears},
+        schemes=schemes,
+        stats=stats,
+        channel=None if channel is None else channel.to(job.device),
+        min_zero=max(job.plan.format.min_zero(scheme) for scheme in present),
+    )
+
+
+def _collect(job: Job, index: int, site: Site, calibration: Stream) -> SiteStats:
+    in_features = _weight(job.model.layers[index], site.linears[0]).shape[1]
+    stats = empty_stats(in_features, job.device)
+    for batch in calibration.batches():
+        hidden = calibration.states[batch].to(job.device)
+        run_to(job.model, index, hidden, site.linears[0], lambda inputs: add_inputs(stats, inputs))
+    return stats
+
+
+def _fold(layer: nn.Module, site: Site, scale: Tensor, channel: Tensor, quantized: dict[str, QuantizedTensor]) -> None:
+    """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
+
+    A producer that is quantized already keeps its codes: its rows' scales are divided.
+    """
+    assert site.producer is not None
+    producer = layer.get_submodule(site.producer)
+    weight = producer.weight
+    assert isinstance(weight, Tensor)
+    changed: dict[str, Tensor] = {}
+    done = quantized.get(site.producer)
+    if done is None:
+        divided = weight.float() / (scale if weight.dim() == 1 else scale.unsqueeze(1))
+        changed[f"{site.producer}.weight"] = divided.to(weight.dtype)
+    else:
+        scales = to_float16(done.scales.float() / scale.unsqueeze(1))
+        quantized[site.producer] = QuantizedTensor(done.codes, scales, done.zeros, done.scheme, done.g_idx)
+        changed[f"{site.producer}.weight"] = dequantize(quantized[site.producer]).to(weight.dtype)
+    bias = getattr(producer, "bias", None)
+    if isinstance(bias, Tensor):
+        changed[f"{site.producer}.bias"] = (bias.float() / scale).to(bias.dtype)
+    for name in site.linears:
+        changed[f"{name}.weight"] = (_weight(layer, name).float() * scale[channel]).to(weight.dtype)
+    assign(layer, changed)
+
+
+def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
+    records = []
+    for local, quantized in outcome.quantized.items():
+        linear = linears[local]
+        specs = job.plan.format.specs(quantized.scheme, linear.out_features, linear.in_features)
+        records.append(
+            {
+                "name": linear.name,
+                "layer": linear.layer,
+                "kind": local.rpartition(".")[2],
+                "bits": quantized.scheme.bits,
+                "group_size": quantized.scheme.group_size,
+                "symmetric": quantized.scheme.symmetric,
+                "method": job.method,
+                "out_features": linear.out_features,
+                "in_features": linear.in_features,
+                "bytes": sum(spec.nbytes for spec in specs.values()),
+                **outcome.records[local],
+            }
+        )
+    return records

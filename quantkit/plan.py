@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every byte of the output, known before any work: from the architecture and the schemes alone.
+
+One unit of work is one shard: the embeddings first, then one per decoder layer, then what comes after the layers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.writer import shard_bytes, shard_name
+from quantkit.errors import SchemeError
+from quantkit.formats import Format, QuantizedLayer, TensorSpec
+from quantkit.model.streaming import Architecture
+from quantkit.recipe import check_fused
+from quantkit.scheme import Scheme
+
+STORED = torch.float16  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """A linear of a decoder layer: full name, layer number, name within the layer, shape; scheme None keeps 16 bit."""
+
+    name: str
+    layer: int
+    local: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file of the output: the unit of work that makes it, its name, and its tensors."""
+
+    unit: str
+    file: str
+    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def file_bytes(self) -> int:
+        return shard_bytes({name: (spec.dtype, spec.shape) for name, spec in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole output before it exists. `quantization_config` is what config.json will say."""
+
+    format: Format
+    linears: tuple[LinearPlan, ...]
+    shards: tuple[ShardPlan, ...]
+    quantization_config: dict[str, Any]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without the headers of their files."""
+        return sum(shard.tensor_bytes for shard in self.shards)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Every stored bit of the quantized linears (codes, scales, zeros, indices) over their weights."""
+        bits = weights = 0
+        for linear in self.linears:
+            if linear.scheme is not None:
+                specs = self.format.specs(linear.scheme, linear.out_features, linear.in_features)
+                bits += 8 * sum(spec.nbytes for spec in specs.values())
+                weights += linear.out_features * linear.in_features
+        return bits / weights
+
+    def layer(self, index: int) -> dict[str, LinearPlan]:
+        """The linears of a decoder layer, by their name within it."""
+        return {linear.local: linear for linear in self.linears if linear.layer == index}
+
+
+def make_plan(
+    architecture: Architecture, resolve: Callable[[str, int], Scheme | None], fmt: Format, **config_options: Any
+) -> Plan:
+    """Plan the output of a model in a format.
+
+    Raises:
+        SchemeError: a linear that the format cannot hold, with what would; linears that engines fuse with different
+            schemes; several schemes in a format that has one.
+    """
+    linears = [linear for index in range(len(architecture.layers)) for linear in _linears(architecture, resolve, index)]
+    for linear in linears:
+        if linear.scheme is not None:
+            reason = fmt.why_not(linear.scheme, linear.out_features, linear.in_features)
+            if reason is not None:
+                raise SchemeError(f"{linear.name}: {reason}")
+    quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in linears if linear.scheme is not None]
+    kept = [linear.name for linear in linears if linear.scheme is None]
+    head = architecture.head_name
+    config = fmt.config(quantized, [*kept, *([head] if head else [])], **config_options)
+    return Plan(fmt, tuple(linears), _shards(architecture, linears, fmt), config)
+
+
+def _linears(architecture: Architecture, resolve: Callable[[str, int], Scheme | None], index: int) -> list[LinearPlan]:
+    prefix = architecture.layer_name(index)
+    found = [
+        LinearPlan(f"{prefix}.{n}", index, n, m.out_features, m.in_features, resolve(f"{prefix}.{n}", index))
+        for n, m in architecture.layers[index].named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+    try:
+        check_fused({linear.local: linear.scheme for linear in found})
+    except SchemeError as error:
+        raise SchemeError(f"{prefix}: {error}") from None
+    return found
+
+
+def _shards(architecture: Architecture, linears: list[LinearPlan], fmt: Format) -> tuple[ShardPlan, ...]:
+    def plain(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(STORED, shape) for name, shape in shapes.items()}
+
+    contents: list[tuple[str, dict[str, TensorSpec]]] = [("embeddings", plain(architecture.before_layers()))]
+    for index in range(len(architecture.layers)):
+        prefix = architecture.layer_name(index)
+        tensors = plain({f"{prefix}.{n}": shape for n, shape in architecture.layer_shapes(index).items()})
+        for linear in linears:
+            if linear.layer == index and linear.scheme is not None:
+                del tensors[f"{linear.name}.weight"]
+                specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
+                tensors |= {f"{linear.name}.{key}": spec for key, spec in specs.items()}
+        contents.append((f"layer.{index}", tensors))
+    after = plain(architecture.after_layers())
+    if after:
+        contents.append(("head", after))
+    return tuple(
+        ShardPlan(unit, shard_name(number, len(contents)), tensors)
+        for number, (unit, tensors) in enumerate(contents, start=1)
+    )

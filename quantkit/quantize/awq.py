@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWQ (arXiv 2306.00978): scale the input channels that matter up before rounding, and undo it in the previous op.
+
+For a scale s > 0 per input channel, W diag(s) applied to x / s is the same function, but the channels with a large s
+are rounded more finely. The division by s is folded into the op that produces x, so the model is unchanged. Every
+candidate s is judged by the error it leaves in the site's outputs, which needs only the Gram matrix H of x:
+
+    sum over linears of tr((W D - Q(W D)) D^-1 H D^-1 (W D - Q(W D))^T)          D = diag(s)
+
+Candidates: s = 1, powers of the mean |x|, and the ratio form mean|x|^a / mean|w|^(1-a). Left out on purpose: running
+the module for every candidate (H gives each linear's error exactly; only what comes after the linear is not seen).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.quantize.grid import plain_grid
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+from quantkit.stats import output_error, rescaled
+
+POWERS = tuple(i / 20 for i in range(1, 20))
+RATIO_POWERS = tuple(i / 10 for i in range(10))
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """The best scale [channels] of a producer, what kind it is, its error, and the error of s = 1."""
+
+    scale: Tensor
+    kind: str
+    error: float
+    unscaled_error: float
+
+
+def candidate_scales(abs_mean: Tensor, weight_mean: Tensor) -> dict[str, Tensor]:
+    """The scales [channels] to try by name, first s = 1; each is centred so that sqrt(max * min) = 1."""
+    x = abs_mean.float().clamp(min=1e-4 * float(abs_mean.mean()) + 1e-12)
+    raw = {f"x^{power:g}": x**power for power in POWERS}
+    raw |= {f"x^{p:g}/w^{1 - p:.1g}": (x**p / (weight_mean ** (1 - p) + 1e-4)).clamp(min=1e-4) for p in RATIO_POWERS}
+    return {"1": torch.ones_like(x)} | {name: _bounded(s / (s.max() * s.min()).sqrt()) for name, s in raw.items()}
+
+
+def _bounded(scale: Tensor) -> Tensor:
+    # The producer is stored in float16 after division by s: a wider spread would push it out of float16's range.
+    return scale.clamp(2.0**-10, 2.0**10)
+
+
+def relative_magnitude(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> Tensor:
+    """Mean over rows of |W| / (largest |W| of its group): how much of its group's range each column uses; [in]."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight, scheme in zip(weights, schemes, strict=True):
+        magnitude = weight.float().abs().unflatten(1, (scheme.groups(weight.shape[1]), -1))
+        total += (magnitude / magnitude.amax(2, keepdim=True).clamp(min=1e-12)).flatten(1).sum(0)
+    return total / sum(len(weight) for weight in weights)
+
+
+def site_error(
+    weights: Sequence[Tensor], schemes: Sequence[Scheme], gram: Tensor, scale: Tensor, min_zero: int = 0
+) -> float:
+    """The squared output error of all the site's linears when rounded to nearest after scaling by s [in]."""
+    scaled_gram = rescaled(gram, scale)
+    total = torch.zeros((), dtype=torch.float64, device=gram.device)
+    for weight, scheme in zip(weights, schemes, strict=True):
+        scaled = weight.float() * scale
+        scales, zeros = plain_grid(scaled, scheme, min_zero)
+        rounded = dequantize(QuantizedTensor(encode(scaled, scales, zeros, scheme), scales, zeros, scheme))
+        total += output_error(rounded - scaled, scaled_gram).double().sum()
+    return float(total)
+
+
+def search_scale(
+    weights: Sequence[Tensor],
+    schemes: Sequence[Scheme],
+    gram: Tensor,
+    abs_mean: Tensor,
+    channel: Tensor,
+    min_zero: int = 0,
+) -> ScaleSearch:
+    """The best scale of a site's producer.
+
+    weights: the site's linears [out_i, in]; gram [in, in]; abs_mean [in];
+    channel: int64 [in], the producer's channel that feeds each input column (several columns share one when an
+    attention value head serves several query heads).
+    """
+    counts = torch.bincount(channel).float()
+
+    def per_channel(x: Tensor) -> Tensor:
+        return torch.zeros_like(counts).index_add_(0, channel, x.float()) / counts
+
+    candidates = candidate_scales(per_channel(abs_mean), per_channel(relative_magnitude(weights, schemes)))
+    errors = {name: site_error(weights, schemes, gram, s[channel], min_zero) for name, s in candidates.items()}
+    best = min(errors, key=errors.__getitem__)
+    return ScaleSearch(candidates[best], best, errors[best], errors["1"])

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods: how the integers of one site are chosen. Each is a pure function of its weights and statistics.
+
+rtn   nearest codes on a grid that just spans each group; needs no calibration
+gptq  grid by weighted search, then error-compensating rounding
+awq   the same after scaling the input channels, where an earlier op can absorb the scale
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.quantize import awq, gptq, rtn
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.stats import SiteStats, output_error, rescaled
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the methods that change the result.
+
+    act_order: GPTQ takes columns in order of falling diag(H), on grids fixed beforehand (no g_idx in the file)
+    damp: added to diag(H), as a share of its mean
+    rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
+    """
+
+    act_order: bool = True
+    damp: float = 0.01
+    rounding: str = "gptq"
+
+
+@dataclass(frozen=True)
+class SiteInput:
+    """A site as a method sees it.
+
+    weights: name -> [out, in], all reading the same inputs; schemes: name -> Scheme, or None to stay in 16 bit
+    channel: int64 [in], the producer's channel behind each column, or None when no op can absorb a scale
+    min_zero: the smallest zero point that the format stores safely
+    """
+
+    weights: Mapping[str, Tensor]
+    schemes: Mapping[str, Scheme | None]
+    stats: SiteStats | None
+    channel: Tensor | None
+    min_zero: int = 0
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """quantized: name -> QuantizedTensor; scale: per producer channel, to divide it by, or None when nothing is folded;
+    records: name -> what happened, for the report.
+    """
+
+    quantized: dict[str, QuantizedTensor]
+    scale: Tensor | None = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+Method = Callable[[SiteInput, Options], SiteResult]
+
+
+def round_to_nearest(site: SiteInput, options: Options) -> SiteResult:
+    """Every group's grid spans its weights, every weight goes to the nearest code."""
+    quantized, records = {}, {}
+    for name, scheme in site.schemes.items():
+        if scheme is not None:
+            weight = site.weights[name]
+            quantized[name] = rtn.quantize(weight, scheme, search=False, min_zero=site.min_zero)
+            difference = dequantize(quantized[name]) - weight.float()
+            records[name] = {"loss": _share(difference.square().sum(), weight.float().square().sum())}
+    return SiteResult(quantized, None, records)
+
+
+def compensate(site: SiteInput, options: Options) -> SiteResult:
+    """GPTQ: see `gptq`."""
+    assert site.stats is not None
+    return _round(site.weights, site, site.stats.gram, options)
+
+
+def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
+    """AWQ: see `awq`; then rounding as for GPTQ, or to nearest."""
+    assert site.stats is not None
+    names = [name for name, scheme in site.schemes.items() if scheme is not None]
+    if site.channel is None or not names:
+        return _round(site.weights, site, site.stats.gram, options)
+    weights = [site.weights[name] for name in names]
+    schemes = [scheme for scheme in site.schemes.values() if scheme is not None]
+    search = awq.search_scale(weights, schemes, site.stats.gram, site.stats.abs_mean, site.channel, site.min_zero)
+    columns = search.scale[site.channel]
+    scaled = {name: weight.float() * columns for name, weight in site.weights.items()}
+    result = _round(scaled, site, rescaled(site.stats.gram, columns), options)
+    for record in result.records.values():
+        record["scale"] = search.kind
+        record["scale_gain"] = 1 - search.error / search.unscaled_error if search.unscaled_error > 0 else 0.0
+    return SiteResult(result.quantized, search.scale, result.records)
+
+
+METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq": scale_and_round}
+
+
+def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options: Options) -> SiteResult:
+    energy = gram.diagonal()
+    factor = (
+        gptq.factorize(gram, damp=options.damp, act_order=options.act_order) if options.rounding == "gptq" else None
+    )
+    quantized, records = {}, {}
+    for name, scheme in site.schemes.items():
+        if scheme is None:
+            continue
+        weight = weights[name].float()
+        if factor is None:
+            quantized[name] = rtn.quantize(weight, scheme, energy=energy, min_zero=site.min_zero)
+        else:
+            quantized[name] = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=site.min_zero)
+        error = output_error(dequantize(quantized[name]) - weight, gram).sum()
+        records[name] = {"loss": _share(error, output_error(weight, gram).sum())}
+        if factor is not None and factor.damp != options.damp:
+            records[name]["damp_raised_to"] = factor.damp
+    return SiteResult(quantized, None, records)
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part) / float(whole) if float(whole) > 0 else 0.0

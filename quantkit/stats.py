@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration leaves behind for a site: enough to judge any rounding without running the layer again.
+
+For inputs X [tokens, in_features] and a rounding Q of W, the squared error of the output is
+
+    ||X W^T - X Q^T||^2 = tr((W - Q) H (W - Q)^T)        with the Gram matrix H = X^T X
+
+so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import NumericsError
+
+
+@dataclass
+class SiteStats:
+    """The inputs of a site, summed up.
+
+    gram:     float32 [in_features, in_features], sum of x^T x
+    abs_sum:  float32 [in_features], sum of |x|
+    abs_max:  float32 [], the largest |x|
+    tokens:   how many rows were added
+    """
+
+    gram: Tensor
+    abs_sum: Tensor
+    abs_max: Tensor
+    tokens: int = 0
+
+    @property
+    def abs_mean(self) -> Tensor:
+        return self.abs_sum / max(self.tokens, 1)
+
+
+def empty_stats(in_features: int, device: torch.device) -> SiteStats:
+    return SiteStats(
+        torch.zeros(in_features, in_features, device=device),
+        torch.zeros(in_features, device=device),
+        torch.zeros((), device=device),
+    )
+
+
+def add_inputs(stats: SiteStats, inputs: Tensor) -> None:
+    """Add inputs [..., in_features] to the sums, in place, accumulating in float32."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    magnitude = x.abs()
+    stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
+    stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
+    x = x.float()
+    stats.gram.addmm_(x.T, x)
+    stats.tokens += x.shape[0]
+
+
+def require_finite_stats(stats: SiteStats, name: str) -> None:
+    """Stop before a broken activation spreads.
+
+    Raises:
+        NumericsError: naming the site whose inputs are not finite, or overflowed in the Gram matrix.
+    """
+    if not bool(torch.isfinite(stats.abs_max)):
+        raise NumericsError(
+            f"{name}: its calibration inputs are not finite (NaN or infinity); check the model's weights"
+        )
+    if not bool(torch.isfinite(stats.gram.diagonal()).all()):
+        raise NumericsError(
+            f"{name}: its Gram matrix overflowed float32 (largest input {stats.abs_max.item():.3g}); check the model's weights"
+        )
+
+
+def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
+    """The Gram matrix of x / scale: D^-1 H D^-1 with D = diag(scale [in_features])."""
+    inverse = scale.float().reciprocal()
+    return gram * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """tr(D H D^T) per output row, float32 [out], for D = W - Q [out, in]: the squared error of the output."""
+    d = difference.float()
+    return ((d @ gram) * d).sum(1)
