@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda[:N]".
+    """The device that "auto", "cpu" or "cuda[:N]" names.
 
     Raises:
         InputError: not such a name, or no such device.

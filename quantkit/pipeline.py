@@ -11,7 +11,7 @@ from the disk and only runs them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,8 +80,10 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and weights while running: 16-bit products are slow on CPUs."""
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        """Of hidden states and weights while running: as stored, but 16-bit products are slow on CPUs."""
+        if self.device.type == "cpu":
+            return torch.float32
+        return self.model.checkpoint.entries[f"{self.plan.linears[0].name}.weight"].dtype
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: everything that the bytes of the shards depend on."""
@@ -111,10 +113,10 @@ class Outcome:
 
 @dataclass
 class LayerResult:
-    """A quantized layer: names local to it; `kept` holds everything that stays in 16 bit."""
+    """A quantized layer: names local to it; `changed` holds what a fold has changed and is not quantized, in float32."""
 
     quantized: dict[str, QuantizedTensor]
-    kept: dict[str, Tensor]
+    changed: dict[str, Tensor]
     records: list[dict[str, Any]]
 
 
@@ -142,9 +144,9 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     move_buffers(model.model, job.device)
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
-    original = job.evaluation and _open(job, job.evaluation, "original")
-    quantized = job.evaluation and _open(job, job.evaluation, "quantized")
-    calibration = job.calibration and _open(job, job.calibration, "calibration")
+    original = _open(job, job.evaluation, "original")
+    quantized = _open(job, job.evaluation, "quantized")
+    calibration = _open(job, job.calibration, "calibration")
     tokens = sum(
         stream.states.shape[0] * stream.states.shape[1] for stream in (original, quantized, calibration) if stream
     )
@@ -160,19 +162,21 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     for index in range(len(model.layers)):
         progress.layer(index)
         progress.stage("read")
-        assign(model.layers[index], _loaded(job, read_layer(model, index)))
+        source = read_layer(model, index)
+        assign(model.layers[index], _loaded(job, source))
         if original:
             progress.stage("run the original")
             _advance(model, index, original)
         shard = shards[f"layer.{index}"]
         reused = shard.unit in journal.finished
         if not reused:
-            results = _quantize_layer(job, index, sites, calibration, progress)
+            result = _quantize_layer(job, index, sites, calibration, progress)
             progress.stage("write")
-            journal.append(_write_layer(job, index, shard, results))
+            journal.append(_write_layer(job, index, shard, result, source))
         assign(model.layers[index], _loaded(job, _unpack_layer(job, index, shard)))
         progress.stage("run the quantized")
-        for stream in (quantized, calibration if index + 1 < len(model.layers) else None):
+        unfinished = any(f"layer.{later}" not in journal.finished for later in range(index + 1, len(model.layers)))
+        for stream in (quantized, calibration if unfinished else None):
             if stream:
                 _advance(model, index, stream)
         drop(model.layers[index])
@@ -188,9 +192,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         progress.ending("compare the logits")
         measured = _compare(job, original, quantized, shards) | {"layer_errors": layer_errors}
     fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in model.ignored]
-    for stream in (calibration, original):
-        if stream and stream.place == "file":
-            fallbacks.append("hidden states did not fit in memory and were mapped from a file")
+    if any(stream and stream.place == "file" for stream in (calibration, original)):
+        fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     return Outcome(tuple(journal.finished.values()), measured, tuple(fallbacks))
 
 
@@ -238,9 +241,11 @@ def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
         journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
 
 
-def _write_layer(job: Job, index: int, shard: ShardPlan, result: LayerResult) -> Unit:
+def _write_layer(job: Job, index: int, shard: ShardPlan, result: LayerResult, source: Mapping[str, Tensor]) -> Unit:
     prefix = job.model.layer_name(index)
-    tensors = {f"{prefix}.{name}": to_stored(f"{prefix}.{name}", tensor) for name, tensor in result.kept.items()}
+    packed_weights = {f"{name}.weight" for name in result.quantized}
+    kept = {name: result.changed.get(name, tensor) for name, tensor in source.items() if name not in packed_weights}
+    tensors = {f"{prefix}.{name}": to_stored(f"{prefix}.{name}", tensor) for name, tensor in kept.items()}
     for name, quantized in result.quantized.items():
         packed = job.plan.format.pack(quantized)
         tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in packed.items()}
@@ -268,7 +273,9 @@ def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- streams
 
 
-def _open(job: Job, tokens: TokenSet, name: str) -> Stream:
+def _open(job: Job, tokens: TokenSet | None, name: str) -> Stream | None:
+    if tokens is None:
+        return None
     shape = (tokens.samples, tokens.seqlen, job.model.config.hidden_size)
     spill = job.out / f".{name}-states.tmp"
     return open_stream(shape, job.dtype, job.device, spill, job.place)
@@ -344,15 +351,11 @@ def _quantize_layer(
             outcome = METHODS[job.method](_site_input(job, layer, linears, site, stats, channel), job.options)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
-        if outcome.scale is not None and site.producer is not None and channel is not None:
-            _fold(layer, site, outcome.scale, channel, result.quantized)
-        for local in site.linears:
-            if local in outcome.quantized:
-                _set_weight(layer, local, dequantize(outcome.quantized[local]))
+        if outcome.scale is not None and channel is not None:
+            _fold(layer, site, outcome.scale, channel.to(job.device), result)
         result.quantized |= outcome.quantized
+        _assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
         result.records += _records(job, outcome, linears)
-    packed = {f"{name}.weight" for name in result.quantized}
-    result.kept = {name: tensor for name, tensor in layer.state_dict().items() if name not in packed}
     return result
 
 
@@ -366,8 +369,9 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _set_weight(layer: nn.Module, name: str, weight: Tensor) -> None:
-    assign(layer, {f"{name}.weight": weight.to(_weight(layer, name).dtype)})
+def _assign_float(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    dtype = next(iter(layer.parameters())).dtype
+    assign(layer, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def _site_input(
@@ -398,30 +402,31 @@ def _collect(job: Job, index: int, site: Site, calibration: Stream) -> SiteStats
     return stats
 
 
-def _fold(layer: nn.Module, site: Site, scale: Tensor, channel: Tensor, quantized: dict[str, QuantizedTensor]) -> None:
+def _fold(layer: nn.Module, site: Site, scale: Tensor, channel: Tensor, result: LayerResult) -> None:
     """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
 
     A producer that is quantized already keeps its codes: its rows' scales are divided.
     """
-    assert site.producer is not None
-    producer = layer.get_submodule(site.producer)
-    weight = producer.weight
-    assert isinstance(weight, Tensor)
-    changed: dict[str, Tensor] = {}
-    done = quantized.get(site.producer)
+    producer = site.producer
+    assert producer is not None
+    parameters = dict(layer.named_parameters())
+
+    def exact(name: str) -> Tensor:
+        return result.changed.get(name, parameters[name].float())
+
+    changed = {f"{name}.weight": exact(f"{name}.weight") * scale[channel] for name in site.linears}
+    if f"{producer}.bias" in parameters:
+        changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
+    done = result.quantized.get(producer)
     if done is None:
-        divided = weight.float() / (scale if weight.dim() == 1 else scale.unsqueeze(1))
-        changed[f"{site.producer}.weight"] = divided.to(weight.dtype)
+        weight = exact(f"{producer}.weight")
+        changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
     else:
         scales = to_float16(done.scales.float() / scale.unsqueeze(1))
-        quantized[site.producer] = QuantizedTensor(done.codes, scales, done.zeros, done.scheme, done.g_idx)
-        changed[f"{site.producer}.weight"] = dequantize(quantized[site.producer]).to(weight.dtype)
-    bias = getattr(producer, "bias", None)
-    if isinstance(bias, Tensor):
-        changed[f"{site.producer}.bias"] = (bias.float() / scale).to(bias.dtype)
-    for name in site.linears:
-        changed[f"{name}.weight"] = (_weight(layer, name).float() * scale[channel]).to(weight.dtype)
-    assign(layer, changed)
+        result.quantized[producer] = replace(done, scales=scales)
+        _assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
+    result.changed |= changed
+    _assign_float(layer, changed)
 
 
 def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:

@@ -30,7 +30,10 @@ class Display:
         self.computed: list[float] = []  # seconds of the layers that were not taken from the disk
         self.begun = self.layer_begun = time.monotonic()
         self.bar = Progress(
-            TextColumn("[bold]layer {task.completed} of {task.total}"), BarColumn(), TimeElapsedColumn(), console=console
+            TextColumn("[bold]layer {task.completed} of {task.total}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
         self.task: TaskID | None = None
 

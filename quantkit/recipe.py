@@ -69,6 +69,16 @@ class Rule(SchemeSpec):
         )
 
 
+class CalibrationSpec(BaseModel):
+    """Which text, and how much of it, when the command line does not say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    source: str | None = None
+    samples: int | None = Field(default=None, ge=1)
+    seqlen: int | None = Field(default=None, ge=2)
+
+
 class Recipe(BaseModel):
     """A validated recipe file."""
 
@@ -79,6 +89,7 @@ class Recipe(BaseModel):
     license: str | None = None
     default: SchemeSpec = Field(default_factory=SchemeSpec)
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -24,3 +24,8 @@ def _folder(name: str) -> Path:
         if place.is_dir():
             return place
     raise InputError(f"{name}: expected a folder {places[0]} or {places[1]}, found neither; install quantkit again")
+
+
+def demo_dir() -> Path:
+    """The folder of the model that ships with the package."""
+    return _PACKAGE / "demo"

@@ -38,9 +38,13 @@ RUN_FILES = (  # what a run leaves beside its journal, and a fresh start removes
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
     "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "LICENSE*",
+    "NOTICE*",
 )
 
 

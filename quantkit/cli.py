@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a problem the user can fix, 2 wrong usage, 3 a verdict
+of FAIL, 130 interrupted.
+
+Heavy imports wait until a command runs, so that `--help` answers at once.
+"""
+
+import errno
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PROBLEM, FAIL, INTERRUPTED = 1, 3, 130
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FormatName(StrEnum):
+    awq = "awq"
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+
+
+class Bits(StrEnum):
+    two, three, four, eight = "2", "3", "4", "8"
+
+
+class Kv(StrEnum):
+    fp16, fp8 = "fp16", "fp8"
+
+
+class Quality(StrEnum):
+    fast = "fast"
+
+
+class States(StrEnum):
+    auto, device, ram, file = "auto", "device", "ram", "file"
+
+
+class Rounding(StrEnum):
+    gptq, nearest = "gptq", "nearest"
+
+
+Model = Annotated[str, typer.Argument(help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name).")]
+WBit = Annotated[Bits | None, typer.Option("--w-bit", help="Bits of a weight.  [default: 4]")]
+Group = Annotated[
+    int | None, typer.Option("--group", help="Columns that share a scale; -1: whole rows.  [default: 128]")
+]
+Sym = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Fixed zero point or one per group.  [default: by method]")
+]
+FormatOption = Annotated[
+    FormatName | None, typer.Option("--format", help="How it is stored.  [default: by method and bits]")
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe file: bits and groups by layer and kind.")
+]
+QualityOption = Annotated[
+    Quality, typer.Option("--quality", help="fast: the best that Gram matrices give, no gradients.")
+]
+Calib = Annotated[str | None, typer.Option("--calib", help="Calibration SOURCE.  [default: mix]")]
+Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.  [default: 128]")]
+Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens of a window.  [default: 2048]")]
+Seed = Annotated[int, typer.Option("--seed", help="Order of the calibration documents.")]
+Eval = Annotated[str | None, typer.Option("--eval", help="Evaluation SOURCE.  [default: eval, bundled]")]
+EvalSamples = Annotated[int | None, typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: all]")]
+Budget = Annotated[
+    str, typer.Option("--budget", help="Memory of the card that weights, KV cache and workspace may take.")
+]
+Context = Annotated[str, typer.Option("--context", help="Tokens of context that must fit: 8192 or 8k.")]
+KvOption = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/...]")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the comparison with FP16.")]
+MaxPpl = Annotated[str, typer.Option("--max-ppl-increase", help="The verdict's limit on perplexity.")]
+MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's limit on the KL divergence, in nats.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
+ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round columns with much energy first.")]
+HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
+RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
+
+
+METHODS = {
+    "awq": "Scale the channels that matter, then round with error compensation.",
+    "gptq": "Round column by column, letting later columns make up for the error of earlier ones.",
+    "rtn": "Round every weight to the nearest code, without calibration.",
+}
+
+
+def _add_method(method: str, help: str) -> None:
+    @app.command(method, help=help)
+    def command(
+        model: Model,
+        w_bit: WBit = None,
+        group: Group = None,
+        sym: Sym = None,
+        format: FormatOption = None,
+        recipe: RecipeOption = None,
+        quality: QualityOption = Quality.fast,
+        calib: Calib = None,
+        samples: Samples = None,
+        seqlen: Seqlen = None,
+        seed: Seed = 0,
+        eval: Eval = None,
+        eval_samples: EvalSamples = None,
+        budget: Budget = "22GiB",
+        context: Context = "8k",
+        kv: KvOption = Kv.fp16,
+        device: Device = "auto",
+        out: Out = None,
+        fresh: Fresh = False,
+        offline: Offline = False,
+        no_verify: NoVerify = False,
+        max_ppl_increase: MaxPpl = "5%",
+        max_kl: MaxKl = None,
+        states: HiddenStates = States.auto,
+        act_order: ActOrder = True,
+        damp: Damp = 0.01,
+        rounding: RoundingOption = Rounding.gptq,
+        json: Json = False,
+    ) -> None:
+        _quantize(method, locals())
+
+
+for _name, _help in METHODS.items():
+    _add_method(_name, _help)
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """The recipes that ship, and what of each is in the local cache."""
+    with _told():
+        from quantkit.library import catalogue, catalogue_table
+
+        rows = catalogue()
+        _print_json(rows) if json else _console().print(catalogue_table(rows))
+
+
+@app.command()
+def inspect(out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")], json: Json = False) -> None:
+    """What is inside: bits, group, method and error per layer; totals; provenance."""
+    with _told():
+        from quantkit.inspection import inspect_table, read_result
+
+        result = read_result(out)
+        _print_json(result) if json else _console().print(inspect_table(result))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize, verify and publish large language models on one card."""
+
+
+def main() -> None:
+    """The `quantkit` console script."""
+    app(prog_name="quantkit")
+
+
+def _quantize(method: str, said: dict[str, Any]) -> None:
+    with _told():
+        from quantkit.machine import choose_device
+        from quantkit.quantize.methods import Options
+        from quantkit.runs import Request, quantize
+        from quantkit.summary import summary
+        from quantkit.units import parse_bytes, parse_tokens
+        from quantkit.verify import Limits, parse_percent
+
+        quiet_libraries()
+        request = Request(
+            method=method,
+            model=said["model"],
+            command=_command(),
+            bits=int(said["w_bit"]) if said["w_bit"] else None,
+            group_size=said["group"],
+            symmetric=said["sym"],
+            format=said["format"].value if said["format"] else None,
+            recipe=said["recipe"],
+            calib=said["calib"],
+            samples=said["samples"],
+            seqlen=said["seqlen"],
+            seed=said["seed"],
+            evaluation=said["eval"],
+            eval_samples=said["eval_samples"],
+            budget=parse_bytes(said["budget"], "--budget"),
+            context=parse_tokens(said["context"], "--context"),
+            kv=said["kv"].value,
+            device=choose_device(said["device"]),
+            options=Options(said["act_order"], said["damp"], said["rounding"].value),
+            limits=Limits(parse_percent(said["max_ppl_increase"]), said["max_kl"]),
+            out=said["out"],
+            fresh=said["fresh"],
+            offline=said["offline"],
+            verify=not said["no_verify"],
+            place=None if said["states"] is States.auto else said["states"].value,
+        )
+        result, out = quantize(request, _console())
+        _console().print(summary(result, out), highlight=False)
+        if said["json"]:
+            _print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)
+
+
+def quiet_libraries() -> None:
+    """Keep stderr for our own lines: progress bars and advice of the libraries are for other programs."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _command(*, without: tuple[str, ...] = ()) -> str:
+    return shlex.join(["quantkit", *(word for word in sys.argv[1:] if word not in without)])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except QuantkitError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; finished layers are kept. To continue: {_command(without=('--fresh',))}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        _fail(
+            f"{error.filename or 'disk'}: full; finished layers are kept. To continue: {_command(without=('--fresh',))}"
+        )
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
+    raise typer.Exit(PROBLEM) from None

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command from request to finished folder: resolve, plan, load tokens, run the loop, write what is beside shards."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from quantkit import __version__, calibration
+from quantkit.calibration import TokenSet
+from quantkit.card import render_card
+from quantkit.checkpoint.source import resolve
+from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
+from quantkit.errors import InputError
+from quantkit.fit import fit
+from quantkit.formats import FORMATS, Format
+from quantkit.library import model_of
+from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.pipeline import Job, Outcome, run
+from quantkit.plan import Plan, make_plan
+from quantkit.progress import display
+from quantkit.quantize.methods import Options
+from quantkit.recipe import Recipe, read_recipe, resolver, shipped
+from quantkit.report import render_report
+from quantkit.scheme import Scheme
+from quantkit.units import format_bytes
+from quantkit.verify import Limits, verdict
+
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048
+DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
+SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
+COPIED = (  # beside the weights; byte for byte
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. None means: not said, so the recipe or the default decides."""
+
+    method: str
+    model: str
+    command: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    format: str | None = None
+    recipe: Path | None = None
+    calib: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    evaluation: str | None = None
+    eval_samples: int | None = None
+    budget: int = 22 * 2**30
+    context: int = 8192
+    kv: str = "fp16"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    options: Options = field(default_factory=Options)
+    limits: Limits = field(default_factory=Limits)
+    out: Path | None = None
+    fresh: bool = False
+    offline: bool = False
+    verify: bool = True
+    place: str | None = None
+
+
+def find_model(name: str, *, offline: bool) -> Path:
+    """The directory of a recipe name, folder, or hub id; see `checkpoint.source.resolve`."""
+    return resolve(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's name of a model given as a recipe or a hub id; None for folders and the bundled demo."""
+    target = model_of(name) if name in shipped() else name
+    return target if target.count("/") == 1 and not Path(target).exists() else None
+
+
+def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
+    """Run a request to the end and return the result document (quantkit.json) and the folder it is in.
+
+    Raises:
+        QuantkitError: anything the user can fix, before hours are spent where that can be known before.
+    """
+    began = time.monotonic()
+    recipe = _recipe(request)
+    scheme = _default_scheme(request, recipe)
+    fmt = _format(request, scheme, recipe)
+    directory = find_model(request.model, offline=request.offline)
+    model = open_model(directory)
+    plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
+    calibrated, evaluated = _tokens(request, recipe, model, directory)
+    out = request.out or default_out(request, scheme, fmt)
+    job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
+    _announce(console, request, plan, job)
+    with display(console, request.device) as progress:
+        outcome = run(job, progress, fresh=request.fresh)
+    return _finish(request, job, outcome, scheme, directory, time.monotonic() - began), out
+
+
+def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
+    """outputs/<model>-<method>-w<bits>-g<group>[-<format>]."""
+    usual = fmt.name == DEFAULT_FORMATS[request.method]
+    name = Path(request.model).expanduser().resolve().name if Path(request.model).exists() else request.model
+    label = name.rpartition("/")[2]
+    tail = "" if usual else f"-{fmt.name}"
+    return Path("outputs") / f"{label}-{request.method}-w{scheme.bits}-g{scheme.group_size}{tail}"
+
+
+def _recipe(request: Request) -> Recipe:
+    if request.recipe is not None:
+        return read_recipe(request.recipe)
+    return shipped().get(request.model, Recipe())
+
+
+def _default_scheme(request: Request, recipe: Recipe) -> Scheme:
+    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128."""
+    default = recipe.default
+    bits = next(b for b in (request.bits, default.bits, 4) if b is not None)
+    group_size = next(g for g in (request.group_size, default.group_size, 128) if g is not None)
+    symmetric = next(s for s in (request.symmetric, default.symmetric, SYMMETRIC[request.method]) if s is not None)
+    return Scheme(bits, group_size, symmetric)
+
+
+def _format(request: Request, scheme: Scheme, recipe: Recipe) -> Format:
+    """The format that was asked for, or the usual one of the method, or the nearest that can hold the scheme."""
+    if request.format is not None:
+        if request.format not in FORMATS:
+            raise InputError(f"--format: expected {', '.join(FORMATS)}, got {request.format!r}")
+        return FORMATS[request.format]
+    usual = DEFAULT_FORMATS[request.method]
+    if recipe.rules or (usual == "awq" and scheme.bits != 4):
+        return FORMATS["compressed-tensors"]
+    return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
+
+
+def _config_options(request: Request) -> dict[str, Any]:
+    options = request.options
+    return {"damp_percent": options.damp, "desc_act": False, "static_groups": options.act_order}
+
+
+def _tokens(
+    request: Request, recipe: Recipe, model: StreamedModel, directory: Path
+) -> tuple[TokenSet | None, TokenSet | None]:
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    said = recipe.calibration
+    seqlen = request.seqlen or said.seqlen or min(DEFAULT_SEQLEN, limit)
+    if seqlen > limit:
+        raise InputError(f"--seqlen {seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    samples = request.samples or said.samples or DEFAULT_SAMPLES
+    vocabulary = model.config.vocab_size
+    tokenizer = _tokenizer(directory)
+    calibrated = evaluated = None
+    if request.method != "rtn":
+        calibrated = calibration.load(
+            request.calib or said.source or "mix",
+            tokenizer,
+            samples=samples,
+            seqlen=seqlen,
+            seed=request.seed,
+            vocab_size=vocabulary,
+            offline=request.offline,
+        )
+    if request.verify:
+        evaluated = calibration.load_eval(
+            request.evaluation or "eval",
+            tokenizer,
+            seqlen=seqlen,
+            samples=request.eval_samples,
+            vocab_size=vocabulary,
+            offline=request.offline,
+        )
+    return calibrated, evaluated
+
+
+def _tokenizer(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
+    def load() -> PreTrainedTokenizerBase:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise InputError(
+                f"{directory}: no tokenizer that transformers can load ({reason}); "
+                "give --calib and --eval as .safetensors files of token ids"
+            ) from error
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        return tokenizer
+
+    return load
+
+
+def _announce(console: Console, request: Request, plan: Plan, job: Job) -> None:
+    schemes: dict[str, int] = {}
+    for linear in plan.linears:
+        label = str(linear.scheme) if linear.scheme else "16 bit"
+        schemes[label] = schemes.get(label, 0) + 1
+    shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
+    console.print(
+        f"[bold]{request.method}[/] {request.model} -> {job.out}  ({plan.format.name}; {shown})", highlight=False
+    )
+    console.print(
+        f"output {format_bytes(plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight", highlight=False
+    )
+    for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
+        if tokens is not None:
+            console.print(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", highlight=False)
+
+
+def _finish(
+    request: Request, job: Job, outcome: Outcome, scheme: Scheme, directory: Path, seconds: float
+) -> dict[str, Any]:
+    """Write what engines and people read beside the shards. quantkit.json comes last: it says that all is there."""
+    out, plan = job.out, job.plan
+    files = {unit.file: unit.sha256 for unit in outcome.units}
+    weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
+    files["model.safetensors.index.json"] = write_index(out, weight_map, plan.tensor_bytes)
+    files["config.json"] = write_json(out / "config.json", quantized_config(directory, plan.quantization_config))
+    for name, content in plan.format.extra_files(plan.quantization_config).items():
+        files[name] = write_json(out / name, content)
+    for path in sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}):
+        files[path.name] = copy_file(path, out / path.name)
+    result = _document(request, job, outcome, scheme, directory, seconds)
+    result["files"] = [
+        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
+    ]
+    write_text(out / "report.html", render_report(result))
+    write_text(out / "README.md", render_card(result))
+    write_json(out / "quantkit.json", result)
+    return result
+
+
+def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json with the quantization added, and float16 as the dtype that the file now has."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("dtype", None)
+    return config | {"torch_dtype": "float16", "quantization_config": dict(quantization_config)}
+
+
+def _document(
+    request: Request, job: Job, outcome: Outcome, scheme: Scheme, directory: Path, seconds: float
+) -> dict[str, Any]:
+    plan = job.plan
+    memory = fit(job.model, plan, budget=request.budget, context=request.context, kv=request.kv)
+    return {
+        "quantkit_version": __version__,
+        "command": request.command,
+        "model": request.model,
+        "base_model": {"id": hub_id(request.model), "license": _license(request, directory)},
+        "method": request.method,
+        "format": plan.format.name,
+        "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
+        "options": vars(request.options) | {"seed": request.seed},
+        "calibration": _tokens_record(job.calibration),
+        "layers": [record for unit in outcome.units for record in unit.record["linears"]],
+        "bits_per_weight": plan.bits_per_weight,
+        "total_bytes": plan.file_bytes,
+        "tensor_bytes": plan.tensor_bytes,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(job.device),
+        "device": str(job.device),
+        "versions": versions(),
+        "fallbacks": [*outcome.fallbacks, *_notes(job)],
+        "verification": _verification(request, job, outcome, memory),
+    }
+
+
+def _verification(request: Request, job: Job, outcome: Outcome, memory: dict[str, Any]) -> dict[str, Any] | None:
+    if outcome.measured is None:
+        return None
+    limits = {"max_ppl_increase": request.limits.max_ppl_increase, "max_kl": request.limits.max_kl}
+    judged = verdict(outcome.measured, request.limits, memory)
+    return outcome.measured | {"eval": _tokens_record(job.evaluation), "limits": limits, "fit": memory} | judged
+
+
+def _tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {
+        "source": tokens.source,
+        "sha256": tokens.sha256,
+        "samples": tokens.samples,
+        "seqlen": tokens.seqlen,
+        "protocol": tokens.protocol,
+        "notes": list(tokens.notes),
+    }
+
+
+def _notes(job: Job) -> list[str]:
+    return [f"{t.source}: {note}" for t in (job.calibration, job.evaluation) if t is not None for note in t.notes]
+
+
+def _license(request: Request, directory: Path) -> str | None:
+    """From the recipe, or from the front matter of the model's own card."""
+    known = shipped().get(request.model)
+    if known and known.license:
+        return known.license
+    card = directory / "README.md"
+    if not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+    return found[0] or None if found else None
