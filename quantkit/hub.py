@@ -388,7 +388,7 @@ class _Hub:
     def _why(self, error: BaseException) -> str:
         status, owner = _status(error), self.repo_id.partition("/")[0]
         again = "run the same command again: what is up is not sent again"
-        if status == 401 or isinstance(error, PermissionError):
+        if status == 401 or type(_deepest(error)).__name__ == "XetAuthenticationError":
             return "the token was not accepted (HTTP 401); run `hf auth login`, or set HF_TOKEN to one that may write"
         if status == 403:
             return f"not allowed (HTTP 403); use a token with the right to write to {owner}, and be a member of it"
@@ -400,7 +400,7 @@ class _Hub:
             asked = _asked_wait(error)
             return f"too many requests (HTTP 429); wait{f' {asked:.0f} seconds' if asked else ' a while'}, then {again}"
         if status is not None and status >= 500:
-            return f"the hub failed (HTTP {status}); {again}, later"
+            return f"the hub failed (HTTP {status}); wait a while, then {again}"
         if status is not None:
             said = _line(getattr(error, "server_message", None) or "", self.token)
             return f"refused (HTTP {status}){f': {said}' if said else ''}; see {self.api.endpoint}/{self.repo_id}"
@@ -493,7 +493,10 @@ def _difference(upload: Upload, remote: RepoFile | None) -> str | None:
         return (
             None if remote.lfs.sha256 == upload.sha256 else f"expected sha256 {upload.sha256}, got {remote.lfs.sha256}"
         )
-    content = upload.content if upload.content is not None else upload.path.read_bytes()
+    try:
+        content = upload.content if upload.content is not None else upload.path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{upload.path}: cannot be read: {error.strerror}; repair the folder") from error
     if hashlib.sha256(content).hexdigest() != upload.sha256:
         raise OutputError(f"{upload.path}: changed while it was being pushed; run the same command again")
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -510,7 +513,7 @@ def _wait(error: BaseException, tried: int) -> float | None:
         return None
     status = _status(error)
     if status in BUSY if status is not None else _is_dropped(error):
-        return max(asked, min(FIRST_WAIT * 2 ** (tried - 1), LONGEST_WAIT))
+        return max(asked, min(FIRST_WAIT * 2.0 ** (tried - 1), LONGEST_WAIT))
     return None
 
 
@@ -522,7 +525,8 @@ def _asked_wait(error: BaseException) -> float | None:
     if asked.isdigit():
         return float(asked)
     try:
-        return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+        left: float = (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()
+        return max(0.0, left)
     except (TypeError, ValueError):  # no date either
         limit = re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))
         return float(limit[1]) if limit and _status(error) == 429 else None
