@@ -108,6 +108,6 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -
         scales, zeros = quantized.scales.float()[:, group], quantized.zeros.float()[:, group]
         return ((quantized.codes.float() - zeros) * scales).to(dtype)
     columns = quantized.in_features // quantized.scales.shape[1]
-    codes = quantized.codes.float().unflatten(1, (-1, columns))
+    codes: Tensor = quantized.codes.float().unflatten(1, (-1, columns))
     weight = (codes - quantized.zeros.float().unsqueeze(2)) * quantized.scales.float().unsqueeze(2)
     return weight.flatten(1).to(dtype)

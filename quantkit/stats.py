@@ -66,8 +66,9 @@ def require_finite_stats(stats: SiteStats, name: str) -> None:
             f"{name}: its calibration inputs are not finite (NaN or infinity); check the model's weights"
         )
     if not bool(torch.isfinite(stats.gram.diagonal()).all()):
+        largest = stats.abs_max.item()
         raise NumericsError(
-            f"{name}: its Gram matrix overflowed float32 (largest input {stats.abs_max.item():.3g}); check the model's weights"
+            f"{name}: its Gram matrix overflowed float32 (largest input {largest:.3g}); check the model's weights"
         )
 
 

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json, read once and refused at the door if the model is of a kind that cannot be quantized here."""
 
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.errors import ModelError
+
+TOWERS = ("vision_config", "audio_config")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -14,42 +21,81 @@ def load_config(directory: Path) -> PretrainedConfig:
 
     Raises:
         ModelError: no config.json, no or unknown model_type, a mixture of experts, an encoder-decoder, a model with a
-            vision or audio tower, or one that is quantized already.
+            vision or audio tower, one that is quantized already, or sizes that cannot be.
     """
     path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{directory}: no config.json; expected a Hugging Face model directory")
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(str(directory))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0][:120]})") from error
+    raw = _read(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ModelError(f"{path}: no model_type; expected the architecture's name, for example qwen2")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
-        raise ModelError(f"{directory}: already quantized ({method}); expected the 16-bit model it was made from")
-    if raw.get("is_encoder_decoder"):
-        raise ModelError(f"{directory}: {kind} is an encoder-decoder; only decoders are supported")
-    for tower in ("vision_config", "audio_config"):
-        if raw.get(tower):
-            raise ModelError(
-                f"{directory}: {kind} has a {tower.removesuffix('_config')} tower; only text decoders are supported"
-            )
-    experts = [
-        key for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if raw.get(key)
-    ]
-    if experts:
-        raise ModelError(
-            f"{directory}: {kind} is a mixture of experts ({experts[0]}={raw[experts[0]]}); only dense decoders are supported"
-        )
+    _refuse_kinds(directory, kind, raw)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"{path}: model_type {kind!r} is not a causal language model that this transformers knows; update transformers?"
+            f"{path}: model_type {kind[:80]!r} is not a causal language model that this transformers knows; "
+            "update transformers?"
         )
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise ModelError(f"{path}: transformers does not accept it ({str(error).splitlines()[0][:200]})") from error
+        complete = config.to_dict()
+    except Exception as error:  # transformers checks values in many ways, and raises whatever comes
+        raise ModelError(f"{path}: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
+    _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
+    _check_sizes(path, config)
     return config
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error, cut to one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path.parent}: no config.json; expected a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _refuse_kinds(directory: Path, kind: str, values: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key):
+            method = values[key].get("quant_method") if isinstance(values[key], dict) else None
+            raise ModelError(
+                f"{directory}: already quantized ({method or 'an unknown method'}); "
+                "expected the 16-bit model it was made from"
+            )
+    if values.get("is_encoder_decoder"):
+        raise ModelError(f"{directory}: {kind} is an encoder-decoder; only decoders are supported")
+    for key in TOWERS:
+        if values.get(key):
+            tower = key.removesuffix("_config")
+            raise ModelError(f"{directory}: {kind} has a {tower} tower; only text decoders are supported")
+    for key, count in _items(values):
+        if key in EXPERTS and count not in (None, 0, 1, []):
+            raise ModelError(
+                f"{directory}: {kind} is a mixture of experts ({key}={count}); only dense decoders are supported"
+            )
+
+
+def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, also those one level down (some families keep them in `ffn_config` or `text_config`)."""
+    for key, value in values.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from value.items()
+
+
+def _check_sizes(path: Path, config: PretrainedConfig) -> None:
+    sizes = {key: value for key in SIZES if (value := getattr(config, key, None)) is not None}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{path}: {key}: expected a positive number, got {value!r}")
+    heads, kv_heads = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise ModelError(f"{path}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")

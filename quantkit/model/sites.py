@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sites of a model: the row of its family, or what watching one forward pass shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,22 +27,22 @@ def sites_of(model: StreamedModel) -> tuple[Site, ...]:
     Raises:
         ModelError: a layer whose linears are not those of the sites.
     """
-    sites = FAMILIES.get(model.config.model_type) or discover_sites(model)
+    kind = model.config.model_type
+    sites = FAMILIES.get(kind) or discover_sites(model)
     known = {name for site in sites for name in site.linears}
     for index, layer in enumerate(model.layers):
         found = {n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         if found != known:
-            raise ModelError(
-                f"{model.layer_name(index)}: linears {sorted(found ^ known)} do not fit the sites of {model.config.model_type}"
-            )
+            odd = ", ".join(sorted(found ^ known))
+            raise ModelError(f"{model.layer_name(index)}: linears {odd} do not fit the sites of {kind}")
     return sites
 
 
 def discover_sites(model: StreamedModel) -> tuple[Site, ...]:
-    """Find the linears of a layer that read the very same tensor, and the norms that can absorb a scale.
+    """Find the linears of a layer that read the very same tensor, and the earlier ops that can absorb a scale.
 
-    A fold is believed only when it was tried: with the norm divided and the linears multiplied by random scales, the
-    layer must compute the same function.
+    A fold is believed only when it was tried: with the outputs of the op divided and the linears multiplied by random
+    scales, the layer must compute the same function.
     """
     generator = torch.Generator().manual_seed(0)
     outside = {name: tensor.float() for name, tensor in read_outside(model).items()}
@@ -52,25 +52,37 @@ def discover_sites(model: StreamedModel) -> tuple[Site, ...]:
         layer = model.layers[0]
         assign(layer, {n: t.float() if t.is_floating_point() else t for n, t in read_layer(model, 0).items()})
         try:
-            groups, makers = _watch(model, hidden)
-            before = run_layer(model, 0, hidden)
-            return tuple(
-                Site(tuple(names), _foldable(model, hidden, before, names, makers.get(key), generator))
-                for key, names in groups.items()
-            )
+            groups, norms = _watch(model, hidden)
+            expected = run_layer(model, 0, hidden)
+            sites: list[Site] = []
+            for key, names in groups.items():
+                earlier = [name for site in reversed(sites) for name in site.linears]
+                candidates = [Site(tuple(names), producer) for producer in (*norms.get(key, ()), *earlier)]
+                good = (site for site in candidates if _preserves(model, site, hidden, expected, generator))
+                sites.append(next(good, Site(tuple(names))))
+            return tuple(sites)
         finally:
             drop(layer)
 
 
-def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[int, list[str]], dict[int, str]]:
-    groups: dict[int, list[str]] = {}
-    makers: dict[int, str] = {}
+Key = tuple[int, int, int, int]
+
+
+def _key(tensor: Tensor) -> Key:
+    """What makes two linears' inputs the very same tensor, whatever view of it they take."""
+    return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version
+
+
+def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
+    """Run layer 0: the linears by what they read, in execution order, and the norms by what they return."""
+    groups: dict[Key, list[str]] = {}
+    norms: dict[Key, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             alive.append(args[0])
-            groups.setdefault(args[0].data_ptr(), []).append(name)
+            groups.setdefault(_key(args[0]), []).append(name)
 
         return hook
 
@@ -78,7 +90,7 @@ def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[int, list[str]], 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 alive.append(output)
-                makers[output.data_ptr()] = name
+                norms.setdefault(_key(output), []).append(name)
 
         return hook
 
@@ -93,34 +105,36 @@ def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[int, list[str]], 
     finally:
         for handle in handles:
             handle.remove()
-    return groups, makers
+    return groups, norms
 
 
-def _foldable(
-    model: StreamedModel,
-    hidden: Tensor,
-    expected: Tensor,
-    linears: Sequence[str],
-    norm: str | None,
-    generator: torch.Generator,
-) -> str | None:
-    if norm is None:
-        return None
+def _preserves(model: StreamedModel, site: Site, hidden: Tensor, expected: Tensor, generator: torch.Generator) -> bool:
+    """Whether folding random scales into the site's producer leaves layer 0 the same function.
+
+    Powers of two make a true fold exact, and what the scales do to the layer without the fold is the measure.
+    """
     layer = model.layers[0]
-    producer = layer.get_submodule(norm)
-    weight = getattr(producer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return None
-    saved = {n: p.clone() for n, p in layer.named_parameters()}
-    scale = torch.exp2(torch.randint(-2, 3, weight.shape, generator=generator).float())
+    assert site.producer is not None
+    producer = layer.get_submodule(site.producer)
+    channel = fold_channels(model, 0, site)
+    if channel is None:
+        return False
+    touched = {site.producer, *site.linears}
+    saved = {n: p.clone() for n, p in layer.named_parameters() if n.rpartition(".")[0] in touched}
+    scale = torch.exp2(torch.randint(-2, 3, (int(channel.max()) + 1,), generator=generator).float())
+    for name in site.linears:
+        weight = layer.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.mul_(scale[channel])
+    unfolded = _distance(run_layer(model, 0, hidden), expected)
     divide_producer(producer, scale)
-    for name in linears:
-        linear = layer.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.mul_(scale)
-    same = torch.allclose(run_layer(model, 0, hidden), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    folded = _distance(run_layer(model, 0, hidden), expected)
     assign(layer, saved)
-    return norm if same else None
+    return folded < 1e-4 * unfolded
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())
 
 
 def divide_producer(producer: nn.Module, scale: Tensor) -> None:
@@ -137,9 +151,11 @@ def fold_channels(model: StreamedModel, index: int, site: Site) -> Tensor | None
     """For each input column of the site, the producer's channel that feeds it; None when nothing can absorb a scale."""
     if site.producer is None:
         return None
-    layer = model.layers[index]
-    linear = layer.get_submodule(site.linears[0])
+    layer, config = model.layers[index], model.config
+    linear, producer = layer.get_submodule(site.linears[0]), layer.get_submodule(site.producer)
+    if not isinstance(getattr(producer, "weight", None), Tensor):
+        return None
     assert isinstance(linear, nn.Linear)
-    heads = model.config.num_attention_heads
-    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
-    return producer_channels(linear.in_features, layer.get_submodule(site.producer), head_dim)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return producer_channels(linear.in_features, producer, head_dim)

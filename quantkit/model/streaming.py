@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
 from quantkit.errors import ModelError
-from quantkit.model.config import load_config
+from quantkit.model.config import load_config, one_line
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,8 +110,8 @@ def build(config: PretrainedConfig) -> Architecture:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
             except ValueError:  # no sdpa for this architecture
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelError(f"config.json: no model can be built from it ({_first_line(error)})") from error
+    except Exception as error:  # a constructor raises whatever its arithmetic comes to
+        raise ModelError(f"config.json: no {config.model_type} can be built from it ({one_line(error)})") from error
     assert isinstance(model, PreTrainedModel)
     model.eval().requires_grad_(False)
     return Architecture(config, model, *_find_layers(model, config))
@@ -160,14 +160,11 @@ def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, .
         if entry is None:
             raise ModelError(f"{checkpoint.directory}: tensor {name} is missing; config.json asks for {list(shape)}")
         if entry.shape != shape:
+            found = list(entry.shape)
             raise ModelError(
-                f"{checkpoint.directory}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}"
+                f"{checkpoint.directory}: tensor {name} has shape {found}, config.json asks for {list(shape)}"
             )
     return tuple(sorted(set(checkpoint.entries) - set(wanted)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # ---------------------------------------------------------------- parameters: in from disk, out of memory
@@ -275,7 +272,11 @@ def _placeholder(model: StreamedModel, batch: int, seqlen: int, like: Tensor) ->
 
 
 def _layer_returns_tuple(model: StreamedModel) -> bool:
-    """Ask the first layer, on the meta device, called with what the model calls it with."""
+    """Ask the first layer, on the meta device, called with what the model calls it with.
+
+    Raises:
+        ModelError: the layer cannot be run by itself.
+    """
     seen: list[Call] = []
 
     def record(index: int) -> Callable[..., Any]:
@@ -286,12 +287,19 @@ def _layer_returns_tuple(model: StreamedModel) -> bool:
         return forward
 
     narrow = {n: t.float() for n, t in read_outside(model, _narrow(model)).items()}
-    with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
-        _decoder(model)(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
-    args, kwargs = _map_tensors(seen[0], lambda t: t.to("meta"))
-    layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
-    with torch.no_grad():
-        return isinstance(layer(*args, **kwargs), tuple)
+    try:
+        with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
+            _decoder(model)(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
+        args, kwargs = _map_tensors(seen[0], lambda t: t.to("meta"))
+        layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
+        with torch.no_grad():
+            return isinstance(layer(*args, **kwargs), tuple)
+    except Exception as error:  # the code of any architecture runs here
+        raise _cannot_stream(model, one_line(error)) from error
+
+
+def _cannot_stream(model: StreamedModel, reason: str) -> ModelError:
+    return ModelError(f"{model.directory}: {model.config.model_type} cannot be run one layer at a time: {reason}")
 
 
 def _narrow(model: StreamedModel) -> list[str]:
@@ -314,6 +322,10 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
     """Token ids [batch, seqlen] -> the hidden states [batch, seqlen, hidden] that enter the first layer.
 
     Must run inside `outside_loaded`. Also learns what every layer is called with at this micro-batch and length.
+
+    Raises:
+        ModelError: the model does more than call its layers one after the other, each with what came out of the one
+            before and with things that depend on positions alone.
     """
     calls: list[Call] = []
     first: list[Tensor] = []
@@ -323,7 +335,12 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
             hidden = _hidden(args, kwargs)
             if not first:
                 first.append(hidden)
-            calls.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            if index != len(calls) or hidden is not first[0]:
+                raise _cannot_stream(model, f"something happens between its layers before layer {index}")
+            call = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            if not _is_plain(call[0]) or not _is_plain(tuple(call[1].values())):
+                raise _cannot_stream(model, "its layers share state")
+            calls.append(call)
             if index == len(model.layers) - 1:
                 raise _Stop
             return (hidden,) if model.returns_tuple else hidden
@@ -332,8 +349,33 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
 
     with _layers_replaced(model, record), suppress(_Stop):
         _decoder(model)(input_ids=input_ids, use_cache=False)
-    model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
+    if len(calls) != len(model.layers):
+        raise _cannot_stream(model, f"{len(calls)} of its {len(model.layers)} layers ran")
+    known = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
+    if not _equal(known, calls):
+        raise _cannot_stream(model, "its layers are called with something that depends on the tokens")
     return first[0]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a layer's argument can be kept for later: no cache, nothing that a layer could change for the next."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _equal(first: list[Call], second: list[Call]) -> bool:
+    # Layers mostly share their tensors: each pair is compared once.
+    pairs = {(id(a), id(b)): (a, b) for a, b in zip(_tensors(first), _tensors(second), strict=True) if a is not b}
+    return all(torch.equal(a, b) for a, b in pairs.values())
 
 
 def run_layer(model: StreamedModel, index: int, hidden: Tensor) -> Tensor:
