@@ -104,6 +104,8 @@ def build(config: PretrainedConfig) -> Architecture:
     """
     config = copy.deepcopy(config)
     config.use_cache = False
+    # Constants such as Gemma's embedding scale are rounded to the config's dtype when they are built: keep them exact.
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
     try:
         with init_empty_weights(include_buffers=False):
             try:
