@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of a checkpoint: the model card, with the metadata that the Hub reads.
+
+A pure function of the result document (quantkit.json). The metadata is that of
+https://huggingface.co/docs/hub/model-cards, the measurements a `model-index`. Names from outside reach the page only
+through yaml.safe_dump, the `md` filter, or a code block whose fence they cannot close.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quantkit import engines, wording
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+PATH = "PATH_OR_REPO_ID"
+Result = Mapping[str, Any]
+
+
+def render_card(result: Result, forced: bool = False, repo_id: str | None = None) -> str:
+    """The card.
+
+    result: the document; its optional "forced" holds the reasons why a push needed `--force`
+    forced: say that the push was forced
+    repo_id: the name in the commands that run it; without it they hold a placeholder
+    """
+    environment = Environment(
+        loader=PackageLoader("quantkit"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = markdown
+    reasons = result.get("forced") or []
+    verification = result.get("verification")
+    text = environment.get_template("card.md.j2").render(
+        front_matter=_front_matter(result),
+        title=_title(result),
+        summary=_summary(result),
+        forced=forced or bool(reasons),
+        forced_reasons=reasons if isinstance(reasons, (list, tuple)) else [],
+        verification=verification,
+        limits=_limits((verification or {}).get("limits") or {}),
+        table=_table(result),
+        evaluation=_token_set((verification or {}).get("eval")),
+        fit=_fit((verification or {}).get("fit")),
+        engines=_engines(result, repo_id or PATH),
+        command=_in_code(result["command"]),
+        facts=_facts(result),
+        fallbacks=result.get("fallbacks") or [],
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def markdown(text: object) -> str:
+    """Text as it is in Markdown: on one line, its special characters escaped."""
+    return re.sub(r"([\\`*_\[\]<>|#~&!{}])", r"\\\1", wording.one_line(text))
+
+
+def hub_id(result: Result) -> str | None:
+    """The base model's name on the Hub; None for a folder or what could not be one."""
+    name = (result.get("base_model") or {}).get("id")
+    if not isinstance(name, str) or len(name) > 96 or "--" in name or ".." in name:
+        return None
+    return name if HUB_ID.fullmatch(name) else None
+
+
+def _title(result: Result) -> str:
+    name = (hub_id(result) or wording.one_line(result["model"])).rstrip("/").rpartition("/")[2]
+    return f"{name} {result['method'].upper()} {wording.overall_scheme(result)}"
+
+
+def _summary(result: Result) -> str:
+    base = hub_id(result)
+    source = f"[{markdown(base)}](https://huggingface.co/{base})" if base else markdown(result["model"])
+    return (
+        f"{source}, quantized with {markdown(result['method'].upper())} to {wording.overall_scheme(result)} "
+        f"and stored as {markdown(result['format'])}: {wording.size(result['total_bytes'])}, "
+        f"{wording.figure(result['bits_per_weight'], 3)} bits per quantized weight. "
+        f"Made by quantkit {markdown(result['quantkit_version'])}."
+    )
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+
+def _front_matter(result: Result) -> str:
+    base, license_name = hub_id(result), (result.get("base_model") or {}).get("license")
+    bits = sorted({layer["bits"] for layer in result.get("layers") or []} or {result["scheme"]["bits"]})
+    stored = result["format"].removesuffix("_v2")
+    data: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"license": wording.one_line(license_name)} if license_name else {}),
+        "tags": list(dict.fromkeys([stored, *([result["method"]] if result["method"] in ("awq", "gptq") else [])]))
+        + [f"{b}-bit" for b in bits]
+        + ["quantkit"],
+        **_model_index(result),
+    }
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def _model_index(result: Result) -> dict[str, Any]:
+    """The measurements in the form of https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+    verification = result.get("verification")
+    if not verification:
+        return {}
+    names = {
+        "perplexity": "Perplexity",
+        "kl_divergence": "KL divergence from FP16 (nats)",
+        "top1_agreement": "Top-1 agreement with FP16",
+    }
+    metrics = [
+        {"type": kind, "value": float(verification[kind]), "name": name}
+        for kind, name in names.items()
+        if verification.get(kind) is not None and math.isfinite(verification[kind])
+    ]
+    if not metrics:
+        return {}
+    source = wording.one_line((verification.get("eval") or {}).get("source") or "evaluation set")
+    task = {"type": "text-generation", "name": "Text generation"}
+    kind = re.sub(r"[^\w.-]+", "-", source, flags=re.ASCII).strip("-") or "evaluation-set"
+    measured = {"task": task, "dataset": {"type": kind, "name": source}, "metrics": metrics}
+    return {"model-index": [{"name": wording.one_line(_title(result)), "results": [measured]}]}
+
+
+# --- what was measured ----------------------------------------------------------------------------------------------
+
+
+def _limits(limits: Result) -> str:
+    said = []
+    if limits.get("max_ppl_increase") is not None:
+        said.append(f"perplexity at most {wording.limit(limits['max_ppl_increase'])} above FP16")
+    if limits.get("max_kl") is not None:
+        said.append(f"KL divergence at most {limits['max_kl']:g} nats")
+    return f"Limits: {', '.join(said)}." if said else ""
+
+
+def _table(result: Result) -> list[tuple[str, str, str, str]]:
+    rows = []
+    verification = result.get("verification")
+    if verification:
+        rise = wording.percent(wording.increase(verification), signed=True)
+        found = [wording.figure(verification.get(key)) for key in ("perplexity_fp16", "perplexity")]
+        rows.append(("Perplexity", *found, rise))
+        rows.append(("KL divergence, mean", "", wording.figure(verification.get("kl_divergence")), ""))
+        rows += [
+            (f"KL divergence, {markdown(name)}", "", wording.figure(value), "")
+            for name, value in (verification.get("kl_percentiles") or {}).items()
+        ]
+        rows.append(("Top-1 agreement", "", wording.percent(verification.get("top1_agreement")), ""))
+    full, stored = wording.bytes_in_16_bit(result), result.get("tensor_bytes")
+    if full and stored:
+        rows.append(("Weights", wording.size(full), wording.size(stored), wording.percent(stored / full - 1, 1)))
+    else:
+        rows.append(("Weights", "", wording.size(result["total_bytes"]), ""))
+    return [(str(a), str(b), str(c), str(d)) for a, b, c, d in rows]
+
+
+def _token_set(tokens: Result | None) -> str:
+    """A token set in words, with its hash."""
+    if not tokens:
+        return "not named"
+    said = [markdown(tokens.get("source", "?"))]
+    if tokens.get("samples") is not None:
+        said.append(f"{tokens['samples']:,} windows of {tokens['seqlen']:,} tokens")
+    if tokens.get("protocol"):
+        said.append(markdown(tokens["protocol"]))
+    if tokens.get("sha256"):
+        said.append(f"sha256 of the token ids `{_in_span(tokens['sha256'])}`")
+    return ", ".join(said)
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    calibration, versions = result.get("calibration"), result.get("versions") or {}
+    facts = [
+        ("Calibration", _token_set(calibration) if calibration else "none"),
+        (
+            "Schemes",
+            ", ".join(f"{n:,} layers {name}" for name, n in wording.schemes(result.get("layers") or []).items()),
+        ),
+        ("Time", wording.duration(result["seconds"]) if result.get("seconds") is not None else ""),
+        ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+# --- how to run it --------------------------------------------------------------------------------------------------
+
+
+def _fit(fit: Result | None) -> str:
+    if not fit or fit.get("budget_bytes") is None:
+        return ""
+    longest = fit.get("longest_context")
+    reach = f"the longest context that fits is {longest:,} tokens" if longest else "no context fits beside the weights"
+    weights, workspace, budget = (wording.size(fit[f"{part}_bytes"]) for part in ("weights", "workspace", "budget"))
+    return (
+        f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit['kv'])}) of "
+        f"{wording.exact(fit['kv_bytes_per_token'])} per token: in {budget}, {reach}. The flags below keep to that "
+        "context; on a card larger than the budget, give the budget's share of it as `--gpu-memory-utilization` (vLLM) "
+        "or `--mem-fraction-static` (SGLang)."
+    )
+
+
+def _engines(result: Result, path: str) -> list[dict[str, Any]]:
+    """Name, note, whether it loads the checkpoint, and the code that runs it."""
+    layers = result.get("layers") or [result["scheme"]]
+    schemes = [engines.Stored(x["bits"], x["group_size"], x["symmetric"]) for x in layers]
+    fit = (result.get("verification") or {}).get("fit") or {}
+    longest, fp8 = fit.get("longest_context"), fit.get("kv") == "fp8"
+    flags = {
+        engines.VLLM: [f"--max-model-len {longest}"] if longest else [],
+        engines.SGLANG: [f"--context-length {longest} --max-total-tokens {longest}"] if longest else [],
+    }
+    if fp8:
+        flags[engines.VLLM].append("--kv-cache-dtype fp8")
+        flags[engines.SGLANG].append("--kv-cache-dtype fp8_e5m2")
+    code = {
+        engines.VLLM: ("bash", " ".join(["vllm serve", shlex.quote(path), *flags[engines.VLLM]])),
+        engines.SGLANG: (
+            "bash",
+            " ".join(["python -m sglang.launch_server --model-path", shlex.quote(path), *flags[engines.SGLANG]]),
+        ),
+        engines.TRANSFORMERS: ("python", _transformers(path)),
+    }
+    return [
+        {
+            "name": known.engine,
+            "loads": known.loads,
+            "note": known.note if known.loads else f"does not load this checkpoint: {known.note}.",
+            "language": code[known.engine][0],
+            "code": code[known.engine][1],
+        }
+        for known in engines.support(result["format"], set(schemes))
+    ]
+
+
+def _transformers(path: str) -> str:
+    quoted = json.dumps(path)
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
+            f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="float16", device_map="auto")',
+            'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
+            'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
+            "inputs = tokenizer.apply_chat_template(chat, **options).to(model.device)",
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))",
+        ]
+    )
+
+
+# --- text that cannot leave its block -------------------------------------------------------------------------------
+
+
+def _in_code(text: Sequence[str] | str) -> str:
+    """One line inside a fenced block: a line of its own cannot begin with the closing fence."""
+    line = wording.one_line(text)
+    return f" {line}" if line.startswith("```") else line
+
+
+def _in_span(text: object) -> str:
+    return wording.one_line(text).replace("`", "'")
