@@ -191,12 +191,15 @@ def memory_chart(
         ]
     if longest:
         at, total = _x(x, longest), (fixed + per_token * longest) / unit
+        right = x.share(longest) > 0.5
         drawn += [
             rule(at, _y(y, 0), at, _y(y, total), "drop"),
             Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="dot"><title>{}</title></circle>').format(
                 at, _y(y, total), f"{longest:,} tokens: {total:.2f} {unit_name}"
             ),
-            text(at - 6, _y(y, 0) - 8, f"longest {longest:,}", "inside", "end"),
+            text(
+                at - 6 if right else at + 6, _y(y, 0) - 8, f"longest {longest:,}", "inside", "end" if right else "start"
+            ),
         ]
     if asked and asked != longest:
         at, total = _x(x, asked), (fixed + per_token * asked) / unit
