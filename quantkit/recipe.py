@@ -3,6 +3,7 @@
 
 model: deepseek-ai/DeepSeek-R1-Distill-Qwen-32B     # optional: makes the file usable as MODEL
 default: {bits: 4, group_size: 128, symmetric: false}
+config: {model_type: qwen2, hidden_size: 5120, ...} # optional: lets `fit` answer before the model is here
 rules:                                              # the last rule that matches a linear decides
   - {kind: down_proj, layers: 0-7, bits: 8}
   - {match: "model.layers.63.*", keep: 16bit}
@@ -87,6 +88,7 @@ class Recipe(BaseModel):
     model: str | None = None
     description: str = ""
     license: str | None = None
+    config: dict[str, Any] | None = None  # what of the model's config.json decides sizes, for `fit` before any download
     default: SchemeSpec = Field(default_factory=SchemeSpec)
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)

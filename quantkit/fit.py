@@ -1,0 +1,601 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will it fit? Bytes before compute: weights, KV cache and workspace against the memory of one card.
+
+The weights are exact. The KV cache is exact for one sequence: 2 (key and value) x key/value heads x head width x bytes,
+for each layer and token; a layer with a sliding window stops growing at it. The workspace is a model of an engine that
+prefills in chunks and serves one sequence:
+
+    activations   PREFILL_TOKENS x (HIDDEN_COPIES x hidden + widest output + widest input of a layer) in 16 bit: the
+                  peak lies in the MLP, where gate and up [chunk, 2 x intermediate] and their product [chunk,
+                  intermediate] live beside a few hidden states. 2048 is vLLM's DEFAULT_MAX_NUM_BATCHED_TOKENS
+                  (vllm/config/scheduler.py); an engine that prefills in larger chunks takes proportionally more.
+    logits        one sequence x vocabulary in float32, for sampling
+    engine        ENGINE_BYTES for the CUDA context, the libraries' workspaces, and captured graphs: vLLM reports 0.16
+                  to 0.33 GiB outside PyTorch (vllm pull requests 12126 and 14447, issue 15815) and 0.13 to 0.36 GiB of
+                  graphs at small batch sizes
+    communication COMMUNICATION_BYTES of NCCL buffers where there are several cards
+
+With tensor parallel each card has its part of every linear and of the vocabulary, and all of the norms; the budget is
+the memory of one card.
+
+What quantizing itself needs is a model of `pipeline`, see `_quantizing`.
+"""
+
+import copy
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from quantkit.activations import TOKENS_AT_ONCE
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.errors import InputError, ModelError, SchemeError
+from quantkit.formats.names import fused_name
+from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, shard
+from quantkit.model.streaming import Architecture, build
+from quantkit.plan import STORED, LinearPlan, Plan
+from quantkit.scheme import MAX_BITS, MIN_BITS, Scheme
+from quantkit.units import format_bytes
+
+MIB = 2**20
+KV_BYTES = {"fp16": 2, "fp8": 1}
+
+PREFILL_TOKENS = 2048
+HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
+ENGINE_BYTES = 512 * MIB
+COMMUNICATION_BYTES = 256 * MIB
+
+PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
+GRAM_COPIES = 7  # the Gram matrix, rescaled, reversed, its factor, that reversed again, the identity, and the inverse
+WEIGHT_COPIES = 5  # of the widest linear: scaled, being rounded, scales and zeros spread over it, dequantized
+DISK_MARGIN = 64 * MIB  # config, tokenizer, report and journal
+
+FARTHEST = 2**30  # tokens; what fits this many has no limit
+
+KINDS = {
+    "embeddings": "embeddings",
+    "lm_head": "lm_head",
+    "codes": "codes",
+    "scales": "scales",
+    "zeros": "zero points",
+    "indices": "indices, shapes",
+    "linears_16bit": "linears kept in 16 bit",
+    "norms": "norms",
+    "biases": "biases",
+    "other": "other",
+}
+_KIND_OF_KEY = {
+    **dict.fromkeys(("qweight", "weight_packed"), "codes"),
+    **dict.fromkeys(("scales", "weight_scale"), "scales"),
+    **dict.fromkeys(("qzeros", "weight_zero_point"), "zeros"),
+    **dict.fromkeys(("g_idx", "weight_g_idx", "weight_shape"), "indices"),
+    "bias": "biases",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint, planned or there: the bytes of its tensors by name, of its files, and what its linears are."""
+
+    tensors: Mapping[str, int]
+    file_bytes: int
+    linears: tuple[LinearPlan, ...]
+    format: str
+    act_order: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Layers that keep keys and values alike: their number, bytes per token of one, and the window (None: none)."""
+
+    layers: int
+    bytes_per_token: int
+    window: int | None
+
+    def bytes_at(self, context: int) -> int:
+        return self.layers * self.bytes_per_token * (context if self.window is None else min(context, self.window))
+
+
+def fit(
+    architecture: Architecture,
+    plan: Plan,
+    *,
+    budget: int,
+    context: int,
+    kv: str = "fp16",
+    tensor_parallel: int = 1,
+    calibration_tokens: int = 128 * 2048,
+) -> dict[str, Any]:
+    """Memory of a checkpoint that does not exist yet, as a JSON-able document.
+
+    budget: bytes of one card; context: tokens of one sequence; kv: "fp16" or "fp8"; tensor_parallel: number of cards
+
+    weights: bytes by kind and "total"; weights_16bit; file_bytes; kv_bytes, kv_bytes_per_token (while no window is
+    full), kv_layers; workspace: bytes by part and "total"; tensor_parallel: {cards, weights_bytes, kv_bytes,
+    kv_bytes_per_token, workspace_bytes: on one card, shards, problems}; total_bytes (on one card), budget_bytes, fits,
+    margin_bytes; longest_context that fits and the model allows, longest_context_in_memory (None: no limit),
+    max_position_embeddings; context, kv; disk_bytes, ram_bytes, device_bytes, hidden_states_bytes, quantizing: see
+    `_quantizing`; engines: name -> None or why not; model: the constants of the workspace.
+
+    Raises:
+        InputError: a context, number of cards, or kind of cache that makes no sense.
+    """
+    tensors = {name: spec.nbytes for part in plan.shards for name, spec in part.tensors.items()}
+    stored = Stored(tensors, plan.file_bytes, plan.linears, plan.format.name)
+    result = _serving(architecture, stored, budget, context, kv, tensor_parallel)
+    return result | _quantizing(architecture, plan, calibration_tokens)
+
+
+def fit_checkpoint(
+    out: Path, *, budget: int, context: int, kv: str = "fp16", tensor_parallel: int = 1
+) -> dict[str, Any]:
+    """The same for a checkpoint that is there, from its config.json and the headers of its files; see `fit`.
+
+    It may be of ours, or another AWQ, GPTQ, compressed-tensors or 16-bit one. What quantizing needs is left out.
+
+    Raises:
+        InputError: see `fit`. ModelError: a damaged checkpoint, or a model of a kind that is not supported.
+    """
+    raw = _read_config(out / "config.json")
+    architecture = build(config_from_dict(raw))
+    checkpoint = open_checkpoint(out)
+    quantization = raw.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{out / 'config.json'}: quantization_config: expected an object, got {quantization!r:.80}")
+    stored = Stored(
+        tensors={name: entry.nbytes for name, entry in checkpoint.entries.items()},
+        file_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
+        linears=_stored_linears(architecture, checkpoint, quantization),
+        format=_format_name(quantization),
+        act_order=bool(quantization.get("desc_act")),
+    )
+    return _serving(architecture, stored, budget, context, kv, tensor_parallel)
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers config of a config.json's content, or of a recipe's `config`; how it is quantized is ignored.
+
+    Raises:
+        ModelError: no model_type, not a causal language model, or values that transformers does not accept.
+    """
+    values = {key: copy.deepcopy(value) for key, value in raw.items() if key != "quantization_config"}
+    kind = values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"config: transformers does not accept it ({str(error).splitlines()[0][:200]})") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+# ---------------------------------------------------------------- serving
+
+
+def _serving(
+    architecture: Architecture, stored: Stored, budget: int, context: int, kv: str, cards: int
+) -> dict[str, Any]:
+    if kv not in KV_BYTES:
+        raise InputError(f"--kv: expected {' or '.join(KV_BYTES)}, got {kv!r}")
+    for option, value in (("--context", context), ("--tensor-parallel", cards), ("--budget", budget)):
+        if value < 1:
+            raise InputError(f"{option}: expected at least 1, got {value}")
+    heads = heads_of(architecture.config)
+    kinds = _kinds(architecture, stored)
+    weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
+    whole = _caches(architecture, heads.key_value, heads.dim, KV_BYTES[kv])
+    shards, problems = _shards(stored.linears, heads, cards)
+    here = _caches(architecture, _kept_heads(heads, cards), heads.dim, KV_BYTES[kv])
+    workspace = _workspace(architecture, stored.linears, cards)
+    card_weights = _card_weights(stored, kinds, shards, cards)
+
+    fixed = card_weights + workspace["total"]
+    total = fixed + _cache_bytes(here, context)
+    room = _longest(here, budget - fixed)
+    allowed = getattr(architecture.config, "max_position_embeddings", None)
+    return {
+        "format": stored.format,
+        "weights": weights | {"total": sum(stored.tensors.values())},
+        "weights_16bit": _bytes_16bit(architecture),
+        "file_bytes": stored.file_bytes,
+        "kv": kv,
+        "kv_bytes_per_token": _cache_bytes(whole, 1),
+        "kv_bytes": _cache_bytes(whole, context),
+        "kv_layers": [vars(cache) for cache in here],
+        "workspace": workspace,
+        "model": {
+            "prefill_tokens": PREFILL_TOKENS,
+            "hidden_copies": HIDDEN_COPIES,
+            "sequences": 1,
+            "engine_bytes": ENGINE_BYTES,
+            "communication_bytes": COMMUNICATION_BYTES if cards > 1 else 0,
+        },
+        "tensor_parallel": {
+            "cards": cards,
+            "weights_bytes": card_weights,
+            "kv_bytes_per_token": _cache_bytes(here, 1),
+            "kv_bytes": _cache_bytes(here, context),
+            "workspace_bytes": workspace["total"],
+            "shards": _shard_rows(stored.linears, shards),
+            "problems": problems,
+        },
+        "context": context,
+        "total_bytes": total,
+        "budget_bytes": budget,
+        "fits": total <= budget,
+        "margin_bytes": budget - total,
+        "longest_context": min((n for n in (room, allowed) if n is not None), default=FARTHEST),
+        "longest_context_in_memory": room,
+        "max_position_embeddings": allowed,
+        "engines": engines(stored.format, stored.linears, heads, cards=cards, act_order=stored.act_order),
+    }
+
+
+def _kinds(architecture: Architecture, stored: Stored) -> dict[str, str]:
+    """Tensor name -> a key of KINDS."""
+    modules = dict(architecture.model.named_modules())
+    linears = {linear.name for linear in stored.linears}
+    head = architecture.head_name
+
+    def kind(name: str) -> str:
+        owner, _, key = name.rpartition(".")
+        module = modules.get(owner)
+        if owner == head:
+            return "lm_head"
+        if isinstance(module, nn.Embedding):
+            return "embeddings"
+        if key in _KIND_OF_KEY:
+            return _KIND_OF_KEY[key]
+        if owner in linears:
+            return "linears_16bit"
+        return "norms" if "norm" in type(module).__name__.lower() else "other"
+
+    return {name: kind(name) for name in stored.tensors}
+
+
+def _bytes_16bit(architecture: Architecture) -> int:
+    layers = [architecture.layer_shapes(index) for index in range(len(architecture.layers))]
+    return STORED.itemsize * sum(
+        _count(shape) for shapes in (architecture.outside(), *layers) for shape in shapes.values()
+    )
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+# ---------------------------------------------------------------- KV cache
+
+
+def _caches(architecture: Architecture, heads: int, dim: int, itemsize: int) -> list[Cache]:
+    per_token = 2 * heads * dim * itemsize
+    windows = _windows(architecture.config, len(architecture.layers))
+    return [Cache(windows.count(window), per_token, window) for window in dict.fromkeys(windows)]
+
+
+def _windows(config: PretrainedConfig, layers: int) -> list[int | None]:
+    """The sliding window of each layer, None where all of the context is kept."""
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return [None] * layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    first = getattr(config, "max_window_layers", 0)  # older transformers: Qwen2's first layers see everything
+    return [None if index < first else window for index in range(layers)]
+
+
+def _cache_bytes(caches: Sequence[Cache], context: int) -> int:
+    return sum(cache.bytes_at(context) for cache in caches)
+
+
+def _longest(caches: Sequence[Cache], room: int) -> int | None:
+    """The longest context whose cache takes at most `room` bytes; None if there is no limit."""
+    longest = bisect_right(range(1, FARTHEST + 1), room, key=lambda context: _cache_bytes(caches, context))
+    return None if longest == FARTHEST else longest
+
+
+# ---------------------------------------------------------------- workspace and cards
+
+
+def _workspace(architecture: Architecture, linears: Sequence[LinearPlan], cards: int) -> dict[str, int]:
+    config = architecture.config
+    width = HIDDEN_COPIES * config.hidden_size + (_widest_output(linears) + _widest_input(linears)) // cards
+    parts = {
+        "activations": PREFILL_TOKENS * width * STORED.itemsize,
+        "logits": config.vocab_size * 4,
+        "engine": ENGINE_BYTES,
+        "communication": COMMUNICATION_BYTES if cards > 1 else 0,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _widest_input(linears: Sequence[LinearPlan]) -> int:
+    return max(linear.in_features for linear in linears)
+
+
+def _widest_output(linears: Sequence[LinearPlan]) -> int:
+    """Of linears that engines run as one, the sum."""
+    widths: dict[tuple[int, str], int] = {}
+    for linear in linears:
+        key = (linear.layer, fused_name(linear.local) or linear.local)
+        widths[key] = widths.get(key, 0) + linear.out_features
+    return max(widths.values())
+
+
+def _kept_heads(heads: Heads, cards: int) -> int:
+    try:
+        return kept_heads(heads, cards)
+    except SchemeError:  # told as a problem; the next larger whole number of heads
+        return -(-heads.key_value // cards)
+
+
+Shards = dict[str, tuple[int, int] | str]
+
+
+def _shards(linears: Sequence[LinearPlan], heads: Heads, cards: int) -> tuple[Shards, list[str]]:
+    """Full name -> (out_features, in_features) on one card, or why it cannot be cut; and each such reason once."""
+    parts: Shards = {}
+    problems: dict[str, None] = {}
+    for linear in linears:
+        try:
+            parts[linear.name] = shard(linear, heads, cards)
+        except SchemeError as error:
+            parts[linear.name] = str(error)
+            problems[f"{linear.local}: {error}"] = None
+    return parts, list(problems)
+
+
+def _shard_rows(linears: Sequence[LinearPlan], shards: Shards) -> list[dict[str, Any]]:
+    """One row for each kind of linear: its shape, the shape on one card (None if it cannot be cut), and why not."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for linear in linears:
+        part = shards[linear.name]
+        whole = [linear.out_features, linear.in_features]
+        scheme = str(linear.scheme) if linear.scheme else "16 bit"
+        cut = None if isinstance(part, str) else list(part)
+        row = {"linear": linear.local, "scheme": scheme, "shape": whole, "on_card": cut}
+        row["why_not"] = part if isinstance(part, str) else None
+        rows.setdefault((linear.local, scheme, *whole), row | {"layers": 0})["layers"] += 1
+    return list(rows.values())
+
+
+def _card_weights(stored: Stored, kinds: Mapping[str, str], shards: Shards, cards: int) -> int:
+    """The bytes of the weights on one card. What cannot be cut evenly is counted as if it could, rounded up."""
+    if cards == 1:
+        return sum(stored.tensors.values())
+    linears = {linear.name: linear for linear in stored.linears}
+    return sum(
+        _on_card(name, size, kinds[name], linears.get(name.rpartition(".")[0]), shards, cards)
+        for name, size in stored.tensors.items()
+    )
+
+
+def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards: Shards, cards: int) -> int:
+    if kind in ("embeddings", "lm_head"):  # cut by rows of the vocabulary
+        return -(-size // cards)
+    if linear is None or name.endswith("weight_shape"):
+        return size
+    by_input = is_cut_by_input(linear)
+    if kind == "indices":  # one for each input column
+        return -(-size // cards) if by_input else size
+    whole_rows = linear.scheme is not None and linear.scheme.groups(linear.in_features) == 1
+    if by_input and (kind == "biases" or (whole_rows and kind in ("scales", "zeros"))):
+        return size
+    part = shards[linear.name]
+    if isinstance(part, str):
+        return -(-size // cards)
+    share, whole = (part[1], linear.in_features) if by_input else (part[0], linear.out_features)
+    return -(-size * share // whole)
+
+
+# ---------------------------------------------------------------- quantizing
+
+
+def _quantizing(architecture: Architecture, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+    """What the run itself will need: a model of `pipeline`, for the method that needs most (AWQ with GPTQ's rounding).
+
+    The largest of three moments, beside PROCESS_BYTES:
+
+        begin   the input embedding as stored and in float32
+        layer   the largest layer as stored and in float32, GRAM_COPIES of its widest Gram matrix, WEIGHT_COPIES of its
+                widest linear, and the activations of a micro-batch
+        end     everything outside the layers in float32 twice (the model's and the written one, where they differ), and
+                the logits of both for a micro-batch
+
+    On a GPU the layer lies in its memory (device_bytes), in bfloat16. Hidden states lie where they fit, and on the disk
+    if nowhere: hidden_states_bytes for each stream of calibration_tokens in float32; they are not part of ram_bytes.
+    """
+    layers = [sum(map(_count, architecture.layer_shapes(i).values())) for i in range(len(architecture.layers))]
+    outside = sum(map(_count, architecture.outside().values()))
+    embedding = sum(map(_count, architecture.before_layers().values()))
+    hidden, vocabulary = architecture.config.hidden_size, architecture.config.vocab_size
+    grams = GRAM_COPIES * 4 * _widest_input(plan.linears) ** 2
+    weight = WEIGHT_COPIES * 4 * max(linear.out_features * linear.in_features for linear in plan.linears)
+    width = HIDDEN_COPIES * hidden + _widest_output(plan.linears) + _widest_input(plan.linears)
+    moments = {
+        "begin": 6 * embedding,
+        "layer": 6 * max(layers) + grams + weight + 4 * TOKENS_AT_ONCE * width,
+        "end": 8 * outside + 2 * 4 * TOKENS_AT_ONCE * vocabulary,
+    }
+    return {
+        "disk_bytes": plan.file_bytes + DISK_MARGIN,
+        "ram_bytes": PROCESS_BYTES + max(moments.values()),
+        "device_bytes": ENGINE_BYTES + 2 * max(layers) + grams + weight,
+        "hidden_states_bytes": 4 * calibration_tokens * hidden,
+        "quantizing": {"process": PROCESS_BYTES, **moments, "grams": grams, "calibration_tokens": calibration_tokens},
+    }
+
+
+# ---------------------------------------------------------------- checkpoints that are there
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint's folder") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return raw
+
+
+def _format_name(quantization: Mapping[str, Any]) -> str:
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
+    return str(method or SIXTEEN_BIT)
+
+
+def _stored_linears(
+    architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
+) -> tuple[LinearPlan, ...]:
+    """The linears of the decoder layers; bits and groups follow from the shapes of what is stored."""
+    found = []
+    for index, layer in enumerate(architecture.layers):
+        for local, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                name = f"{architecture.layer_name(index)}.{local}"
+                shape = (module.out_features, module.in_features)
+                scheme = _stored_scheme(name, shape, checkpoint, quantization)
+                found.append(LinearPlan(name, index, local, *shape, scheme))
+    return tuple(found)
+
+
+def _stored_scheme(
+    name: str, shape: tuple[int, int], checkpoint: Checkpoint, quantization: Mapping[str, Any]
+) -> Scheme | None:
+    entries = checkpoint.entries
+    packed = entries.get(f"{name}.qweight") or entries.get(f"{name}.weight_packed")
+    scales = entries.get(f"{name}.scales") or entries.get(f"{name}.weight_scale")
+    if packed is None or scales is None or len(scales.shape) != 2:
+        return None
+    if f"{name}.weight_packed" in entries:
+        groups, symmetric = scales.shape[1], f"{name}.weight_zero_point" not in entries
+    else:
+        fixed = quantization.get("sym", True) if "sym" in quantization else not quantization.get("zero_point", True)
+        groups, symmetric = scales.shape[0], bool(fixed)
+    out_features, in_features = shape
+    bits = 8 * packed.nbytes // (out_features * in_features)
+    if not MIN_BITS <= bits <= MAX_BITS or groups < 1 or in_features % groups:
+        raise ModelError(
+            f"{checkpoint.directory}: {name}: {list(packed.shape)} codes and {list(scales.shape)} scales do not belong "
+            f"to a linear of {out_features} x {in_features}; does config.json belong to these files?"
+        )
+    return Scheme(bits, -1 if groups == 1 else in_features // groups, symmetric)
+
+
+# ---------------------------------------------------------------- shown
+
+
+def fit_figure(result: Mapping[str, Any], points: int = 33) -> dict[str, Any]:
+    """Memory of one card against context: lists of equal length for a picture, from 0 past the longest that fits.
+
+    contexts: tokens; weights, workspace, kv, total: bytes at each; budget, longest, asked: for lines and marks
+    """
+    caches = [Cache(**cache) for cache in result["kv_layers"]]
+    card, budget = result["tensor_parallel"], result["budget_bytes"]
+    reach = max(int(1.25 * result["longest_context"]), result["context"], 4096)
+    contexts = [reach * i // (points - 1) for i in range(points)]
+    kv = [_cache_bytes(caches, context) for context in contexts]
+    fixed = card["weights_bytes"] + card["workspace_bytes"]
+    return {
+        "contexts": contexts,
+        "weights": [card["weights_bytes"]] * points,
+        "workspace": [card["workspace_bytes"]] * points,
+        "kv": kv,
+        "total": [fixed + value for value in kv],
+        "budget": budget,
+        "longest": result["longest_context"],
+        "asked": result["context"],
+    }
+
+
+def table(result: Mapping[str, Any]) -> Group:
+    """The document of `fit` for a terminal: memory, what quantizing needs, and which engines load it."""
+    card = result["tensor_parallel"]
+    cards = card["cards"]
+    memory = Table(title="memory" + (f" on each of {cards} cards" if cards > 1 else ""), **_STYLE)
+    memory.add_column("what")
+    memory.add_column("size", justify="right")
+    memory.add_column("bytes", justify="right", style="dim")
+    memory.add_column("")
+
+    def row(what: str, size: int, note: str = "", style: str = "") -> None:
+        memory.add_row(what, format_bytes(size), f"{size:,}", note, style=style)
+
+    for kind, label in KINDS.items():
+        if result["weights"][kind]:
+            row(f"  {label}", result["weights"][kind])
+    ratio = result["weights"]["total"] / result["weights_16bit"]
+    row(
+        "weights",
+        result["weights"]["total"],
+        f"{ratio:.1%} of 16 bit ({format_bytes(result['weights_16bit'])})",
+        "bold",
+    )
+    if cards > 1:
+        row("weights on a card", card["weights_bytes"], style="bold")
+    per_token = f"{result['context']:,} tokens of {result['kv']}, {card['kv_bytes_per_token']:,} bytes each"
+    row("KV cache", card["kv_bytes"], per_token, "bold")
+    for part, note in (
+        ("activations", f"prefill of {result['model']['prefill_tokens']:,} tokens at once"),
+        ("logits", "one sequence"),
+        ("engine", "context, libraries, graphs"),
+        ("communication", "between the cards"),
+    ):
+        if result["workspace"][part]:
+            row(f"  {part}", result["workspace"][part], note)
+    row("workspace", card["workspace_bytes"], style="bold")
+    memory.add_section()
+    row("total", result["total_bytes"], style="bold")
+    left = result["margin_bytes"]
+    row("budget", result["budget_bytes"], f"{format_bytes(abs(left))} {'left' if left >= 0 else 'too much'}")
+    parts: list[Any] = [memory, _verdict(result)]
+    parts += [Text(f"cannot be cut over {cards} cards: {problem}", style="red") for problem in card["problems"]]
+    if "ram_bytes" in result:
+        parts.append(_needs(result))
+    loads = Table(title="loads in", **_STYLE)
+    loads.add_column("engine")
+    loads.add_column("")
+    for engine, reason in result["engines"].items():
+        loads.add_row(engine, Text(reason) if reason else Text("yes", style="green"))
+    return Group(*parts, loads)
+
+
+_STYLE: dict[str, Any] = {"box": None, "title_justify": "left", "show_header": False, "padding": (0, 2, 0, 0)}
+
+
+def _verdict(result: Mapping[str, Any]) -> Text:
+    fits, longest, allowed = result["fits"], result["longest_context"], result["max_position_embeddings"]
+    text = Text("FITS" if fits else "DOES NOT FIT", style="bold green" if fits else "bold red")
+    limit = "all that the model allows" if longest == allowed else f"the model allows {allowed:,}" if allowed else ""
+    text.append(f"; longest context that fits: {longest:,} tokens" if longest else "; no context fits", style="default")
+    return text.append(f" ({limit})" if limit else "", style="default")
+
+
+def _needs(result: Mapping[str, Any]) -> Table:
+    needs = Table(title="to quantize", **_STYLE)
+    needs.add_column("what")
+    needs.add_column("size", justify="right")
+    needs.add_column("")
+    hidden = format_bytes(result["hidden_states_bytes"])
+    needs.add_row("RAM", format_bytes(result["ram_bytes"]), "on a CPU, at most")
+    needs.add_row("GPU memory", format_bytes(result["device_bytes"]), "with --device cuda, at most")
+    needs.add_row("disk", format_bytes(result["disk_bytes"]), f"and {hidden} of hidden states a stream, if not in RAM")
+    return needs

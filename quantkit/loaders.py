@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engines load a checkpoint, and why not: what their loaders and kernels take, as data.
+
+A checkpoint is its format's name and the linears of its decoder layers (`plan.LinearPlan`); nothing else is needed, so
+the question can be asked before any work. The table was read in, and where a CPU is enough run with, the versions in
+`VERSIONS`; newer ones may take more.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantkit.errors import InputError, SchemeError
+from quantkit.formats import FORMATS
+from quantkit.formats.names import fused_name
+from quantkit.plan import LinearPlan
+from quantkit.scheme import Scheme
+
+VERSIONS = {
+    "vllm": "vLLM 0.33",
+    "sglang": "SGLang 0.5.23",
+    "transformers": "transformers 5.23.0",
+    "gptqmodel": "GPTQModel 7.7.0",
+    "llama.cpp": "llama.cpp's converter",
+}
+SIXTEEN_BIT = "16 bit"  # the format of a checkpoint that is not quantized
+SERVING = ("vllm", "sglang")  # these fuse q/k/v and gate/up, and cut linears over cards
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel multiplies with.
+
+    symmetric, asymmetric: the bits it takes with a fixed and with a stored zero point
+    groups: the group sizes it takes (-1: whole rows), or a number: every multiple of it
+    in_multiple, out_multiple: what must divide in_features and out_features (of one card's part)
+    out_by_group: whether the group size must divide out_features too
+    """
+
+    name: str
+    symmetric: frozenset[int]
+    asymmetric: frozenset[int]
+    groups: frozenset[int] | int
+    in_multiple: int = 1
+    out_multiple: int = 1
+    out_by_group: bool = False
+
+
+def _kernel(name: str, symmetric: str, asymmetric: str, groups: Sequence[int] | int, **shape: Any) -> Kernel:
+    fixed, stored = (frozenset(map(int, text.split())) for text in (symmetric, asymmetric))
+    return Kernel(name, fixed, stored, groups if isinstance(groups, int) else frozenset(groups), **shape)
+
+
+USUAL = (-1, 32, 64, 128)
+MARLIN = _kernel("Marlin", "4 8", "4", USUAL)  # pads its tiles itself
+MARLIN_SYMMETRIC = _kernel("Marlin", "4 8", "", USUAL)
+MACHETE = _kernel("Machete", "4 8", "", (-1, 64, 128), in_multiple=64, out_multiple=128)
+EXLLAMA = _kernel("Exllama", "4 8", "", 1, out_multiple=8)
+TRITON = _kernel("TritonW4A16", "4", "4", (*USUAL, 256), out_multiple=8)
+AWQ_GEMM = _kernel("AWQ gemm", "4", "4", 32, out_multiple=64, out_by_group=True)
+GPTQ_TORCH = _kernel("Torch", "2 3 4 8", "2 3 4 8", (-1, 16, 32, 64, 128, 256, 512, 1024))
+GPTQ_TORCH_SYMMETRIC = replace(GPTQ_TORCH, asymmetric=frozenset())
+AWQ_TORCH = _kernel("AWQ Torch", "4", "4", (-1, 16, 32, 64, 128), out_multiple=8)
+AWQ_TRANSFORMERS = _kernel("AWQ Torch", "4", "4", (*USUAL, 256), out_multiple=8)
+DECOMPRESSED = _kernel("decompression", "2 3 4 8", "", 1)
+CONVERTED = _kernel("conversion", "2 4 8", "2 4 8", 1)
+CONVERTED_ANY = _kernel("conversion", "2 3 4 5 6 7 8", "2 3 4 5 6 7 8", 1)
+BLOCKS = _kernel("blocks", "4 5 6 8", "4 5 6 8", 16)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How an engine reads a format: kernels, fastest first; whether linears may differ in scheme; `desc_act`."""
+
+    kernels: tuple[Kernel, ...]
+    mixed: bool = False
+    act_order: bool = False
+
+
+# A text in place of a loader says why the engine does not read the format at all.
+LOADERS: dict[str, dict[str, Loader | str]] = {
+    "vllm": {
+        "awq": Loader((MARLIN, AWQ_GEMM)),
+        "gptq": Loader((MARLIN_SYMMETRIC,), mixed=True),
+        "gptq_v2": Loader((MARLIN_SYMMETRIC,), mixed=True),
+        "compressed-tensors": Loader((MARLIN, MACHETE, EXLLAMA, TRITON), mixed=True),
+        "gguf": "reads gguf through a plugin only",
+    },
+    "sglang": {
+        "awq": Loader((MARLIN, AWQ_GEMM)),
+        "gptq": Loader((MARLIN_SYMMETRIC,), mixed=True),
+        "gptq_v2": Loader((MARLIN_SYMMETRIC,), mixed=True),
+        "compressed-tensors": Loader((MARLIN,), mixed=True),
+        "gguf": Loader((BLOCKS,), mixed=True),
+    },
+    "transformers": {
+        "awq": Loader((AWQ_TRANSFORMERS,)),
+        "gptq": Loader((GPTQ_TORCH,), act_order=True),  # ignores `dynamic`, so one scheme
+        "gptq_v2": Loader((GPTQ_TORCH,), act_order=True),
+        "compressed-tensors": Loader((DECOMPRESSED,), mixed=True),  # asymmetric: 5.19 to 5.22 only
+        "gguf": Loader((BLOCKS,), mixed=True),
+    },
+    "gptqmodel": {
+        "awq": Loader((AWQ_TORCH,)),
+        "gptq": Loader((GPTQ_TORCH_SYMMETRIC,), mixed=True, act_order=True),  # trusts its own asymmetric v1 only
+        "gptq_v2": Loader((GPTQ_TORCH,), mixed=True, act_order=True),
+        "compressed-tensors": "does not read compressed-tensors",
+        "gguf": "does not read gguf",
+    },
+    "llama.cpp": {
+        "awq": "does not read awq",
+        "gptq": Loader((CONVERTED,), act_order=True),
+        "gptq_v2": Loader((CONVERTED,), act_order=True),
+        "compressed-tensors": Loader((CONVERTED_ANY,)),
+        "gguf": Loader((BLOCKS,), mixed=True),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a layer: how many ask, how many are kept in the KV cache, and how wide each is."""
+
+    attention: int
+    key_value: int
+    dim: int
+
+
+def heads_of(config: Any) -> Heads:
+    """The heads that a transformers config describes."""
+    attention = int(config.num_attention_heads)
+    key_value = int(getattr(config, "num_key_value_heads", None) or attention)
+    return Heads(attention, key_value, int(getattr(config, "head_dim", None) or config.hidden_size // attention))
+
+
+# ---------------------------------------------------------------- tensor parallel
+
+# These are cut by their inputs, which come from linears that are cut by their outputs, as all others are.
+BY_INPUT = frozenset(
+    {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc_out", "fc2", "c_proj", "wo", "w2"}
+)
+
+
+def is_cut_by_input(linear: LinearPlan) -> bool:
+    """Whether each card has a share of the columns (and all rows), and not the other way round."""
+    return linear.local.rpartition(".")[2] in BY_INPUT
+
+
+def shard(linear: LinearPlan, heads: Heads, cards: int) -> tuple[int, int]:
+    """(out_features, in_features) of the part of a linear on one of `cards` cards.
+
+    Attention is cut by heads; key and value heads fewer than the cards are copied, one to each card.
+
+    Raises:
+        SchemeError: it cannot be cut evenly, or a group would lie on two cards.
+    """
+    kind = linear.local.rpartition(".")[2]
+    if kind in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        asking, kept = _even(heads.attention, cards, "attention heads"), kept_heads(heads, cards)
+        whole = {"q_proj": heads.attention, "qkv_proj": heads.attention + 2 * heads.key_value}
+        part = {"q_proj": asking, "qkv_proj": asking + 2 * kept}
+        if linear.out_features == whole.get(kind, heads.key_value) * heads.dim:  # else there is more in it than heads
+            return part.get(kind, kept) * heads.dim, linear.in_features
+    if not is_cut_by_input(linear):
+        return _even(linear.out_features, cards, "out_features"), linear.in_features
+    columns = _even(linear.in_features, cards, "in_features")
+    scheme = linear.scheme
+    if scheme is not None and scheme.group_size != -1 and columns % scheme.group_size:
+        fitting = [g for g in (256, 128, 64, 32) if columns % g == 0]
+        hint = f"use {' or '.join(map(str, fitting[:2]))}" if fitting else "use fewer cards"
+        raise SchemeError(f"{columns} in_features on each are not divisible by group_size {scheme.group_size}; {hint}")
+    return linear.out_features, columns
+
+
+def kept_heads(heads: Heads, cards: int) -> int:
+    """The key/value heads on each card.
+
+    Raises:
+        SchemeError: they can neither be shared out nor copied evenly.
+    """
+    if heads.key_value >= cards:
+        return _even(heads.key_value, cards, "key/value heads")
+    if cards % heads.key_value:
+        raise SchemeError(f"{heads.key_value} key/value heads cannot be copied evenly to {cards} cards")
+    return 1
+
+
+def _even(count: int, cards: int, what: str) -> int:
+    if count % cards:
+        raise SchemeError(f"{count} {what} are not divisible by {cards} cards")
+    return count // cards
+
+
+# ---------------------------------------------------------------- the questions
+
+
+def engines(
+    format_name: str, linears: Iterable[LinearPlan], heads: Heads, *, cards: int = 1, act_order: bool = False
+) -> dict[str, str | None]:
+    """Engine -> None if it loads the checkpoint, else one line: why not, and what would load; see `why_not`."""
+    kinds = _kinds(linears)
+    return {engine: why_not(engine, format_name, kinds, heads, cards=cards, act_order=act_order) for engine in LOADERS}
+
+
+def why_not(
+    engine: str,
+    format_name: str,
+    linears: Iterable[LinearPlan],
+    heads: Heads,
+    *,
+    cards: int = 1,
+    act_order: bool = False,
+) -> str | None:
+    """None if the engine loads the checkpoint, else one line: why not, and the nearest that it would load.
+
+    linears: those of the decoder layers; scheme None is 16 bit, which every engine loads
+    cards: over how many each linear is cut (tensor parallel), for the engines that do so
+    act_order: whether the file has a g_idx that is not in order (`desc_act`)
+
+    Raises:
+        InputError: an engine that is not in the table.
+    """
+    if engine not in LOADERS:
+        raise InputError(f"engine: expected one of {', '.join(LOADERS)}, got {engine!r}")
+    kinds = _kinds(linears)
+    if all(linear.scheme is None for linear in kinds):  # a 16-bit model, or a format whose tensors say nothing to us
+        known = format_name in (SIXTEEN_BIT, *LOADERS[engine])
+        return None if known else f"{VERSIONS[engine]} is not known to read {format_name}"
+    reason = _refusal(engine, format_name, kinds, heads, cards, act_order)
+    if reason is None:
+        return None
+    other = _instead(engine, format_name, kinds, heads, cards)
+    return f"{VERSIONS[engine]} {reason}" + (f"; {other} would load" if other else "")
+
+
+def _kinds(linears: Iterable[LinearPlan]) -> list[LinearPlan]:
+    """The linears of one layer of each kind: layers repeat each other."""
+    layers: dict[int, list[LinearPlan]] = {}
+    for linear in linears:
+        layers.setdefault(linear.layer, []).append(linear)
+    alike: dict[object, list[LinearPlan]] = {}
+    for layer in layers.values():
+        alike.setdefault(tuple((x.local, x.out_features, x.in_features, x.scheme) for x in layer), layer)
+    return [linear for layer in alike.values() for linear in layer]
+
+
+def _refusal(
+    engine: str, format_name: str, kinds: Sequence[LinearPlan], heads: Heads, cards: int, act_order: bool
+) -> str | None:
+    loader = LOADERS[engine].get(format_name, f"is not known to read {format_name}")
+    if isinstance(loader, str):
+        return loader
+    schemes = {linear.scheme for linear in kinds if linear.scheme is not None}
+    if len(schemes) > 1 and not loader.mixed:
+        return f"takes one scheme in a {format_name} checkpoint, got {', '.join(sorted(map(str, schemes)))}"
+    if act_order and not loader.act_order:
+        return f"takes {format_name} without act-order (desc_act) only"
+    if engine in SERVING and (differing := _differing(kinds)):
+        return f"fuses {differing}, which must have one scheme"
+    for linear in kinds:
+        reason = _refused(loader, format_name, linear, heads, cards if engine in SERVING else 1)
+        if reason:
+            return f"{reason} ({linear.local})"
+    return None
+
+
+def _differing(kinds: Sequence[LinearPlan]) -> str | None:
+    """Two linears of one layer that are fused, and differ."""
+    seen: dict[tuple[int, str], LinearPlan] = {}
+    for linear in kinds:
+        fused = fused_name(linear.local)
+        if fused is not None:
+            other = seen.setdefault((linear.layer, fused), linear)
+            if other.scheme != linear.scheme:
+                return f"{other.local} ({other.scheme or '16 bit'}) and {linear.local} ({linear.scheme or '16 bit'})"
+    return None
+
+
+def _refused(loader: Loader, format_name: str, linear: LinearPlan, heads: Heads, cards: int) -> str | None:
+    scheme, shape = linear.scheme, (linear.out_features, linear.in_features)
+    where = f"on {cards} cards: " if cards > 1 else ""
+    try:
+        if cards > 1:
+            shape = shard(linear, heads, cards)
+    except SchemeError as error:
+        return f"{where}{error}"
+    if scheme is None:
+        return None
+    if format_name in FORMATS and (reason := FORMATS[format_name].why_not(scheme, *shape)):
+        return f"{where}{reason}"
+    reasons = [_kernel_refuses(kernel, scheme, *shape) for kernel in loader.kernels]
+    if None in reasons:
+        return None
+    told = "; ".join(f"{kernel.name} takes {reason}" for kernel, reason in zip(loader.kernels, reasons, strict=True))
+    return f"{where}has no kernel for {scheme} in {format_name}: {told}"
+
+
+def _kernel_refuses(kernel: Kernel, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """None, or what the kernel takes where the scheme or the shape has something else."""
+    bits = kernel.symmetric if scheme.symmetric else kernel.asymmetric
+    group = scheme.columns_per_group(in_features)
+    if scheme.bits not in bits:
+        count = " and ".join(map(str, sorted(bits))) or "no"
+        return f"{count} {'symmetric' if scheme.symmetric else 'asymmetric'} bits"
+    if isinstance(kernel.groups, int):
+        if group % kernel.groups:
+            return f"groups in multiples of {kernel.groups}"
+    elif scheme.group_size not in kernel.groups:
+        sizes = [str(size) for size in sorted(kernel.groups) if size != -1]
+        return f"groups of {', '.join(sizes)}" + (" or whole rows" if -1 in kernel.groups else "")
+    if in_features % kernel.in_multiple:
+        return f"in_features in multiples of {kernel.in_multiple}, got {in_features}"
+    if out_features % kernel.out_multiple:
+        return f"out_features in multiples of {kernel.out_multiple}, got {out_features}"
+    if kernel.out_by_group and out_features % group:
+        return f"out_features in multiples of the group, got {out_features}"
+    return None
+
+
+def _instead(engine: str, format_name: str, kinds: Sequence[LinearPlan], heads: Heads, cards: int) -> str | None:
+    """The nearest uniform choice that the engine loads: as few changes as possible."""
+    base = next(linear.scheme for linear in kinds if linear.scheme is not None)
+    for name, scheme in _candidates(format_name, base):
+        changed = [replace(linear, scheme=scheme) if linear.scheme else linear for linear in kinds]
+        if _refusal(engine, name, _kinds(changed), heads, cards, False) is None:
+            return str(scheme) if name == format_name else f"{name} {scheme}"
+    return None
+
+
+def _candidates(format_name: str, base: Scheme) -> list[tuple[str, Scheme]]:
+    options = [
+        (name, Scheme(bits, group, symmetric))
+        for name in dict.fromkeys((format_name, *FORMATS))
+        for bits in dict.fromkeys((base.bits, 4, 8))
+        for group in dict.fromkeys((base.group_size, 128, 64, 32, -1))
+        for symmetric in (base.symmetric, not base.symmetric)
+    ]
+
+    def changes(option: tuple[str, Scheme]) -> int:
+        name, scheme = option
+        return (
+            (scheme.group_size != base.group_size)
+            + 2 * (scheme.symmetric != base.symmetric)
+            + 4 * (name != format_name)
+            + 8 * (scheme.bits != base.bits)
+        )
+
+    return sorted(options, key=changes)
