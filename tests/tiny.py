@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random models of any family, small enough to run in milliseconds, and the whole of one streamed layer by layer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    drop,
+    embed,
+    logits,
+    outside_loaded,
+    read_layer,
+    read_outside,
+    run_layer,
+)
+
+SIZES = {
+    "hidden_size": 48,  # its square root is no bfloat16
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_tiny(
+    folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, shard: str = "50MB", **changes: Any
+) -> Path:
+    """A random model of the family, every parameter (biases and norms too) away from its initial value."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in (SIZES | changes).items() if value is not None}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def load_whole(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, in float32."""
+    keyword = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # renamed in transformers 4.56
+    model = AutoModelForCausalLM.from_pretrained(folder, **{keyword: torch.float32}).eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def as_float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def random_ids(samples: int, seqlen: int = 24) -> Tensor:
+    return torch.randint(3, 128, (samples, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def stream_logits(model: StreamedModel, ids: Tensor, batch: int = 2) -> Tensor:
+    """Token ids [samples, seqlen] -> logits, one layer at a time for all micro-batches."""
+    outside = as_float(read_outside(model))
+    with outside_loaded(model, outside):
+        states = [embed(model, part) for part in ids.split(batch)]
+    for index, layer in enumerate(model.layers):
+        assign(layer, as_float(read_layer(model, index)))
+        states = [run_layer(model, index, hidden) for hidden in states]
+        drop(layer)
+    with outside_loaded(model, outside):
+        return torch.cat([logits(model, hidden) for hidden in states])
