@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quantkit import engines, wording
+from quantkit import wording
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"
@@ -197,51 +197,69 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 # --- how to run it --------------------------------------------------------------------------------------------------
 
 
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+INSTALL = {  # what transformers needs beside itself
+    "awq": "`pip install gptqmodel optimum accelerate`",
+    "gptq": "`pip install gptqmodel optimum accelerate`",
+    "gptq_v2": "`pip install gptqmodel optimum accelerate`",
+    "compressed-tensors": "`pip install compressed-tensors accelerate`",
+}
+
+
 def _fit(fit: Result | None) -> str:
     if not fit or fit.get("budget_bytes") is None:
         return ""
-    longest = fit.get("longest_context")
+    longest, own = fit.get("longest_context"), wording.on_a_card(fit)
     reach = f"the longest context that fits is {longest:,} tokens" if longest else "no context fits beside the weights"
-    weights, workspace, budget = (wording.size(fit[f"{part}_bytes"]) for part in ("weights", "workspace", "budget"))
+    weights, workspace = wording.size(own["weights_bytes"]), wording.size(own["workspace_bytes"])
     return (
         f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit['kv'])}) of "
-        f"{wording.exact(fit['kv_bytes_per_token'])} per token: in {budget}, {reach}. The flags below keep to that "
-        "context; on a card larger than the budget, give the budget's share of it as `--gpu-memory-utilization` (vLLM) "
-        "or `--mem-fraction-static` (SGLang)."
+        f"{wording.exact(own['kv_bytes_per_token'])} per token: in {wording.size(fit['budget_bytes'])}, {reach}. "
+        "The flags below keep to that context; on a card larger than the budget, give the budget's share of it as "
+        "`--gpu-memory-utilization` (vLLM) or `--mem-fraction-static` (SGLang)."
     )
 
 
 def _engines(result: Result, path: str) -> list[dict[str, Any]]:
-    """Name, note, whether it loads the checkpoint, and the code that runs it."""
-    layers = result.get("layers") or [result["scheme"]]
-    schemes = [engines.Stored(x["bits"], x["group_size"], x["symmetric"]) for x in layers]
+    """Name, note, whether it loads the checkpoint, and the code that runs it; what was not asked counts as loading."""
     fit = (result.get("verification") or {}).get("fit") or {}
-    longest, fp8 = fit.get("longest_context"), fit.get("kv") == "fp8"
-    flags = {
-        engines.VLLM: [f"--max-model-len {longest}"] if longest else [],
-        engines.SGLANG: [f"--context-length {longest} --max-total-tokens {longest}"] if longest else [],
-    }
-    if fp8:
-        flags[engines.VLLM].append("--kv-cache-dtype fp8")
-        flags[engines.SGLANG].append("--kv-cache-dtype fp8_e5m2")
+    refusals = result.get("engines") or fit.get("engines") or {}
     code = {
-        engines.VLLM: ("bash", " ".join(["vllm serve", shlex.quote(path), *flags[engines.VLLM]])),
-        engines.SGLANG: (
+        "vllm": ("bash", _command(["vllm", "serve", path], fit, "--max-model-len {0}", "fp8")),
+        "sglang": (
             "bash",
-            " ".join(["python -m sglang.launch_server --model-path", shlex.quote(path), *flags[engines.SGLANG]]),
+            _command(
+                ["python", "-m", "sglang.launch_server", "--model-path", path],
+                fit,
+                "--context-length {0} --max-total-tokens {0}",
+                "fp8_e5m2",
+            ),
         ),
-        engines.TRANSFORMERS: ("python", _transformers(path)),
+        "transformers": ("python", _transformers(path)),
     }
-    return [
-        {
-            "name": known.engine,
-            "loads": known.loads,
-            "note": known.note if known.loads else f"does not load this checkpoint: {known.note}.",
-            "language": code[known.engine][0],
-            "code": code[known.engine][1],
-        }
-        for known in engines.support(result["format"], set(schemes))
+    shown = []
+    for engine, name in ENGINES.items():
+        why = refusals.get(engine)
+        note = f"needs {INSTALL[result['format']]}" if engine == "transformers" and result["format"] in INSTALL else ""
+        if why:
+            note = f"does not load this checkpoint. {markdown(why)}."
+        elif engine not in refusals:
+            note = "; ".join(["not checked, `quantkit fit` tells whether it loads", *([note] if note else [])])
+        shown.append(
+            {"name": name, "loads": not why, "note": note, "language": code[engine][0], "code": code[engine][1]}
+        )
+    return shown
+
+
+def _command(words: Sequence[str], fit: Result, context_flags: str, fp8: str) -> str:
+    """A shell command that keeps to the longest context and the kind of KV cache that were counted."""
+    longest, cards = fit.get("longest_context"), wording.on_a_card(fit).get("cards", 1) if fit else 1
+    flags = [
+        *([context_flags.format(longest)] if longest else []),
+        *([f"--kv-cache-dtype {fp8}"] if fit.get("kv") == "fp8" else []),
+        *([f"--tensor-parallel-size {cards}"] if cards > 1 else []),
     ]
+    return " ".join([shlex.join(words), *flags])
 
 
 def _transformers(path: str) -> str:

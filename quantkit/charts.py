@@ -152,63 +152,68 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
 
 
 def memory_chart(
-    parts: Sequence[tuple[str, float, float]],
+    parts: Sequence[tuple[str, Callable[[int], float]]],
     *,
     budget: float | None,
     longest: int | None,
     asked: int | None,
+    bends: Sequence[int] = (),
     unit: float = 2.0**30,
 ) -> Markup:
     """Memory against context, stacked from below.
 
-    parts: (name, bytes at context 0, bytes per token), from the bottom up
+    parts: (name, context in tokens -> bytes, straight between the `bends`), from the bottom up
     budget: bytes, drawn across; longest, asked: contexts in tokens, marked where given
     """
-    fixed, per_token = sum(p[1] for p in parts), sum(p[2] for p in parts)
-    reach = max(longest or 0, asked or 0, 4096)
-    reach = math.ceil(1.25 * reach / 1024) * 1024
-    x = context_axis(reach, "context, tokens")
-    top = max(fixed + per_token * reach, (budget or 0) * 1.05)
+
+    def total(context: int) -> float:
+        return sum(part(context) for _, part in parts) / unit
+
+    reach = math.ceil(1.25 * max(longest or 0, asked or 0, 4096) / 1024) * 1024
     unit_name = {2.0**30: "GiB", 2.0**20: "MiB"}.get(unit, "bytes")
-    y = linear_axis(top / unit, unit_name)
-    y = Axis(0, max(top / unit, y.ticks[-2][0]), y.ticks if y.high <= top / unit else y.ticks[:-1], y.label)
-    drawn, low = [], (0.0, 0.0)
-    for colour, (name, start, slope) in enumerate(parts):
-        high = (low[0] + start, low[1] + start + slope * reach)
-        corners = [(0, low[0]), (reach, low[1]), (reach, high[1]), (0, high[0])]
+    top = max(total(reach), (budget or 0) * 1.05 / unit) or 1.0
+    ticks = tuple(tick for tick in linear_axis(top).ticks if tick[0] <= top)
+    x, y = context_axis(reach, "context, tokens"), Axis(0, top, ticks, unit_name)
+    contexts = [0, *sorted(bend for bend in set(bends) if 0 < bend < reach), reach]
+    drawn = [frame(x, y)]
+    below = [0.0] * len(contexts)
+    for colour, (name, part) in enumerate(parts):
+        above = [low + part(context) / unit for low, context in zip(below, contexts, strict=True)]
+        corners = [*zip(contexts, below, strict=True), *reversed(list(zip(contexts, above, strict=True)))]
         drawn.append(
             Markup('<polygon points="{}" style="fill:var(--c{});fill-opacity:.8"><title>{}</title></polygon>').format(
-                " ".join(f"{_x(x, tokens):.1f},{_y(y, value / unit):.1f}" for tokens, value in corners), colour, name
+                " ".join(f"{_x(x, context):.1f},{_y(y, value):.1f}" for context, value in corners), colour, name
             )
         )
-        low = high
-    drawn.insert(0, frame(x, y))
+        below = above
     if budget is not None:
         at = _y(y, budget / unit)
         drawn += [
             rule(LEFT, at, WIDTH - RIGHT, at, "limit"),
             text(LEFT + 4, at - 5, f"budget {budget / unit:.4g} {unit_name}", "mark"),
         ]
+    if asked and asked != longest:
+        drawn.append(
+            _dot(x, y, asked, total(asked), "ring", f"asked for: {asked:,} tokens, {total(asked):.2f} {unit_name}")
+        )
     if longest:
-        at, total = _x(x, longest), (fixed + per_token * longest) / unit
-        right = x.share(longest) > 0.5
+        at, right = _x(x, longest), x.share(longest) > 0.5
         drawn += [
-            rule(at, _y(y, 0), at, _y(y, total), "drop"),
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="dot"><title>{}</title></circle>').format(
-                at, _y(y, total), f"{longest:,} tokens: {total:.2f} {unit_name}"
+            rule(at, _y(y, 0), at, _y(y, total(longest)), "drop"),
+            _dot(
+                x, y, longest, total(longest), "dot", f"longest: {longest:,} tokens, {total(longest):.2f} {unit_name}"
             ),
             text(
                 at - 6 if right else at + 6, _y(y, 0) - 8, f"longest {longest:,}", "inside", "end" if right else "start"
             ),
         ]
-    if asked and asked != longest:
-        at, total = _x(x, asked), (fixed + per_token * asked) / unit
-        drawn.append(
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="ring"><title>{}</title></circle>').format(
-                at, _y(y, total), f"asked for: {asked:,} tokens, {total:.2f} {unit_name}"
-            )
-        )
     return svg("Memory against context", joined(drawn))
+
+
+def _dot(x: Axis, y: Axis, at: float, value: float, kind: str, hover: str) -> Markup:
+    return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="{}"><title>{}</title></circle>').format(
+        _x(x, at), _y(y, value), kind, hover
+    )
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float, str]]) -> Markup:

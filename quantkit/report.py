@@ -6,7 +6,7 @@ is left out or said to be missing. Everything taken from it is escaped by jinja2
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -134,38 +134,53 @@ def _cards(result: Result) -> list[Card]:
 
 def _memory(fit: Result) -> tuple[Chart, Table, str]:
     """The chart, the parts at the context asked for, and a sentence."""
-    parts = [
-        ("weights", fit["weights_bytes"], 0.0),
-        ("workspace", fit["workspace_bytes"], 0.0),
-        ("KV cache", 0.0, float(fit["kv_bytes_per_token"])),
+    card = wording.on_a_card(fit)
+    weights, workspace = card["weights_bytes"], card["workspace_bytes"]
+    parts: list[tuple[str, Callable[[int], float]]] = [
+        ("weights", lambda _: weights),
+        ("workspace", lambda _: workspace),
+        ("KV cache", lambda context: wording.cache_bytes(fit, context)),
     ]
     budget, longest, asked = fit.get("budget_bytes"), fit.get("longest_context"), fit["context"]
-    unit = GIB if max(fit["total_bytes"], budget or 0) >= GIB else MIB
     chart = Chart(
         "By part",
-        charts.memory_chart(parts, budget=budget, longest=longest, asked=asked, unit=unit),
-        [(i, name) for i, (name, _, _) in enumerate(parts)],
+        charts.memory_chart(
+            parts,
+            budget=budget,
+            longest=longest,
+            asked=asked,
+            bends=[x["window"] for x in fit.get("kv_layers") or [] if x["window"]],
+            unit=GIB if max(fit["total_bytes"], budget or 0) >= GIB else MIB,
+        ),
+        [(i, name) for i, (name, _) in enumerate(parts)],
         "Stacked from below; the dashed line is the budget, the ring the context asked for, the dot the longest "
         "that fits.",
     )
     rows = [
-        ["weights", wording.size(fit["weights_bytes"])],
-        ["workspace of the engine", wording.size(fit["workspace_bytes"])],
-        [f"KV cache, {asked:,} tokens ({fit['kv']})", wording.size(fit["kv_bytes"])],
+        ["weights", wording.size(weights)],
+        ["workspace of the engine", wording.size(workspace)],
+        [f"KV cache, {asked:,} tokens ({fit['kv']})", wording.size(card["kv_bytes"])],
         ["total", wording.size(fit["total_bytes"])],
     ]
     if budget is not None:
         rows.append(["budget", wording.size(budget)])
         spare = budget - fit["total_bytes"]
         rows.append(["left" if spare >= 0 else "over the budget by", wording.size(abs(spare))])
-    rows.append(["KV cache per token", wording.exact(fit["kv_bytes_per_token"])])
+    rows.append(["KV cache per token", wording.exact(card["kv_bytes_per_token"])])
+    cards = card.get("cards", 1)
+    return chart, Table(["part" if cards == 1 else f"on each of {cards} cards", "bytes"], rows), _longest(fit)
+
+
+def _longest(fit: Result) -> str:
+    """The longest context, in a sentence."""
+    longest = fit.get("longest_context")
     if longest is None:
-        said = ""
-    elif longest > 0:
-        said = f"The longest context that fits is {longest:,} tokens."
-    else:
-        said = "No context fits: weights and workspace alone exceed the budget."
-    return chart, Table(["part", "bytes"], rows), said
+        return ""
+    if longest <= 0:
+        return "No context fits: weights and workspace alone exceed the budget."
+    if longest == fit.get("max_position_embeddings"):
+        return f"All {longest:,} tokens that the model allows fit."
+    return f"The longest context that fits is {longest:,} tokens."
 
 
 def _accuracy(verification: Result) -> tuple[Table, Chart | None, Table]:

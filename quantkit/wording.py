@@ -101,3 +101,17 @@ def bytes_in_16_bit(result: Mapping[str, Any]) -> int | None:
 
 
 _SHAPE = ("bytes", "out_features", "in_features")
+
+
+def on_a_card(fit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a fit document that holds weights_, kv_ and workspace_bytes of one card."""
+    own: Mapping[str, Any] = fit.get("tensor_parallel") or fit
+    return own
+
+
+def cache_bytes(fit: Mapping[str, Any], context: int) -> int:
+    """The KV cache of one card at a context; layers with a sliding window stop growing at it."""
+    kept = fit.get("kv_layers")
+    if not kept:
+        return int(on_a_card(fit)["kv_bytes_per_token"] * context)
+    return sum(x["layers"] * x["bytes_per_token"] * min(context, x["window"] or context) for x in kept)

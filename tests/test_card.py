@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from result_document import example
 
-from quantkit import engines
 from quantkit.card import render_card
-from quantkit.engines import SGLANG, TRANSFORMERS, VLLM, Stored
 
 NASTY = "a: \"b\" 'c'\n---\n# h <script>x</script> | `d` [e](f) ```\n```"
 
@@ -172,36 +170,25 @@ def test_no_name_breaks_out_of_its_place(text: str) -> None:
 # --- which engines load it ------------------------------------------------------------------------------------------
 
 
-def loads(format_name: str, *schemes: tuple[int, int, bool]) -> dict[str, bool]:
-    found = engines.support(format_name, {Stored(*scheme) for scheme in schemes})
-    assert all(known.note for known in found if not known.loads)
-    return {known.engine: known.loads for known in found}
-
-
-EVERY = {VLLM: True, SGLANG: True, TRANSFORMERS: True}
-
-
-def test_what_every_engine_loads() -> None:
-    assert loads("awq", (4, 128, False)) == EVERY
-    assert loads("gptq", (4, 128, True)) == EVERY
-    assert loads("compressed-tensors", (4, 128, True), (8, -1, True)) == EVERY
-
-
-@pytest.mark.parametrize("scheme", [(4, 128, False), (3, 128, True), (2, 64, True), (4, 256, True)])
-def test_gptq_that_serving_engines_do_not_load(scheme: tuple[int, int, bool]) -> None:
-    assert loads("gptq", scheme) == {VLLM: False, SGLANG: False, TRANSFORMERS: True}
-
-
-def test_limits_of_transformers_and_older_packings() -> None:
-    assert not loads("gptq", (4, 128, True), (8, 128, True))[TRANSFORMERS]
-    assert loads("compressed-tensors", (4, 128, False)) == EVERY | {TRANSFORMERS: False}
-    assert loads("compressed-tensors", (3, 128, True)) == {VLLM: False, SGLANG: False, TRANSFORMERS: True}
-    assert loads("compressed-tensors", (4, 256, True)) == EVERY | {SGLANG: False}
-
-
 def test_the_card_tells_which_engine_does_not_load_it_and_gives_no_command_for_it() -> None:
-    result = example(2, format="gptq", method="gptq")  # asymmetric
+    result = example(2, format="gptq", method="gptq")
+    result["verification"]["fit"]["engines"]["vllm"] = "vLLM 0.33 has no kernel for W4 g128 asym in gptq"
     card = render_card(result)
-    assert f"**{VLLM}**: does not load this checkpoint" in card
+    assert "**vLLM**: does not load this checkpoint. vLLM 0.33 has no kernel for W4 g128 asym in gptq." in card
     assert "vllm serve" not in card
-    assert "pip install gptqmodel optimum accelerate" in card
+    assert "sglang.launch_server" in card
+    assert "**transformers**: needs `pip install gptqmodel optimum accelerate`" in card
+
+
+def test_an_engine_that_was_not_asked_about_is_not_promised() -> None:
+    card = render_card(example(2, verification=None))
+    assert card.count("not checked, `quantkit fit` tells whether it loads") == 3
+    known = render_card(example(2, verification=None, engines={"vllm": None, "sglang": "no", "transformers": None}))
+    assert "not checked" not in known
+    assert "sglang.launch_server" not in known
+
+
+def test_tensor_parallel_is_in_the_commands() -> None:
+    result = example(2)
+    result["verification"]["fit"]["tensor_parallel"]["cards"] = 2
+    assert render_card(result).count("--tensor-parallel-size 2") == 2

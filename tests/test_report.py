@@ -220,7 +220,7 @@ def test_memory_reaches_the_budget_at_the_longest_context() -> None:
     budget, per_token = 22 * GIB, 2**18
     longest = (budget - 19 * GIB) // per_token
     svg = charts.memory_chart(
-        [("weights", 18 * GIB, 0), ("workspace", GIB, 0), ("KV cache", 0, per_token)],
+        [("weights", lambda _: 18 * GIB), ("workspace", lambda _: GIB), ("KV cache", lambda n: n * per_token)],
         budget=budget,
         longest=longest,
         asked=8192,
@@ -237,6 +237,30 @@ def test_memory_reaches_the_budget_at_the_longest_context() -> None:
     (x0, y0), (x1, y1) = cache[3], cache[2]  # the upper edge passes through the dot
     at = y0 + (y1 - y0) * (float(dot[1]) - x0) / (x1 - x0)
     assert at == pytest.approx(float(dot[2]), abs=0.2)
+
+
+def test_layers_with_a_window_stop_growing() -> None:
+    fit = {
+        "kv_layers": [
+            {"layers": 3, "bytes_per_token": 10, "window": 100},
+            {"layers": 1, "bytes_per_token": 10, "window": None},
+        ]
+    }
+    assert wording.cache_bytes(fit, 50) == 2000
+    assert wording.cache_bytes(fit, 400) == 3000 + 4000
+    svg = charts.memory_chart(
+        [("KV cache", lambda n: wording.cache_bytes(fit, n))], budget=None, longest=400, asked=None, bends=[100], unit=1
+    )
+    (cache,) = points(svg, "polygon")
+    assert len(cache) == 6
+    (x0, y0), (x1, y1), (x2, y2) = sorted(cache[3:])
+    assert (y0 - y1) / (x1 - x0) > 3 * (y1 - y2) / (x2 - x1) > 0
+
+
+def test_what_the_model_allows_may_all_fit() -> None:
+    result = example(6)
+    result["verification"]["fit"]["longest_context"] = 131_072
+    assert "All 131,072 tokens that the model allows fit." in Page(render_report(result)).text
 
 
 def test_lines_rise_with_the_values_and_stay_inside() -> None:
