@@ -96,6 +96,8 @@ def _check_sizes(path: Path, config: PretrainedConfig) -> None:
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{path}: {key}: expected a positive number, got {value!r}")
-    heads, kv_heads = sizes.get("num_attention_heads"), sizes.get("num_key_value_heads")
+    hidden, heads, kv_heads = (sizes.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if hidden and heads and hidden % heads and getattr(config, "head_dim", None) is None:
+        raise ModelError(f"{path}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
     if heads and kv_heads and heads % kv_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linears share an input, and which folds leave the layer the same function."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+
+from quantkit.errors import ModelError
+from quantkit.model.families import FAMILIES, LLAMA_LIKE, Site, producer_channels
+from quantkit.model.sites import _preserves, discover_sites, divide_producer, fold_channels, sites_of
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    embed,
+    open_model,
+    outside_loaded,
+    read_layer,
+    read_outside,
+    run_layer,
+)
+from tests.tiny import as_float, random_ids, save_tiny
+
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2 without grouped queries": ("qwen2", {"num_key_value_heads": 4}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with one value head": ("llama", {"num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": 8}),
+}
+V_TO_O = Site(("self_attn.o_proj",), "self_attn.v_proj")
+UP_TO_DOWN = Site(("mlp.down_proj",), "mlp.up_proj")
+QKV, GATE_UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+ROWLESS: dict[str, tuple[dict[str, Any], tuple[Site, ...]]] = {
+    # their norms multiply by 1 + w, or stand behind the linears: no fold into them is exact
+    "gemma": ({"head_dim": 16}, (Site(QKV), V_TO_O, Site(GATE_UP), UP_TO_DOWN)),
+    "gemma2": ({"head_dim": 16}, (Site(QKV), V_TO_O, Site(GATE_UP), UP_TO_DOWN)),
+    "olmo2": ({}, (Site(QKV), V_TO_O, Site(GATE_UP), UP_TO_DOWN)),
+    # fused linears: what they feed reads only a part of their outputs
+    "phi3": (
+        {},
+        (
+            Site(("self_attn.qkv_proj",), "input_layernorm"),
+            Site(("self_attn.o_proj",)),
+            Site(("mlp.gate_up_proj",), "post_attention_layernorm"),
+            Site(("mlp.down_proj",)),
+        ),
+    ),
+    # one norm for attention and MLP, side by side
+    "cohere": ({}, (Site(QKV + GATE_UP, "input_layernorm"), V_TO_O, UP_TO_DOWN)),
+    # LayerNorm with a bias; a ReLU passes positive scales on, a GELU does not
+    "opt": (
+        {"ffn_dim": 96, "word_embed_proj_dim": 48},
+        (
+            Site(QKV, "self_attn_layer_norm"),
+            Site(("self_attn.out_proj",), "self_attn.v_proj"),
+            Site(("fc1",), "final_layer_norm"),
+            Site(("fc2",), "fc1"),
+        ),
+    ),
+    "starcoder2": (
+        {},
+        (
+            Site(QKV, "input_layernorm"),
+            V_TO_O,
+            Site(("mlp.c_fc",), "post_attention_layernorm"),
+            Site(("mlp.c_proj",)),
+        ),
+    ),
+}
+
+
+def normalised(sites: tuple[Site, ...]) -> set[tuple[frozenset[str], str | None]]:
+    """Sites without the order of linears that read the same tensor, which an architecture may choose freely."""
+    return {(frozenset(site.linears), site.producer) for site in sites}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_watching_finds_the_row_of_the_family(name: str, tmp_path: Path) -> None:
+    kind, changes = ROWS[name]
+    model = open_model(save_tiny(tmp_path, kind, **changes))
+    assert discover_sites(model) == FAMILIES[kind]
+    assert sites_of(model) == FAMILIES[kind]
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ROWLESS)
+def test_a_family_without_a_row_gets_the_folds_that_are_exact(kind: str, tmp_path: Path) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    changes, expected = ROWLESS[kind]
+    found = sites_of(open_model(save_tiny(tmp_path, kind, **changes)))
+    assert normalised(found) == normalised(expected)
+
+
+def test_every_linear_of_a_layer_is_in_one_site_in_execution_order() -> None:
+    for sites in FAMILIES.values():
+        names = [name for site in sites for name in site.linears]
+        assert len(names) == len(set(names)) == 7
+        for position, site in enumerate(sites):
+            earlier = {name for before in sites[:position] for name in before.linears}
+            assert site.producer is not None
+            assert site.producer in earlier or "norm" in site.producer
+
+
+def test_a_layer_with_other_linears_than_the_first_is_refused(tmp_path: Path) -> None:
+    model = open_model(save_tiny(tmp_path, "qwen2"))
+    model.layers[2].mlp.extra = nn.Linear(4, 4, device="meta")
+    with pytest.raises(ModelError, match=r"model\.layers\.2: linears mlp\.extra do not fit the sites of qwen2"):
+        sites_of(model)
+
+
+# ---------------------------------------------------------------- folds, in float64
+
+
+def in_float64(model: StreamedModel, index: int) -> tuple[Tensor, nn.Module]:
+    """The hidden states that enter a layer, and that layer, both in float64."""
+    with torch.no_grad(), outside_loaded(model, as_float(read_outside(model))):
+        hidden = embed(model, random_ids(2)).double()
+    layer = model.layers[index]
+    assign(layer, {name: tensor.double() for name, tensor in read_layer(model, index).items()})
+    model.calls[2, 24] = [
+        (args, {name: doubled(value) for name, value in kwargs.items()}) for args, kwargs in model.calls[2, 24]
+    ]
+    return hidden, layer
+
+
+def doubled(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(doubled, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("position", range(4))
+@torch.no_grad()
+def test_scales_folded_into_the_producer_leave_the_layer_the_same_function(
+    name: str, position: int, tmp_path: Path
+) -> None:
+    kind, changes = ROWS[name]
+    model = open_model(save_tiny(tmp_path, kind, **changes))
+    site = FAMILIES[kind][position]
+    assert site.producer is not None
+    hidden, layer = in_float64(model, 1)
+    expected = run_layer(model, 1, hidden)
+    channel = fold_channels(model, 1, site)
+    assert channel is not None
+    producer = layer.get_submodule(site.producer)
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.exp(torch.randn(len(producer.weight), generator=generator, dtype=torch.float64))
+    for linear in site.linears:
+        layer.get_submodule(linear).weight.mul_(scale[channel])
+    assert float((run_layer(model, 1, hidden) - expected).abs().max()) > 1e-2  # the scale matters
+    divide_producer(producer, scale)
+    torch.testing.assert_close(run_layer(model, 1, hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+def wrong_folds() -> list[Site]:
+    return [
+        Site(("self_attn.o_proj",), "self_attn.q_proj"),
+        Site(("mlp.down_proj",), "mlp.gate_proj"),
+        Site(("self_attn.q_proj", "self_attn.k_proj"), "input_layernorm"),  # v reads it too
+        Site(("mlp.gate_proj", "mlp.up_proj"), "input_layernorm"),
+        Site(("mlp.down_proj",), "self_attn.q_norm"),  # of another width
+    ]
+
+
+@pytest.mark.parametrize("site", wrong_folds(), ids=str)
+@torch.no_grad()
+def test_folds_that_change_the_function_are_rejected_and_undone(site: Site, tmp_path: Path) -> None:
+    model = open_model(save_tiny(tmp_path, "qwen3", head_dim=12))
+    with outside_loaded(model, as_float(read_outside(model))):
+        hidden = embed(model, random_ids(1))
+    tensors = as_float(read_layer(model, 0))
+    assign(model.layers[0], tensors)
+    expected = run_layer(model, 0, hidden)
+    generator = torch.Generator().manual_seed(0)
+    assert not _preserves(model, site, hidden, expected, generator)
+    for good in LLAMA_LIKE:
+        assert _preserves(model, good, hidden, expected, generator)
+    torch.testing.assert_close(run_layer(model, 0, hidden), expected, rtol=0, atol=0)
+
+
+def test_a_large_residual_hides_no_wrong_fold(tmp_path: Path) -> None:
+    """Massive activations make a site's share of the output small; the share is what must be preserved."""
+    model = open_model(save_tiny(tmp_path, "qwen2"))
+    with torch.no_grad(), outside_loaded(model, as_float(read_outside(model))):
+        hidden = embed(model, random_ids(1))
+        hidden[..., 3] += 3e3
+        assign(model.layers[0], as_float(read_layer(model, 0)))
+        expected = run_layer(model, 0, hidden)
+        wrong = Site(("mlp.down_proj",), "mlp.gate_proj")
+        assert not _preserves(model, wrong, hidden, expected, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("in_features", "expected"),
+    [(12, [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5])],
+)
+def test_channels_of_a_value_head_serve_its_query_heads(in_features: int, expected: list[int]) -> None:
+    channel = producer_channels(in_features, nn.Linear(8, 6), 3)  # 2 value heads of 3
+    assert channel is not None
+    assert channel.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("producer", "in_features", "head_dim"),
+    [
+        (nn.Linear(8, 6), 9, 3),  # not a multiple
+        (nn.Linear(8, 6), 12, 4),  # not whole heads
+        (nn.Linear(8, 24), 12, 3),  # more channels than columns
+        (nn.LayerNorm(6), 12, 3),  # a norm never repeats its channels
+    ],
+)
+def test_channels_that_are_unknown_absorb_nothing(producer: nn.Module, in_features: int, head_dim: int) -> None:
+    assert producer_channels(in_features, producer, head_dim) is None
