@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantkit.quantize.grid import plain_grid
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
-from quantkit.stats import output_error, rescaled
+from quantkit.stats import output_error
 
 POWERS = tuple(i / 20 for i in range(1, 20))
 RATIO_POWERS = tuple(i / 10 for i in range(10))
@@ -61,13 +61,14 @@ def site_error(
     weights: Sequence[Tensor], schemes: Sequence[Scheme], gram: Tensor, scale: Tensor, min_zero: int = 0
 ) -> float:
     """The squared output error of all the site's linears when rounded to nearest after scaling by s [in]."""
-    scaled_gram = rescaled(gram, scale)
     total = torch.zeros((), dtype=torch.float64, device=gram.device)
     for weight, scheme in zip(weights, schemes, strict=True):
         scaled = weight.float() * scale
         scales, zeros = plain_grid(scaled, scheme, min_zero)
         rounded = dequantize(QuantizedTensor(encode(scaled, scales, zeros, scheme), scales, zeros, scheme))
-        total += output_error(rounded - scaled, scaled_gram).double().sum()
+        total += (
+            output_error((rounded - scaled) / scale, gram).double().sum()
+        )  # x / s meets the error as x meets error / s
     return float(total)
 
 

@@ -75,7 +75,9 @@ def _spanning(w: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]
         reach = torch.maximum(larger / scheme.middle, smaller / (scheme.middle - 1)).clamp(min=SMALLEST_SCALE)
         scale = torch.where(-low >= high, reach, -reach)
         return scale, torch.full_like(scale, scheme.middle)
-    scale = ((high - low) / scheme.max_code).clamp(min=SMALLEST_SCALE)
+    # A zero point that may not be 0 leaves fewer codes above it, for the groups that need all of them.
+    above = high / (scheme.max_code - min_zero)
+    scale = torch.maximum((high - low) / scheme.max_code, above).clamp(min=SMALLEST_SCALE)
     return scale, torch.round(-low / scale).clamp(min_zero, scheme.max_code)
 
 
@@ -111,12 +113,11 @@ def _search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tup
             for direction in (sign, -sign):
                 consider(widest * shrinkage * direction, middle)
     else:
-        low, high = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
+        widest = best_scale
+        exact = w.amin(2).clamp(max=0).neg() / widest  # the range shrinks about zero, which stays where it is
         for shrinkage in SHRINKAGES:
-            scale = ((high - low) * (shrinkage / scheme.max_code)).clamp(min=SMALLEST_SCALE)
-            exact = -low * shrinkage / scale
             for zero in (exact.floor(), exact.ceil()):
-                consider(scale, zero.clamp(min_zero, scheme.max_code))
+                consider(widest * shrinkage, zero.clamp(min_zero, scheme.max_code))
     centre_scale, centre_zero = best_scale, best_zero
     for shift in (0,) if scheme.symmetric else (-1, 0, 1):
         zero = (centre_zero + shift).clamp(min_zero, scheme.max_code)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.quantize import awq, gptq, rtn
+from quantkit.quantize.refine import refine
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, output_error, rescaled
 
@@ -24,11 +25,13 @@ class Options:
     act_order: GPTQ takes columns in order of falling diag(H), on grids fixed beforehand (no g_idx in the file)
     damp: added to diag(H), as a share of its mean
     rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
+    refine: how often codes and scales are gone over again after GPTQ (see `refine`)
     """
 
     act_order: bool = True
     damp: float = 0.01
     rounding: str = "gptq"
+    refine: int = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options
         if factor is None:
             quantized[name] = rtn.quantize(weight, scheme, energy=energy, min_zero=site.min_zero)
         else:
-            quantized[name] = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=site.min_zero)
+            once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=site.min_zero)
+            quantized[name] = refine(weight, once, gram, factor.order, damp=factor.damp, rounds=options.refine)
         error = output_error(dequantize(quantized[name]) - weight, gram).sum()
         records[name] = {"loss": _share(error, output_error(weight, gram).sum())}
         if factor is not None and factor.damp != options.damp:
