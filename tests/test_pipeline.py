@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop, through the command line, as users run it: what it writes, that it resumes, what it refuses."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.formats import FORMATS
+from quantkit.scheme import Scheme, dequantize
+from tests.conftest import make_qwen2, make_tokenizer
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(method: str, model: Path, out: Path, ids: Path, *more: str) -> list[str]:
+    fixed = ["--calib", str(ids), "--eval", str(ids), "--group", "32", "--out", str(out), "--max-ppl-increase", "900%"]
+    return [sys.executable, "-m", "quantkit", method, str(model), *fixed, *more]
+
+
+def quantkit(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def done(*words: str) -> subprocess.CompletedProcess[str]:
+    result = quantkit(*words)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def contents(out: Path) -> dict[str, str]:
+    """sha256 of every file whose bytes a run determines: all but the records of time and memory."""
+    varying = {"quantkit.json", "report.html", "README.md"}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.name not in varying
+    }
+
+
+def original(name: str, model: Path) -> torch.Tensor:
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_tensor(name)
+    raise KeyError(name)
+
+
+def decoded_model(out: Path, model: Path) -> torch.nn.Module:
+    """The original architecture in float32 with the weights that the files of `out` stand for."""
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    result = json.loads((out / "quantkit.json").read_text())
+    fmt = FORMATS[result["format"]]
+    tensors: dict[str, torch.Tensor] = {}
+    for path in out.glob("*.safetensors"):
+        tensors |= load_file(path)
+    assert config["quant_method"] in ("awq", "gptq", "compressed-tensors")
+    for layer in result["layers"]:
+        scheme = Scheme(layer["bits"], layer["group_size"], layer["symmetric"])
+        shape = (layer["out_features"], layer["in_features"])
+        packed = {key: tensors.pop(f"{layer['name']}.{key}") for key in fmt.specs(scheme, *shape)}
+        tensors[f"{layer['name']}.weight"] = dequantize(fmt.unpack(packed, scheme, shape))
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    missing = loaded.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+    assert not missing.unexpected_keys
+    return loaded
+
+
+def naive_figures(model: Path, quantized: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        p = reference(ids).logits[:, :-1].double().log_softmax(-1)
+        q = quantized(ids).logits[:, :-1].double().log_softmax(-1)
+    targets = ids[:, 1:].unsqueeze(-1)
+    return {
+        "perplexity": float((-q.gather(-1, targets)).mean().exp()),
+        "perplexity_fp16": float((-p.gather(-1, targets)).mean().exp()),
+        "kl_divergence": float((p.exp() * (p - q)).sum(-1).mean()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "expected"),
+    [
+        ("awq", [], "awq"),
+        ("awq", ["--w-bit", "3"], "compressed-tensors"),
+        ("awq", ["--format", "compressed-tensors", "--sym"], "compressed-tensors"),
+        ("gptq", [], "gptq"),
+        ("gptq", ["--asym", "--w-bit", "2"], "gptq_v2"),
+        ("gptq", ["--asym", "--format", "gptq"], "gptq"),
+        ("rtn", ["--w-bit", "8", "--group", "-1"], "compressed-tensors"),
+    ],
+)
+def test_figures_are_those_of_the_files(
+    tmp_path: Path, qwen2: Path, ids: Path, method: str, more: list[str], expected: str
+) -> None:
+    out = tmp_path / "out"
+    done(*command(method, qwen2, out, ids, *more))
+    result = json.loads((out / "quantkit.json").read_text())
+    assert result["format"] == expected
+    naive = naive_figures(qwen2, decoded_model(out, qwen2), load_file(ids)["input_ids"])
+    for name, value in naive.items():
+        assert result["verification"][name] == pytest.approx(value, rel=1e-3), name
+    assert result["total_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def test_output_folder(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    out = tmp_path / "out"
+    old = os.umask(0o077)
+    try:
+        answer = done(*command("awq", qwen2, out, ids, "--json"))
+    finally:
+        os.umask(old)
+    assert json.loads(answer.stdout) == json.loads((out / "quantkit.json").read_text())
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    stored: dict[str, str] = {}
+    size = 0
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            stored |= {name: path.name for name in file.keys()}  # noqa: SIM118
+            size += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert index == {"metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items()))}
+    for path in out.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path.name
+        assert not path.name.startswith("."), path.name
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (qwen2 / name).read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "awq"
+    assert config["torch_dtype"] == "float16"
+    assert (out / "report.html").is_file()
+    assert (out / "README.md").is_file()
+
+
+def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    """At 8 bits what is left is rounding: scales folded into norms, values and up must cancel."""
+    out = tmp_path / "out"
+    done(*command("awq", qwen2, out, ids, "--w-bit", "8", "--format", "compressed-tensors"))
+    result = json.loads((out / "quantkit.json").read_text())
+    scaled = {layer["kind"] for layer in result["layers"] if layer["scale"] != "1"}
+    assert {"q_proj", "o_proj", "down_proj"} <= scaled | {"q_proj", "o_proj", "down_proj"}
+    assert any(original(f"model.layers.{i}.input_layernorm.weight", qwen2).half().ne(
+        load_file(out / f"model-{i + 2:05d}-of-00004.safetensors")[f"model.layers.{i}.input_layernorm.weight"]).any()
+        for i in range(2))
+    assert result["verification"]["kl_divergence"] < 2e-3
+
+
+def test_same_request_same_bytes_wherever_states_live(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    for name in ("ram", "file"):
+        done(*command("awq", qwen2, tmp_path / name, ids, "--states", name))
+    assert contents(tmp_path / "ram") == contents(tmp_path / "file")
+
+
+def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    out = tmp_path / "out"
+    done(*command("gptq", qwen2, out, ids, "--format", "compressed-tensors"))
+    ours = decoded_model(out, qwen2)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokens = load_file(ids)["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> None:
+    model = make_qwen2(tmp_path / "model", layers=4)
+    done(*command("awq", model, tmp_path / "whole", ids))
+    expected = contents(tmp_path / "whole")
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    killed = 0
+    for _ in range(12):
+        process = subprocess.Popen(command("awq", model, out, ids), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        # Wait for a random one of the files that come and go, so that kills fall in the middle of the work.
+        wanted = rng.randrange(1, 7)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            names = [path.name for path in out.iterdir()] if out.is_dir() else []
+            if sum(name.startswith(("model-", ".model-")) for name in names) >= wanted:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+        process.wait()
+        if rng.random() < 0.3 and out.is_dir():
+            done(*command("awq", model, out, ids))
+            assert contents(out) == expected
+            for path in out.iterdir():
+                path.unlink()
+    done(*command("awq", model, out, ids))
+    assert killed >= 6
+    assert contents(out) == expected
+
+
+def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    out = tmp_path / "out"
+    done(*command("gptq", qwen2, out, ids))
+    expected = contents(out)
+    shard = out / "model-00003-of-00004.safetensors"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(bytes(damaged))
+    done(*command("gptq", qwen2, out, ids))
+    assert contents(out) == expected
+
+
+def test_changed_request_is_refused_and_fresh_starts_over(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    out = tmp_path / "out"
+    done(*command("gptq", qwen2, out, ids))
+    before = contents(out)
+    refused = quantkit(*command("gptq", qwen2, out, ids, "--w-bit", "8"))
+    assert refused.returncode == 1
+    assert "scheme" in refused.stderr
+    assert "--fresh" in refused.stderr
+    assert contents(out) == before
+    done(*command("gptq", qwen2, out, ids, "--w-bit", "8", "--fresh"))
+    assert contents(out) != before
+
+
+def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
+    model = make_qwen2(tmp_path / "model", layers=8)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("awq", model, out, ids, "--fresh"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert f"quantkit awq {model}" in told
+    assert "--fresh" not in told.splitlines()[-1]
+
+
+def spoil_nan(model: Path) -> None:
+    path = sorted(model.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def spoil_truncate(model: Path) -> None:
+    path = sorted(model.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def spoil_header(model: Path) -> None:
+    path = sorted(model.glob("*.safetensors"))[0]
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"BF16"', b'"F32" ', 1))
+
+
+def spoil_index_missing(model: Path) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"][sorted(index["weight_map"])[0]] = "model-99999-of-99999.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def spoil_index_outside(model: Path) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"][sorted(index["weight_map"])[0]] = "../../etc/passwd"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def spoil_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    del config["model_type"]
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_nan, "finite"),
+        (spoil_truncate, "truncated"),
+        (spoil_header, "safetensors"),
+        (spoil_index_missing, "model-99999"),
+        (spoil_index_outside, "passwd"),
+        (spoil_config, "model_type"),
+    ],
+)
+def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, told: str) -> None:
+    model = make_qwen2(tmp_path / "model")
+    spoil(model)
+    refused = quantkit(*command("awq", model, tmp_path / "out", ids))
+    last = refused.stderr.strip().splitlines()[-1]
+    assert refused.returncode == 1
+    assert last.startswith("quantkit: ")
+    assert told in last
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--group", "48"], "group_size 48"),
+        (["--calib", "nowhere.txt"], "nowhere.txt"),
+        (["--w-bit", "3", "--format", "awq"], "compressed-tensors"),
+        (["--seqlen", "4096", "--calib", "mix"], "128 positions"),
+        (["--device", "tpu"], "--device"),
+        (["--budget", "22GB"], "--budget"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, changes: list[str], told: str) -> None:
+    refused = quantkit(*command("awq", qwen2, tmp_path / "out", ids, *changes))
+    assert refused.returncode == 1
+    assert told in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_is_exit_2() -> None:
+    assert quantkit(sys.executable, "-m", "quantkit", "awq", "demo", "--w-bit", "5").returncode == 2
+    assert quantkit(sys.executable, "-m", "quantkit", "nonsense").returncode == 2
+
+
+def test_failed_verdict_is_exit_3_with_everything_in_place(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    failed = quantkit(*command("rtn", qwen2, tmp_path / "out", ids, "--max-kl", "0"))
+    assert failed.returncode == 3, failed.stderr
+    result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert result["verification"]["verdict"] == "fail"
+    assert "KL" in result["verification"]["reasons"][0]
+
+
+def test_recipe_rules_reach_the_files(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text("rules:\n  - {kind: down_proj, bits: 8}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n")
+    out = tmp_path / "out"
+    done(*command("awq", qwen2, out, ids, "--recipe", str(recipe)))
+    result = json.loads((out / "quantkit.json").read_text())
+    assert result["format"] == "compressed-tensors"
+    bits = {layer["name"]: layer["bits"] for layer in result["layers"]}
+    assert bits["model.layers.0.mlp.down_proj"] == 8
+    assert bits["model.layers.0.mlp.up_proj"] == 4
+    assert "model.layers.1.self_attn.o_proj" not in bits
+    naive = naive_figures(qwen2, decoded_model(out, qwen2), load_file(ids)["input_ids"])
+    assert result["verification"]["kl_divergence"] == pytest.approx(naive["kl_divergence"], rel=1e-3)
+
+
+def test_text_is_calibrated_and_evaluated_with_the_models_tokenizer(tmp_path: Path) -> None:
+    model = make_qwen2(tmp_path / "model", max_position_embeddings=64)
+    make_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    words = ["--calib", str(text), "--samples", "8", "--seqlen", "32", "--eval", str(text), "--eval-samples", "4"]
+    done(*command("gptq", model, tmp_path / "out", text, *words))
+    result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert (result["calibration"]["samples"], result["calibration"]["seqlen"]) == (8, 32)
+    assert result["verification"]["tokens"] == 4 * 31
