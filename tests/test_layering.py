@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way. The tables below are the architecture; a new module needs a row in the first."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
+
+# What each part of quantkit may import of the others. `quantkit.__version__` is free to all.
+ALLOWED: dict[str, str] = {
+    "errors": "",
+    # the words of the subject: numbers, sums, sizes
+    "scheme": "errors",
+    "stats": "errors",
+    "units": "errors",
+    "resources": "errors",
+    "machine": "errors",
+    # pure functions on tensors; the two never meet
+    "quantize": "errors scheme stats",
+    "formats": "errors scheme",
+    # one concern each
+    "checkpoint": "errors units",
+    "calibration": "errors units resources",
+    "activations": "errors",
+    "verify": "errors units",
+    "recipe": "errors units scheme formats resources",
+    "model": "errors checkpoint",
+    "plan": "errors units scheme formats checkpoint model recipe",
+    "loaders": "errors scheme formats plan",
+    "fit": "errors units scheme formats checkpoint model recipe plan loaders activations",
+    "library": "errors units checkpoint recipe resources",
+    # the loop
+    "pipeline": "errors scheme stats formats quantize checkpoint calibration activations verify model plan",
+    # what is shown and written for people
+    "progress": "units",
+    "summary": "errors units",
+    "wording": "units",
+    "charts": "",
+    "report": "charts wording",
+    "card": "wording",
+    "inspection": "errors units",
+    "hub": "errors units checkpoint",
+    # what a command does, and the commands
+    "runs": (
+        "errors units scheme quantize formats checkpoint calibration recipe model plan fit library pipeline machine"
+        " verify progress report card"
+    ),
+    "cli": "errors units quantize machine verify runs library inspection summary fit hub",
+    "__main__": "cli",
+    "__init__": "",
+}
+
+# Where a part may import only one module of another.
+NARROW = {("recipe", "formats"): "quantkit.formats.names"}
+
+# Libraries with effects, and the only parts that may import them.
+LIBRARIES: dict[str, str] = {
+    "huggingface_hub": "calibration checkpoint hub",
+    "datasets": "calibration",
+    "requests": "",
+    "httpx": "",
+    "urllib": "",
+    "socket": "",
+    "subprocess": "",
+    "pickle": "",
+    "transformers": "calibration model fit runs cli",
+    "accelerate": "model",
+    "typer": "cli",
+    "rich": "progress cli runs fit inspection library summary",
+}
+
+# Pure parts: tensors in, tensors out.
+PURE = ("errors", "scheme", "stats", "units", "quantize", "formats")
+FILES = {"pathlib", "os", "io", "shutil", "tempfile", "safetensors", "mmap", "glob", "fcntl"}
+
+
+def part_of(path: Path) -> str:
+    """The part of quantkit a file belongs to: its name, or the folder it is in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Full names of the modules that a file imports anywhere in it, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; write the full name"
+            assert node.module is not None
+            whole = node.module == "quantkit"  # `from quantkit import recipe` names the module after the import
+            yield from (f"quantkit.{alias.name}" if whole else node.module for alias in node.names)
+
+
+def inner_imports() -> list[tuple[Path, str, str, str]]:
+    """(file, its part, the module of quantkit that it imports, that module's part)"""
+    return [
+        (path, part_of(path), name, name.split(".")[1])
+        for path, tree in sources().items()
+        for name in imports(tree)
+        if name.startswith("quantkit.") and name != "quantkit.__version__"
+    ]
+
+
+def test_every_part_has_a_row_and_every_row_a_part() -> None:
+    assert {part_of(path) for path in sources()} == set(ALLOWED)
+
+
+def test_the_table_itself_points_one_way() -> None:
+    graph = {part: set(allowed.split()) for part, allowed in ALLOWED.items()}
+    assert set().union(*graph.values()) <= set(graph)
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert "formats" not in graph["quantize"]
+    assert "quantize" not in graph["formats"]
+
+
+def test_imports_within_quantkit_follow_the_table() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path, part, name, target in inner_imports()
+        if target != part and target not in ALLOWED[part].split()
+    ]
+    assert not wrong
+
+
+def test_narrow_doors() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path, part, name, target in inner_imports()
+        if name != NARROW.get((part, target), name)
+    ]
+    assert not wrong
+
+
+def test_libraries_with_effects_stay_where_they_belong() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path, tree in sources().items()
+        for name in imports(tree)
+        if part_of(path) not in LIBRARIES.get(name.split(".")[0], part_of(path)).split()
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("part", PURE)
+def test_pure_parts_touch_no_files(part: str) -> None:
+    for path, tree in sources().items():
+        if part_of(path) == part:
+            assert not FILES & {name.split(".")[0] for name in imports(tree)}
+            called = {
+                node.func.id
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
+            assert not called & {"open", "exec", "eval", "print", "input"}
+
+
+def test_nothing_loads_pickles_or_remote_code() -> None:
+    for path, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("torch.load", "yaml.load", "eval", "exec"), f"{path.name}:{node.lineno}: {name}"
+                for keyword in node.keywords:
+                    if keyword.arg == "trust_remote_code":
+                        assert ast.unparse(keyword.value) == "False", f"{path.name}:{node.lineno}"
