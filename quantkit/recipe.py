@@ -54,8 +54,11 @@ class Rule(SchemeSpec):
     @field_validator("layers")
     @classmethod
     def _range(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", value):
+        if value is not None and not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*", value):
             raise ValueError("expected layer numbers such as '0-7' or '0,3,60-63'")
+        for low, _, high in (part.partition("-") for part in (value or "").split(",")):
+            if high and int(high) < int(low):
+                raise ValueError(f"expected the lower layer number first in {low}-{high}")
         return value
 
     def applies(self, name: str, layer: int) -> bool:
@@ -104,14 +107,14 @@ def read_recipe(path: Path) -> Recipe:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
+        raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]})") from error
     try:
         return Recipe.model_validate(raw if raw is not None else {})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise InputError(f"recipe {path}: {place}: {first['msg']}, got {first['input']!r}") from error
+        raise InputError(f"recipe {path}: {place}: {first['msg']}, got {repr(first['input'])[:80]}") from error
 
 
 def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | None]:

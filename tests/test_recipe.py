@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe files: which rule decides, and that every mistake is told with its place."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantkit.errors import InputError, SchemeError
+from quantkit.recipe import Recipe, Rule, check_fused, read_recipe, resolver, shipped
+from quantkit.resources import recipes_dir
+from quantkit.scheme import Scheme
+
+DEFAULT = Scheme(4, 128, False)
+
+
+def recipe(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def resolved(tmp_path: Path, rules: str, name: str, layer: int = 0) -> Scheme | None:
+    return resolver(recipe(tmp_path, f"rules:\n{rules}"), DEFAULT)(name, layer)
+
+
+DOWN = "model.layers.5.mlp.down_proj"
+UP = "model.layers.5.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "layer", "applies"),
+    [
+        ("{kind: down_proj, bits: 8}", DOWN, 5, True),
+        ("{kind: down_proj, bits: 8}", UP, 5, False),
+        ("{kind: proj, bits: 8}", DOWN, 5, False),
+        ('{match: "*.down_proj", bits: 8}', DOWN, 5, True),
+        ('{match: "model.layers.5.*", bits: 8}', DOWN, 5, True),
+        ('{match: "layers.5.*", bits: 8}', DOWN, 5, False),
+        ('{match: "MODEL.*", bits: 8}', DOWN, 5, False),
+        ('{match: "model.layers.[0-4].*", bits: 8}', DOWN, 5, False),
+        ('{match: "model.layers.?.mlp.*", bits: 8}', DOWN, 5, True),
+        ('{layers: "5", bits: 8}', DOWN, 5, True),
+        ('{layers: "0-4", bits: 8}', DOWN, 5, False),
+        ('{layers: "0-5", bits: 8}', DOWN, 5, True),
+        ('{layers: "0,3,5-7", bits: 8}', DOWN, 6, True),
+        ('{layers: "0,3,5-7", bits: 8}', DOWN, 4, False),
+        ('{layers: "5", kind: up_proj, bits: 8}', DOWN, 5, False),
+        ('{layers: "5", kind: down_proj, match: "model.*", bits: 8}', DOWN, 5, True),
+        ("{bits: 8}", DOWN, 5, True),
+    ],
+)
+def test_what_a_rule_picks(rule: str, name: str, layer: int, applies: bool, tmp_path: Path) -> None:
+    expected = Scheme(8, 128, False) if applies else DEFAULT
+    assert resolved(tmp_path, f"- {rule}", name, layer) == expected
+
+
+def test_the_last_rule_that_matches_decides(tmp_path: Path) -> None:
+    rules = "- {kind: down_proj, bits: 8}\n- {kind: down_proj, bits: 3}\n- {kind: up_proj, bits: 2}"
+    assert resolved(tmp_path, rules, DOWN) == Scheme(3, 128, False)
+
+
+def test_fields_that_a_rule_leaves_out_come_from_the_rules_before_it(tmp_path: Path) -> None:
+    rules = "- {kind: down_proj, bits: 8, group_size: 32}\n- {match: '*', symmetric: true}"
+    assert resolved(tmp_path, rules, DOWN) == Scheme(8, 32, True)
+    assert resolved(tmp_path, rules, UP) == Scheme(4, 128, True)
+
+
+def test_keep_leaves_a_linear_in_16_bit_until_a_later_rule_quantizes_it(tmp_path: Path) -> None:
+    keep = '- {match: "model.layers.5.*", keep: 16bit}\n'
+    assert resolved(tmp_path, keep, DOWN) is None
+    assert resolved(tmp_path, keep, "model.layers.50.mlp.down_proj") == DEFAULT
+    assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", DOWN) == Scheme(8, 128, False)
+    assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", UP) is None
+
+
+def test_whole_rows(tmp_path: Path) -> None:
+    assert resolved(tmp_path, "- {group_size: -1}", DOWN) == Scheme(4, -1, False)
+
+
+def test_a_recipe_may_be_empty(tmp_path: Path) -> None:
+    assert recipe(tmp_path, "") == Recipe()
+    assert resolver(Recipe(), DEFAULT)(DOWN, 5) == DEFAULT
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 9)), min_size=1, max_size=5), layer=st.integers(0, 120)
+)
+def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], layer: int) -> None:
+    text = ",".join(str(low) if more == 0 else f"{low}-{low + more}" for low, more in parts)
+    expected = any(low <= layer <= low + more for low, more in parts)
+    assert Rule(layers=text, bits=8).applies(DOWN, layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rules:\n- {kind: a, bitz: 4}", ["rules.0.bitz", "4"]),
+        ("rules:\n- {bits: 4}\n- {bits: 5}", ["rules.1.bits", "2, 3, 4 or 8", "got 5"]),
+        ("rules:\n- {bits: '4'}", ["rules.0.bits", "'4'"]),
+        ("rules:\n- {bits: true}", ["rules.0.bits"]),
+        ("rules:\n- {group_size: 0}", ["rules.0.group_size", "positive number", "got 0"]),
+        ("rules:\n- {group_size: -2}", ["rules.0.group_size"]),
+        ("rules:\n- {group_size: 12.5}", ["rules.0.group_size"]),
+        ("rules:\n- {symmetric: 'no'}", ["rules.0.symmetric"]),
+        ("rules:\n- {keep: 8bit}", ["rules.0.keep", "16bit", "8bit"]),
+        ("rules:\n- {layers: 5}", ["rules.0.layers", "5"]),
+        ("rules:\n- {layers: 'a-b'}", ["rules.0.layers", "layer numbers", "a-b"]),
+        ("rules:\n- {layers: '7-3'}", ["rules.0.layers", "lower layer number first"]),
+        ("rules:\n- {layers: ''}", ["rules.0.layers"]),
+        ("rules:\n- 5", ["rules.0", "5"]),
+        ("rules: 5", ["rules", "5"]),
+        ("default: {bits: 16}", ["default.bits", "16"]),
+        ("default: {keep: 16bit}", ["default.keep"]),
+        ("layers: {}", ["layers"]),
+        ("model: 5", ["model", "5"]),
+        ("- a\n- b", ["file"]),
+        ("just words", ["file", "just words"]),
+        ("{unclosed", ["not YAML"]),
+        ("a: b: c", ["not YAML"]),
+        ("!!python/object/apply:os.system ['true']", ["not YAML"]),
+        ("date: 2024-13-45", ["not YAML"]),
+        ("[" * 5000, ["not YAML"]),
+        ("x: " + "y" * 5000, ["x", "got 'yyy"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line_with_their_place(text: str, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        recipe(tmp_path, text)
+    message = str(refused.value)
+    assert message.startswith(f"recipe {tmp_path / 'recipe.yaml'}: ")
+    assert "\n" not in message
+    assert len(message) < 500 + len(str(tmp_path))
+    assert all(word in message for word in words), message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(InputError, match="not YAML"):
+        read_recipe(tmp_path / "bytes.yaml")
+
+
+# ---------------------------------------------------------------- what engines fuse
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("self_attn.q_proj", "self_attn.k_proj"),
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ],
+)
+@pytest.mark.parametrize("other", [None, Scheme(8, 128, False), Scheme(4, 64, False), Scheme(4, 128, True)], ids=str)
+def test_linears_that_engines_fuse_need_one_scheme(first: str, second: str, other: Scheme | None) -> None:
+    with pytest.raises(SchemeError) as refused:
+        check_fused({first: DEFAULT, second: other})
+    message = str(refused.value)
+    assert first in message
+    assert second in message
+    assert "W4 g128 asym" in message
+    assert ("16 bit" if other is None else str(other)) in message
+
+
+def test_linears_that_engines_do_not_fuse_are_free() -> None:
+    eight = Scheme(8, 128, False)
+    check_fused(
+        {
+            "self_attn.q_proj": DEFAULT,
+            "self_attn.k_proj": DEFAULT,
+            "self_attn.v_proj": DEFAULT,
+            "self_attn.o_proj": eight,
+            "mlp.gate_proj": None,
+            "mlp.up_proj": None,
+            "mlp.down_proj": eight,
+        }
+    )
+
+
+# ---------------------------------------------------------------- what ships
+
+
+def test_the_recipes_that_ship() -> None:
+    names = {"demo", *(f"deepseek-r1-{size}" for size in ("1.5b", "7b", "8b", "14b", "32b", "70b"))}
+    recipes = shipped()
+    assert names <= set(recipes)
+    for name in names:
+        assert recipes[name].model
+        assert recipes[name].license
+    assert recipes["deepseek-r1-32b"].model == "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
+    assert recipes["deepseek-r1-8b"].model == "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+    assert {path.suffix for path in recipes_dir().iterdir()} == {".yaml"}

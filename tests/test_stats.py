@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration sums up, against float64, and what it must stop at."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.errors import NumericsError
+from quantkit.stats import SiteStats, add_inputs, empty_stats, output_error, require_finite_stats, rescaled
+
+CPU = torch.device("cpu")
+
+
+def collected(*batches: torch.Tensor) -> SiteStats:
+    stats = empty_stats(batches[0].shape[-1], CPU)
+    for batch in batches:
+        add_inputs(stats, batch)
+    return stats
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4),
+    columns=st.integers(1, 24),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_are_those_of_float64(sizes: list[tuple[int, int]], columns: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(*size, columns, generator=generator).to(dtype) for size in sizes]
+    stats = collected(*batches)
+    x = torch.cat([batch.reshape(-1, columns) for batch in batches]).double()
+    assert stats.tokens == len(x)
+    assert (stats.gram.dtype, stats.abs_sum.dtype, stats.abs_max.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close(stats.gram.double(), x.T @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(stats.abs_sum.double(), x.abs().sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.abs_mean.double(), x.abs().mean(0), rtol=1e-5, atol=1e-5)
+    assert float(stats.abs_max) == float(x.abs().max())
+
+
+def test_the_inputs_are_left_alone() -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    copy = x.clone()
+    collected(x)
+    assert torch.equal(x, copy)
+
+
+def test_nothing_added_is_zero() -> None:
+    stats = empty_stats(4, CPU)
+    assert bool((stats.abs_mean == 0).all())
+    require_finite_stats(stats, "site")
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 6), columns=st.integers(1, 16), seed=st.integers(0, 2**16))
+def test_the_output_error_is_that_of_running_the_linear(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, columns, generator=generator)
+    weight, rounded = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    expected = (x.double() @ (weight - rounded).double().T).square().sum(0)
+    found = output_error(weight - rounded, collected(x).gram)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_rescaled_is_the_gram_matrix_of_the_divided_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(50, 12, generator=generator), torch.rand(12, generator=generator) + 0.1
+    torch.testing.assert_close(rescaled(collected(x).gram, scale), collected(x / scale).gram, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("later", [True, False])
+def test_inputs_that_are_not_finite_stop_with_the_name_of_the_site(value: float, later: bool) -> None:
+    good, bad = torch.ones(4, 8), torch.ones(4, 8)
+    bad[2, 3] = value
+    stats = collected(bad, good) if later else collected(good, bad)
+    with pytest.raises(NumericsError, match=r"model\.layers\.3\.mlp\.up_proj: its calibration inputs are not finite"):
+        require_finite_stats(stats, "model.layers.3.mlp.up_proj")
+
+
+def test_an_overflow_of_the_sums_stops_with_the_name_of_the_site() -> None:
+    stats = collected(torch.full((4, 8), 1e19))
+    assert bool(torch.isfinite(stats.abs_max))
+    with pytest.raises(NumericsError, match=r"a\.site: its Gram matrix overflowed float32 \(largest input 1e\+19\)"):
+        require_finite_stats(stats, "a.site")
