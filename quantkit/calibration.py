@@ -344,8 +344,8 @@ def _jsonl(path: Path) -> Iterator[Document]:
 
 
 def _parquet(path: Path) -> Iterator[Document]:
-    import pyarrow as arrow  # type: ignore[import-untyped]  # only here: it is slow to import
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    import pyarrow as arrow  # only here: it is slow to import
+    import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:

@@ -86,14 +86,16 @@ EvalSamples = Annotated[int | None, typer.Option("--eval-samples", min=1, help="
 Budget = Annotated[
     str, typer.Option("--budget", help="Memory of the card that weights, KV cache and workspace may take.")
 ]
-Context = Annotated[str, typer.Option("--context", help="Tokens of context that must fit: 8192 or 8k.")]
+Context = Annotated[str | None, typer.Option("--context", help="Tokens of context that must fit.  [default: 8k]")]
 KvOption = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/...]")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the comparison with FP16.")]
-MaxPpl = Annotated[str, typer.Option("--max-ppl-increase", help="The verdict's limit on perplexity.")]
+MaxPpl = Annotated[
+    str | None, typer.Option("--max-ppl-increase", help="The verdict's limit on perplexity.  [default: 5%]")
+]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's limit on the KL divergence, in nats.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
@@ -126,14 +128,14 @@ def _add_method(method: str, help: str) -> None:
         eval: Eval = None,
         eval_samples: EvalSamples = None,
         budget: Budget = "22GiB",
-        context: Context = "8k",
+        context: Context = None,
         kv: KvOption = Kv.fp16,
         device: Device = "auto",
         out: Out = None,
         fresh: Fresh = False,
         offline: Offline = False,
         no_verify: NoVerify = False,
-        max_ppl_increase: MaxPpl = "5%",
+        max_ppl_increase: MaxPpl = None,
         max_kl: MaxKl = None,
         states: HiddenStates = States.auto,
         act_order: ActOrder = True,
@@ -156,6 +158,78 @@ def models(json: Json = False) -> None:
 
         rows = catalogue()
         _print_json(rows) if json else _console().print(catalogue_table(rows))
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A recipe name, folder or hub id, or a folder that is quantized.")],
+    w_bit: WBit = None,
+    group: Group = None,
+    sym: Sym = None,
+    format: FormatOption = None,
+    recipe: RecipeOption = None,
+    budget: Budget = "22GiB",
+    context: Context = None,
+    kv: KvOption = Kv.fp16,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Write the chart as an HTML page.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Bytes before compute: weights, KV cache, workspace, the longest context that fits, which engines load it."""
+    with _told():
+        from quantkit.fit import table
+        from quantkit.fitting import FitRequest, fit_page, fit_request
+        from quantkit.units import parse_bytes, parse_tokens
+
+        quiet_libraries()
+        request = FitRequest(
+            model=model,
+            bits=int(w_bit) if w_bit else None,
+            group_size=group,
+            symmetric=sym,
+            format=format.value if format else None,
+            recipe=recipe,
+            budget=parse_bytes(budget, "--budget"),
+            context=parse_tokens(context, "--context") if context else None,
+            kv=kv.value,
+            tensor_parallel=tensor_parallel,
+            offline=offline,
+        )
+        result = fit_request(request)
+        _print_json(result) if json else _console().print(table(result))
+        if picture:
+            fit_page(result, picture)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="The repository: org/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch.  [default: main]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes; touch no network.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Without a passing verification; the card says so.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
+    with _told():
+        from quantkit.card import render_card
+        from quantkit.hub import push as upload
+        from quantkit.summary import push_document, push_summary, upload_bar
+
+        with upload_bar(_console()) as progress:
+            result = upload(
+                out,
+                repo_id,
+                private=private,
+                revision=revision,
+                dry_run=dry_run,
+                force=force,
+                progress=progress,
+                card=lambda document: render_card(document, repo_id=repo_id),
+            )
+        _print_json(push_document(result)) if json else _console().print(push_summary(result), highlight=False)
 
 
 @app.command()
@@ -195,7 +269,7 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
         from quantkit.runs import Request, quantize
         from quantkit.summary import summary
         from quantkit.units import parse_bytes, parse_tokens
-        from quantkit.verify import Limits, parse_percent
+        from quantkit.verify import parse_percent
 
         quiet_libraries()
         request = Request(
@@ -214,11 +288,12 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             evaluation=said["eval"],
             eval_samples=said["eval_samples"],
             budget=parse_bytes(said["budget"], "--budget"),
-            context=parse_tokens(said["context"], "--context"),
+            context=parse_tokens(said["context"], "--context") if said["context"] else None,
             kv=said["kv"].value,
             device=choose_device(said["device"]),
             options=Options(said["act_order"], said["damp"], said["rounding"].value),
-            limits=Limits(parse_percent(said["max_ppl_increase"]), said["max_kl"]),
+            max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said["max_ppl_increase"] else None,
+            max_kl=said["max_kl"],
             out=said["out"],
             fresh=said["fresh"],
             offline=said["offline"],

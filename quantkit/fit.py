@@ -55,7 +55,7 @@ ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
 
 PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
-GRAM_COPIES = 7  # the Gram matrix, rescaled, reversed, its factor, that reversed again, the identity, and the inverse
+GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed, the inverse
 WEIGHT_COPIES = 5  # of the widest linear: scaled, being rounded, scales and zeros spread over it, dequantized
 DISK_MARGIN = 64 * MIB  # config, tokenizer, report and journal
 

@@ -113,7 +113,7 @@ class Outcome:
 
 @dataclass
 class LayerResult:
-    """A quantized layer: names local to it; `changed` holds what a fold has changed and is not quantized, in float32."""
+    """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized."""
 
     quantized: dict[str, QuantizedTensor]
     changed: dict[str, Tensor]

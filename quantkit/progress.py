@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long run shows: stage, layer, time left, tokens/s, memory, the last layer's error; plain lines off a terminal."""
+"""What a long run shows: stage, layer, time left, tokens/s, memory, the last error; plain lines off a terminal."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -65,7 +65,9 @@ class Display:
         if not self.console.is_terminal:
             self.console.print(
                 f"layer {self.done} of {self.layers}  {format_seconds(seconds)}  left {self.left()}  "
-                f"{self.rate:,.0f} tokens/s  {self.memory()}  worst output error {loss:.2%}{'  from disk' if reused else ''}"
+                f"{self.rate:,.0f} tokens/s  {self.memory()}  worst error {loss:.2%}{'  from disk' if reused else ''}",
+                soft_wrap=True,
+                highlight=False,
             )
 
     def ending(self, name: str) -> None:

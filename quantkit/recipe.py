@@ -83,6 +83,15 @@ class CalibrationSpec(BaseModel):
     seqlen: int | None = Field(default=None, ge=2)
 
 
+class LimitsSpec(BaseModel):
+    """The verdict's limits when the command line does not say: shares (0.05 is 5%) and nats."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    max_ppl_increase: float | None = Field(default=None, ge=0)
+    max_kl: float | None = Field(default=None, ge=0)
+
+
 class Recipe(BaseModel):
     """A validated recipe file."""
 
@@ -95,6 +104,7 @@ class Recipe(BaseModel):
     default: SchemeSpec = Field(default_factory=SchemeSpec)
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from quantkit import charts, wording
@@ -46,17 +46,9 @@ class Table(NamedTuple):
 
 def render_report(result: Result) -> str:
     """The page. `result` is the document described in docs: quantkit.json, verification included or None."""
-    environment = Environment(
-        loader=PackageLoader("quantkit"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     verification = result.get("verification")
     fit = (verification or {}).get("fit")
-    return environment.get_template("report.html.j2").render(
+    return _template("report.html.j2").render(
         model=wording.one_line(result["model"]),
         subtitle=f"{result['method'].upper()} · {wording.overall_scheme(result)} · stored as {result['format']}",
         version=result["quantkit_version"],
@@ -75,6 +67,26 @@ def render_report(result: Result) -> str:
         versions=sorted((result.get("versions") or {}).items()),
         layers=_layers(result),
     )
+
+
+def render_fit(fit: Result, model: str, subtitle: str) -> str:
+    """One self-contained page: memory against context, from the document of `fit.fit`."""
+    chart, parts, longest = _memory(fit)
+    return _template("fit.html.j2").render(
+        model=wording.one_line(model), subtitle=subtitle, fits=fit["fits"], longest=longest, chart=chart, parts=parts
+    )
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("quantkit"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)
 
 
 def _passed_because(verification: Result | None) -> str:

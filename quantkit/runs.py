@@ -1,41 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command from request to finished folder: resolve, plan, load tokens, run the loop, write what is beside shards."""
+"""One command from request to finished folder: resolve, plan, load tokens, run, write what is beside the shards."""
 
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet
 from quantkit.card import render_card
-from quantkit.checkpoint.source import resolve
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
+from quantkit.choices import DEFAULT_FORMATS, choose_format, choose_recipe, choose_scheme, find_model, hub_id
 from quantkit.errors import InputError
 from quantkit.fit import fit
-from quantkit.formats import FORMATS, Format
-from quantkit.library import model_of
+from quantkit.formats import Format
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Job, Outcome, run
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
-from quantkit.recipe import Recipe, read_recipe, resolver, shipped
+from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.report import render_report
 from quantkit.scheme import Scheme
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verdict
 
-DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048
-DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
-SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
+DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_CONTEXT = 128, 2048, 8192
 COPIED = (  # beside the weights; byte for byte
     "generation_config.json",
     "tokenizer*",
@@ -71,27 +68,17 @@ class Request:
     evaluation: str | None = None
     eval_samples: int | None = None
     budget: int = 22 * 2**30
-    context: int = 8192
+    context: int | None = None
     kv: str = "fp16"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     options: Options = field(default_factory=Options)
-    limits: Limits = field(default_factory=Limits)
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
     out: Path | None = None
     fresh: bool = False
     offline: bool = False
     verify: bool = True
     place: str | None = None
-
-
-def find_model(name: str, *, offline: bool) -> Path:
-    """The directory of a recipe name, folder, or hub id; see `checkpoint.source.resolve`."""
-    return resolve(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
-
-
-def hub_id(name: str) -> str | None:
-    """The hub's name of a model given as a recipe or a hub id; None for folders and the bundled demo."""
-    target = model_of(name) if name in shipped() else name
-    return target if target.count("/") == 1 and not Path(target).exists() else None
 
 
 def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
@@ -101,19 +88,21 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
         QuantkitError: anything the user can fix, before hours are spent where that can be known before.
     """
     began = time.monotonic()
-    recipe = _recipe(request)
-    scheme = _default_scheme(request, recipe)
-    fmt = _format(request, scheme, recipe)
+    recipe = choose_recipe(request.recipe, request.model)
+    scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric)
+    fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
     model = open_model(directory)
     plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
+    memory = fit(model, plan, budget=request.budget, context=_context(request, model.config), kv=request.kv)
     calibrated, evaluated = _tokens(request, recipe, model, directory)
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
     _announce(console, request, plan, job)
     with display(console, request.device) as progress:
         outcome = run(job, progress, fresh=request.fresh)
-    return _finish(request, job, outcome, scheme, directory, time.monotonic() - began), out
+    result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
+    return _finish(job, outcome, directory, result | {"seconds": time.monotonic() - began}), out
 
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
@@ -125,42 +114,30 @@ def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     return Path("outputs") / f"{label}-{request.method}-w{scheme.bits}-g{scheme.group_size}{tail}"
 
 
-def _recipe(request: Request) -> Recipe:
-    if request.recipe is not None:
-        return read_recipe(request.recipe)
-    return shipped().get(request.model, Recipe())
-
-
-def _default_scheme(request: Request, recipe: Recipe) -> Scheme:
-    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128."""
-    default = recipe.default
-    bits = next(b for b in (request.bits, default.bits, 4) if b is not None)
-    group_size = next(g for g in (request.group_size, default.group_size, 128) if g is not None)
-    symmetric = next(s for s in (request.symmetric, default.symmetric, SYMMETRIC[request.method]) if s is not None)
-    return Scheme(bits, group_size, symmetric)
-
-
-def _format(request: Request, scheme: Scheme, recipe: Recipe) -> Format:
-    """The format that was asked for, or the usual one of the method, or the nearest that can hold the scheme."""
-    if request.format is not None:
-        if request.format not in FORMATS:
-            raise InputError(f"--format: expected {', '.join(FORMATS)}, got {request.format!r}")
-        return FORMATS[request.format]
-    usual = DEFAULT_FORMATS[request.method]
-    if recipe.rules or (usual == "awq" and scheme.bits != 4):
-        return FORMATS["compressed-tensors"]
-    return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
-
-
 def _config_options(request: Request) -> dict[str, Any]:
     options = request.options
     return {"damp_percent": options.damp, "desc_act": False, "static_groups": options.act_order}
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """How many tokens of context the model allows, or None if its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _context(request: Request, config: PretrainedConfig) -> int:
+    """The context that must fit: as asked, or 8k, or all that a smaller model allows."""
+    limit = positions(config)
+    if request.context is None:
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit and request.context > limit:
+        raise InputError(f"--context {request.context}: the model allows {limit} tokens; use --context {limit} or less")
+    return request.context
+
+
 def _tokens(
     request: Request, recipe: Recipe, model: StreamedModel, directory: Path
 ) -> tuple[TokenSet | None, TokenSet | None]:
-    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
+    limit = positions(model.config) or DEFAULT_SEQLEN
     said = recipe.calibration
     seqlen = request.seqlen or said.seqlen or min(DEFAULT_SEQLEN, limit)
     if seqlen > limit:
@@ -224,9 +201,7 @@ def _announce(console: Console, request: Request, plan: Plan, job: Job) -> None:
             console.print(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", highlight=False)
 
 
-def _finish(
-    request: Request, job: Job, outcome: Outcome, scheme: Scheme, directory: Path, seconds: float
-) -> dict[str, Any]:
+def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write what engines and people read beside the shards. quantkit.json comes last: it says that all is there."""
     out, plan = job.out, job.plan
     files = {unit.file: unit.sha256 for unit in outcome.units}
@@ -237,7 +212,6 @@ def _finish(
         files[name] = write_json(out / name, content)
     for path in sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}):
         files[path.name] = copy_file(path, out / path.name)
-    result = _document(request, job, outcome, scheme, directory, seconds)
     result["files"] = [
         {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
     ]
@@ -255,10 +229,15 @@ def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) ->
 
 
 def _document(
-    request: Request, job: Job, outcome: Outcome, scheme: Scheme, directory: Path, seconds: float
+    request: Request,
+    job: Job,
+    outcome: Outcome,
+    scheme: Scheme,
+    directory: Path,
+    memory: dict[str, Any],
+    limits: Limits,
 ) -> dict[str, Any]:
     plan = job.plan
-    memory = fit(job.model, plan, budget=request.budget, context=request.context, kv=request.kv)
     return {
         "quantkit_version": __version__,
         "command": request.command,
@@ -273,22 +252,30 @@ def _document(
         "bits_per_weight": plan.bits_per_weight,
         "total_bytes": plan.file_bytes,
         "tensor_bytes": plan.tensor_bytes,
-        "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(job.device),
         "device": str(job.device),
         "versions": versions(),
         "fallbacks": [*outcome.fallbacks, *_notes(job)],
-        "verification": _verification(request, job, outcome, memory),
+        "engines": memory["engines"],
+        "verification": _verification(job, outcome, memory, limits),
     }
 
 
-def _verification(request: Request, job: Job, outcome: Outcome, memory: dict[str, Any]) -> dict[str, Any] | None:
+def _limits(request: Request, recipe: Recipe) -> Limits:
+    """The command line comes before the recipe, which comes before the defaults."""
+    said = recipe.limits
+    rise = [r for r in (request.max_ppl_increase, said.max_ppl_increase) if r is not None]
+    kl = [k for k in (request.max_kl, said.max_kl) if k is not None]
+    return Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
+
+
+def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
     if outcome.measured is None:
         return None
-    limits = {"max_ppl_increase": request.limits.max_ppl_increase, "max_kl": request.limits.max_kl}
-    judged = verdict(outcome.measured, request.limits, memory)
-    return outcome.measured | {"eval": _tokens_record(job.evaluation), "limits": limits, "fit": memory} | judged
+    judged = verdict(outcome.measured, limits, memory)
+    block = {"eval": _tokens_record(job.evaluation), "limits": asdict(limits), "fit": memory}
+    return outcome.measured | block | judged
 
 
 def _tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:

@@ -72,10 +72,10 @@ def require_finite_stats(stats: SiteStats, name: str) -> None:
         )
 
 
-def rescaled(gram: Tensor, scale: Tensor) -> Tensor:
-    """The Gram matrix of x / scale: D^-1 H D^-1 with D = diag(scale [in_features])."""
+def rescale_(gram: Tensor, scale: Tensor) -> Tensor:
+    """Make it the Gram matrix of x / scale, in place: D^-1 H D^-1 with D = diag(scale [in_features])."""
     inverse = scale.float().reciprocal()
-    return gram * inverse.unsqueeze(0) * inverse.unsqueeze(1)
+    return gram.mul_(inverse.unsqueeze(0)).mul_(inverse.unsqueeze(1))
 
 
 def output_error(difference: Tensor, gram: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table at the end of a run."""
+"""What commands print when they are done."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from quantkit.hub import PushResult
 from quantkit.units import format_bytes, format_seconds
 
 
@@ -32,8 +36,8 @@ def summary(result: dict[str, Any], out: Path) -> Group:
         if fit:
             table.add_row(
                 "memory",
-                f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} tokens "
-                f"of context; longest that fits {fit['longest_context']:,}",
+                f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} "
+                f"tokens of context; longest that fits {fit['longest_context']:,}",
             )
     table.add_row(
         "took", f"{format_seconds(result['seconds'])}, at most {format_bytes(result['peak_rss_bytes'])} of RAM"
@@ -45,4 +49,48 @@ def summary(result: dict[str, Any], out: Path) -> Group:
         lines.append(Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red"))
         lines += [Text(f"  {reason}") for reason in measured["reasons"]]
     lines.append(Text(f"report: {out}/report.html"))
+    return Group(*lines)
+
+
+@contextmanager
+def upload_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of bytes sent; calls are (file just finished, bytes so far, bytes in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("upload", visible=False)
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name or "upload", completed=done, total=total, visible=True)
+
+        yield show
+
+
+def push_document(result: PushResult) -> dict[str, Any]:
+    """What a push did, as JSON."""
+    return {
+        "repo_id": result.repo_id,
+        "revision": result.revision,
+        "url": result.url,
+        "dry_run": result.dry_run,
+        "commit": result.commit,
+        "total_bytes": result.total_bytes,
+        "files": [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in result.files],
+        "sent": list(result.sent),
+        "left_out": list(result.left_out),
+        "others": list(result.others),
+        "forced": list(result.reasons),
+    }
+
+
+def push_summary(result: PushResult) -> Group:
+    """The files and sizes of a push, and where they are, or would be."""
+    table = Table("file", "size", box=None, padding=(0, 2, 0, 0))
+    for file in result.files:
+        table.add_row(file.name, format_bytes(file.bytes))
+    lines: list[Any] = [table]
+    lines += [Text(f"stays here: {name}", style="dim") for name in result.left_out]
+    lines += [Text(f"already on the hub, not of this checkpoint: {name}", style="yellow") for name in result.others]
+    lines += [Text(f"forced although {reason}", style="yellow") for reason in result.reasons]
+    what = "would go" if result.dry_run else "went"
+    lines.append(Text(f"{len(result.files)} files, {format_bytes(result.total_bytes)}, {what} to {result.url}"))
     return Group(*lines)

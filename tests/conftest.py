@@ -23,7 +23,9 @@ TINY = {
 }
 
 
-def make_qwen2(folder: Path, *, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
+def make_qwen2(
+    folder: Path, *, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: object
+) -> Path:
     """A random Qwen2 with biases that are not zero, saved to `folder`."""
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(**(TINY | {"num_hidden_layers": layers} | changes)))
@@ -73,4 +75,3 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip(f"no shared models at {SHARED}")
     return SHARED
-

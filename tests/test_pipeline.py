@@ -44,7 +44,9 @@ def contents(out: Path) -> dict[str, str]:
     """sha256 of every file whose bytes a run determines: all but the records of time and memory."""
     varying = {"quantkit.json", "report.html", "README.md"}
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir()) if path.name not in varying
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.iterdir())
+        if path.name not in varying
     }
 
 
@@ -150,9 +152,13 @@ def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> 
     result = json.loads((out / "quantkit.json").read_text())
     scaled = {layer["kind"] for layer in result["layers"] if layer["scale"] != "1"}
     assert {"q_proj", "o_proj", "down_proj"} <= scaled | {"q_proj", "o_proj", "down_proj"}
-    assert any(original(f"model.layers.{i}.input_layernorm.weight", qwen2).half().ne(
-        load_file(out / f"model-{i + 2:05d}-of-00004.safetensors")[f"model.layers.{i}.input_layernorm.weight"]).any()
-        for i in range(2))
+    assert any(
+        original(f"model.layers.{i}.input_layernorm.weight", qwen2)
+        .half()
+        .ne(load_file(out / f"model-{i + 2:05d}-of-00004.safetensors")[f"model.layers.{i}.input_layernorm.weight"])
+        .any()
+        for i in range(2)
+    )
     assert result["verification"]["kl_divergence"] < 2e-3
 
 

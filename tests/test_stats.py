@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import NumericsError
-from quantkit.stats import SiteStats, add_inputs, empty_stats, output_error, require_finite_stats, rescaled
+from quantkit.stats import SiteStats, add_inputs, empty_stats, output_error, require_finite_stats, rescale_
 
 CPU = torch.device("cpu")
 
@@ -63,10 +63,10 @@ def test_the_output_error_is_that_of_running_the_linear(rows: int, columns: int,
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_rescaled_is_the_gram_matrix_of_the_divided_inputs() -> None:
+def test_rescale_makes_the_gram_matrix_of_the_divided_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     x, scale = torch.randn(50, 12, generator=generator), torch.rand(12, generator=generator) + 0.1
-    torch.testing.assert_close(rescaled(collected(x).gram, scale), collected(x / scale).gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rescale_(collected(x).gram, scale), collected(x / scale).gram, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
-from quantkit.stats import SiteStats, output_error, rescaled
+from quantkit.stats import SiteStats, output_error, rescale_
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compensate(site: SiteInput, options: Options) -> SiteResult:
 
 
 def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
-    """AWQ: see `awq`; then rounding as for GPTQ, or to nearest."""
+    """AWQ: see `awq`; then rounding as for GPTQ, or to nearest. Rescales the statistics' Gram matrix in place."""
     assert site.stats is not None
     names = [name for name, scheme in site.schemes.items() if scheme is not None]
     if site.channel is None or not names:
@@ -93,7 +93,7 @@ def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
     search = awq.search_scale(weights, schemes, site.stats.gram, site.stats.abs_mean, site.channel, site.min_zero)
     columns = search.scale[site.channel]
     scaled = {name: weight.float() * columns for name, weight in site.weights.items()}
-    result = _round(scaled, site, rescaled(site.stats.gram, columns), options)
+    result = _round(scaled, site, rescale_(site.stats.gram, columns), options)
     for record in result.records.values():
         record["scale"] = search.kind
         record["scale_gain"] = 1 - search.error / search.unscaled_error if search.unscaled_error > 0 else 0.0

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command means where the user has not said it: the model's folder, the recipe, the scheme, the format."""
+
+from pathlib import Path
+
+from quantkit.checkpoint.source import resolve
+from quantkit.errors import InputError
+from quantkit.formats import FORMATS, Format
+from quantkit.library import model_of
+from quantkit.recipe import Recipe, read_recipe, shipped
+from quantkit.scheme import Scheme
+
+DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
+SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
+
+
+def find_model(name: str, *, offline: bool) -> Path:
+    """The directory of a recipe name, folder, or hub id; see `checkpoint.source.resolve`."""
+    return resolve(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's name of a model given as a recipe or a hub id; None for folders and the bundled demo."""
+    target = model_of(name) if name in shipped() else name
+    return target if target.count("/") == 1 and not Path(target).exists() else None
+
+
+def choose_recipe(file: Path | None, model: str) -> Recipe:
+    """The recipe file that was given, or the one that ships under the model's name, or an empty one."""
+    return read_recipe(file) if file is not None else shipped().get(model, Recipe())
+
+
+def choose_scheme(
+    method: str, recipe: Recipe, bits: int | None, group_size: int | None, symmetric: bool | None
+) -> Scheme:
+    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128."""
+    default = recipe.default
+    return Scheme(
+        next(b for b in (bits, default.bits, 4) if b is not None),
+        next(g for g in (group_size, default.group_size, 128) if g is not None),
+        next(s for s in (symmetric, default.symmetric, SYMMETRIC[method]) if s is not None),
+    )
+
+
+def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe) -> Format:
+    """The format that was asked for, or the usual one of the method, or the nearest that can hold the scheme.
+
+    Raises:
+        InputError: no format of that name.
+    """
+    if name is not None:
+        if name not in FORMATS:
+            raise InputError(f"--format: expected {', '.join(FORMATS)}, got {name!r}")
+        return FORMATS[name]
+    usual = DEFAULT_FORMATS[method]
+    if recipe.rules or (usual == "awq" and scheme.bits != 4):
+        return FORMATS["compressed-tensors"]
+    return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
