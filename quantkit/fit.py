@@ -40,10 +40,11 @@ from quantkit.activations import TOKENS_AT_ONCE
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError, ModelError, SchemeError
 from quantkit.formats.names import fused_name
+from quantkit.formats.reading import READERS
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, shard
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import STORED, LinearPlan, Plan
-from quantkit.scheme import MAX_BITS, MIN_BITS, Scheme
+from quantkit.stored import OUTSIDE, quantization_of, stored_linears
 from quantkit.units import format_bytes
 
 MIB = 2**20
@@ -148,14 +149,13 @@ def fit_checkpoint(
     raw = _read_config(out / "config.json")
     architecture = build(config_from_dict(raw))
     checkpoint = open_checkpoint(out)
-    quantization = raw.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise ModelError(f"{out / 'config.json'}: quantization_config: expected an object, got {quantization!r:.80}")
+    quantization = quantization_of(raw)
+    format_name, linears = _stored_linears(architecture, checkpoint, quantization)
     stored = Stored(
         tensors={name: entry.nbytes for name, entry in checkpoint.entries.items()},
         file_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
-        linears=_stored_linears(architecture, checkpoint, quantization),
-        format=_format_name(quantization),
+        linears=linears,
+        format=format_name,
         act_order=bool(quantization.get("desc_act")),
     )
     return _serving(architecture, stored, budget, context, kv, tensor_parallel)
@@ -455,49 +455,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _format_name(quantization: Mapping[str, Any]) -> str:
-    method = quantization.get("quant_method")
-    if method == "gptq":
-        return str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq")
-    return str(method or SIXTEEN_BIT)
-
-
 def _stored_linears(
     architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
-) -> tuple[LinearPlan, ...]:
-    """The linears of the decoder layers; bits and groups follow from the shapes of what is stored."""
-    found = []
-    for index, layer in enumerate(architecture.layers):
-        for local, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                name = f"{architecture.layer_name(index)}.{local}"
-                shape = (module.out_features, module.in_features)
-                scheme = _stored_scheme(name, shape, checkpoint, quantization)
-                found.append(LinearPlan(name, index, local, *shape, scheme))
-    return tuple(found)
-
-
-def _stored_scheme(
-    name: str, shape: tuple[int, int], checkpoint: Checkpoint, quantization: Mapping[str, Any]
-) -> Scheme | None:
-    entries = checkpoint.entries
-    packed = entries.get(f"{name}.qweight") or entries.get(f"{name}.weight_packed")
-    scales = entries.get(f"{name}.scales") or entries.get(f"{name}.weight_scale")
-    if packed is None or scales is None or len(scales.shape) != 2:
-        return None
-    if f"{name}.weight_packed" in entries:
-        groups, symmetric = scales.shape[1], f"{name}.weight_zero_point" not in entries
-    else:
-        fixed = quantization.get("sym", True) if "sym" in quantization else not quantization.get("zero_point", True)
-        groups, symmetric = scales.shape[0], bool(fixed)
-    out_features, in_features = shape
-    bits = 8 * packed.nbytes // (out_features * in_features)
-    if not MIN_BITS <= bits <= MAX_BITS or groups < 1 or in_features % groups:
-        raise ModelError(
-            f"{checkpoint.directory}: {name}: {list(packed.shape)} codes and {list(scales.shape)} scales do not belong "
-            f"to a linear of {out_features} x {in_features}; does config.json belong to these files?"
-        )
-    return Scheme(bits, -1 if groups == 1 else in_features // groups, symmetric)
+) -> tuple[str, tuple[LinearPlan, ...]]:
+    """The format's name and the linears of the decoder layers; bytes are counted also where a format is not known."""
+    method = quantization.get("quant_method")
+    if method in READERS:
+        fmt, linears = stored_linears(architecture, checkpoint, quantization)
+        return fmt.name, tuple(linear for linear in linears if linear.layer != OUTSIDE)
+    plain = tuple(
+        LinearPlan(f"{architecture.layer_name(index)}.{local}", index, local, m.out_features, m.in_features, None)
+        for index, layer in enumerate(architecture.layers)
+        for local, m in layer.named_modules()
+        if isinstance(m, nn.Linear)
+    )
+    return str(method or SIXTEEN_BIT), plain
 
 
 # ---------------------------------------------------------------- shown

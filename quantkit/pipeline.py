@@ -13,31 +13,39 @@ from the disk and only runs them.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.activations import Stream, open_stream
+from quantkit.activations import Stream
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
 from quantkit.errors import NumericsError, OutputError
+from quantkit.evaluation import (
+    Progress,
+    advance,
+    compare,
+    embed_tokens,
+    embedding_names,
+    loaded,
+    open_states,
+    relative_error,
+    run_dtype,
+)
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
     drop,
-    embed,
-    logits,
     move_buffers,
     outside_loaded,
     read_layer,
     read_outside,
-    run_layer,
     run_to,
 )
 from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
@@ -45,19 +53,9 @@ from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
 from quantkit.scheme import QuantizedTensor, dequantize
 from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
-from quantkit.verify import Comparison
+from quantkit.stored import read_dequantized
 
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
-
-
-class Progress(Protocol):
-    """What the loop tells while it runs. See `progress` for the display."""
-
-    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
-    def layer(self, index: int) -> None: ...
-    def stage(self, name: str) -> None: ...
-    def finished(self, index: int, loss: float, reused: bool) -> None: ...
-    def ending(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,8 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and weights while running: as stored, but 16-bit products are slow on CPUs."""
-        if self.device.type == "cpu":
-            return torch.float32
-        return self.model.checkpoint.entries[f"{self.plan.linears[0].name}.weight"].dtype
+        """Of hidden states and weights while running."""
+        return run_dtype(self.model, self.device, f"{self.plan.linears[0].name}.weight")
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: everything that the bytes of the shards depend on."""
@@ -152,9 +148,9 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     )
     streams = {"calibration": calibration, "evaluation": original}
     progress.start(len(model.layers), tokens, {name: stream.place for name, stream in streams.items() if stream})
-    with outside_loaded(model, _loaded(job, read_outside(model, _embedding_names(job)))):
+    with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
         _embed(job, job.evaluation, original)
-    with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], _embedding_names(job)))):
+    with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
         _embed(job, job.evaluation, quantized)
         _embed(job, job.calibration, calibration)
 
@@ -166,7 +162,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         assign(model.layers[index], _loaded(job, source))
         if original:
             progress.stage("run the original")
-            _advance(model, index, original)
+            advance(model, index, original)
         shard = shards[f"layer.{index}"]
         reused = shard.unit in journal.finished
         if not reused:
@@ -178,10 +174,10 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         unfinished = any(f"layer.{later}" not in journal.finished for later in range(index + 1, len(model.layers)))
         for stream in (quantized, calibration if unfinished else None):
             if stream:
-                _advance(model, index, stream)
+                advance(model, index, stream)
         drop(model.layers[index])
         if original and quantized:
-            layer_errors.append({"layer": index, "relative_error": _relative_error(original, quantized)})
+            layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
         records = journal.finished[shard.unit].record["linears"]
         progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
 
@@ -201,17 +197,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
 
 
 def _loaded(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the device; floats in the dtype of the run."""
-    return {
-        name: tensor.to(job.device, job.dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in tensors.items()
-    }
-
-
-def _embedding_names(job: Job) -> list[str]:
-    """What has to be loaded to embed tokens: all outside the layers but the head."""
-    head = job.model.head_name
-    return [name for name in job.model.outside() if not (head and name.startswith(f"{head}."))]
+    return loaded(tensors, job.device, job.dtype)
 
 
 def _written(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:
@@ -260,14 +246,9 @@ def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
     """The layer's parameters as the written shard stands for them (names local to the layer)."""
     prefix = f"{job.model.layer_name(index)}."
     stored = open_file(job.out / shard.file)
-    tensors = {name.removeprefix(prefix): stored.read(name, job.device) for name in stored.entries}
-    for name, linear in job.plan.layer(index).items():
-        if linear.scheme is not None:
-            shape = (linear.out_features, linear.in_features)
-            keys = job.plan.format.specs(linear.scheme, *shape)
-            packed = {key: tensors.pop(f"{name}.{key}") for key in keys}
-            tensors[f"{name}.weight"] = dequantize(job.plan.format.unpack(packed, linear.scheme, shape))
-    return tensors
+    linears = job.plan.layer(index).values()
+    tensors = read_dequantized(stored, stored.entries, linears, job.plan.format, job.device)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------- streams
@@ -276,55 +257,20 @@ def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
 def _open(job: Job, tokens: TokenSet | None, name: str) -> Stream | None:
     if tokens is None:
         return None
-    shape = (tokens.samples, tokens.seqlen, job.model.config.hidden_size)
-    spill = job.out / f".{name}-states.tmp"
-    return open_stream(shape, job.dtype, job.device, spill, job.place)
+    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", job.place)
 
 
 def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
     if tokens is not None and stream is not None:
-        for batch in stream.batches():
-            stream.states[batch] = embed(job.model, tokens.input_ids[batch].to(job.device)).to(stream.states.device)
-
-
-def _advance(model: StreamedModel, index: int, stream: Stream) -> None:
-    device = next(iter(model.layers[index].parameters())).device
-    for batch in stream.batches():
-        output = run_layer(model, index, stream.states[batch].to(device))
-        if not bool(torch.isfinite(output).all()):
-            raise NumericsError(f"{model.layer_name(index)}: its output is not finite; check the model's weights")
-        stream.states[batch] = output
-
-
-def _relative_error(original: Stream, quantized: Stream) -> float:
-    """||quantized - original||^2 / ||original||^2 of the hidden states."""
-    difference = energy = 0.0
-    for batch in original.batches():
-        reference = original.states[batch].float()
-        difference += float((quantized.states[batch].float() - reference).square().sum())
-        energy += float(reference.square().sum())
-    return difference / energy if energy > 0 else 0.0
+        embed_tokens(job.model, tokens, stream, job.device)
 
 
 def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str, ShardPlan]) -> dict[str, Any]:
     assert job.evaluation is not None
-    names = list(job.model.outside())
-    source = _loaded(job, read_outside(job.model, names))
-    stored: dict[str, Tensor] = {}
-    for unit in ("embeddings", "head"):
-        if unit in shards:
-            reader = open_file(job.out / shards[unit].file)
-            for name in reader.entries:
-                tensor = reader.read(name).to(job.device, job.dtype)
-                stored[name] = source[name] if torch.equal(tensor, source[name]) else tensor  # held once if it can be
-    comparison = Comparison()
-    for batch in original.batches():
-        with outside_loaded(job.model, source):
-            reference = logits(job.model, original.states[batch].to(job.device))
-        with outside_loaded(job.model, stored):
-            found = logits(job.model, quantized.states[batch].to(job.device))
-        comparison.add(reference, found, job.evaluation.input_ids[batch].to(job.device))
-    return comparison.result()
+    source = _loaded(job, read_outside(job.model))
+    files = [open_file(job.out / shards[unit].file) for unit in ("embeddings", "head") if unit in shards]
+    stored = ((name, file.read(name)) for file in files for name in file.entries)
+    return compare(job.model, job.evaluation, original, quantized, source, stored, job.device)
 
 
 # ---------------------------------------------------------------- one layer

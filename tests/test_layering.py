@@ -31,11 +31,15 @@ ALLOWED: dict[str, str] = {
     "model": "errors checkpoint",
     "plan": "errors units scheme formats checkpoint model recipe",
     "loaders": "errors scheme formats plan",
-    "fit": "errors units scheme formats checkpoint model recipe plan loaders activations",
     "stored": "errors scheme formats checkpoint model plan",
+    "fit": "errors units scheme formats checkpoint model recipe plan loaders activations stored",
     "library": "errors units checkpoint recipe resources",
     # the loop
-    "pipeline": "errors scheme stats formats quantize checkpoint calibration activations verify model plan",
+    "evaluation": "errors calibration activations verify model",
+    "pipeline": (
+        "errors scheme stats formats quantize checkpoint calibration activations verify model plan stored evaluation"
+    ),
+    "remeasure": "errors formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
     "progress": "units",
     "summary": "errors units",

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized checkpoint measured against its original from the files of both, one decoder layer of each at a time.
+
+The figures are those of a run (`pipeline`): the same streams, in the same batches, through the same functions. Peak
+memory is one layer of each model and the hidden states, whatever the depth.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration import TokenSet
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
+from quantkit.errors import ModelError
+from quantkit.evaluation import (
+    Progress,
+    advance,
+    compare,
+    embed_tokens,
+    embedding_names,
+    loaded,
+    open_states,
+    relative_error,
+    run_dtype,
+)
+from quantkit.formats import Format
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    drop,
+    move_buffers,
+    outside_loaded,
+    read_layer,
+    read_outside,
+)
+from quantkit.plan import LinearPlan
+from quantkit.stored import packed_names, quantization_of, read_dequantized, stored_linears
+
+# What must be the same in both config.json: tensors of equal shape can still be of another model.
+SAME = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A quantized checkpoint on the disk: its tensors, format, and linears (the head's layer is -1)."""
+
+    checkpoint: Checkpoint
+    format: Format
+    linears: tuple[LinearPlan, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Every stored bit of the quantized linears over their weights."""
+        quantized = [linear for linear in self.linears if linear.scheme is not None]
+        names = [name for linear in quantized for name in packed_names(self.format, linear)]
+        weights = sum(linear.out_features * linear.in_features for linear in quantized)
+        return 8 * sum(self.checkpoint.entries[name].nbytes for name in names) / weights
+
+    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Parameters of the original architecture by their full names; quantized weights come dequantized."""
+        wanted = set(names)
+        linears = [x for x in self.linears if x.scheme is not None and f"{x.name}.weight" in wanted]
+        packed = {f"{linear.name}.weight": packed_names(self.format, linear) for linear in linears}
+        return read_dequantized(
+            self.checkpoint, [n for name in names for n in packed.get(name, [name])], linears, self.format, device
+        )
+
+
+def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpoint:
+    """Read the headers and config of a quantized checkpoint and hold them against the model that it was made from.
+
+    Raises:
+        ModelError: not quantized, a kind that is not supported, a damaged checkpoint, or one of another model.
+    """
+    raw = read_config(directory)
+    quantization = quantization_of(raw)
+    if not quantization:
+        raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
+    _refuse_another_model(directory, raw, original)
+    checkpoint = open_checkpoint(directory)
+    fmt, linears = stored_linears(original, checkpoint, quantization)
+    if all(linear.scheme is None for linear in linears):
+        raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")
+    found = QuantizedCheckpoint(checkpoint, fmt, linears)
+    _refuse_unknown(found, original)
+    return found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is.
+
+    Raises:
+        ModelError: there is none, or it is not an object.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory}: no config.json; expected the folder of a quantized checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _refuse_another_model(directory: Path, raw: Mapping[str, Any], original: StreamedModel) -> None:
+    for key in SAME:
+        expected, found = getattr(original.config, key, None), raw.get(key)
+        if found is not None and expected is not None and found != expected:
+            raise ModelError(
+                f"{directory}: config.json: {key} is {found!r:.60}, that of {original.directory} is {expected!r:.60}; "
+                "it was made from another model"
+            )
+
+
+def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None:
+    """Every tensor must be one that is computed with, or one that changes nothing; and none may be missing."""
+    packed = {f"{linear.name}.weight": packed_names(found.format, linear) for linear in found.linears}
+    names = _parameters(original)
+    needed = {n for name in names for n in packed.get(name, [name])}
+    there = set(found.checkpoint.entries)
+    if missing := sorted(needed - there):
+        raise ModelError(f"{found.checkpoint.directory}: {len(missing)} tensors missing ({shorten(missing)})")
+    for name in names:
+        shape = found.checkpoint.entries[name].shape if name in needed else None
+        if shape is not None and shape != original.checkpoint.entries[name].shape:
+            expected = list(original.checkpoint.entries[name].shape)
+            raise ModelError(f"{found.checkpoint.directory}: {name}: expected {expected}, got {list(shape)}")
+    head = f"{original.head_name}." if original.tied else "\0"
+    unknown = [
+        name
+        for name in sorted(there - needed - set(original.ignored))
+        if not name.startswith(head) and not name.endswith(DERIVED) and not _is_zero_bias(found, name)
+    ]
+    if unknown:
+        raise ModelError(
+            f"{found.checkpoint.directory}: {len(unknown)} tensors have no place in the original model "
+            f"({shorten(unknown)}); without them the figures would be wrong"
+        )
+
+
+def _parameters(original: StreamedModel) -> list[str]:
+    layers = [f"{original.layer_name(i)}.{name}" for i in range(len(original.layers)) for name in _local(original, i)]
+    return [*original.outside(), *layers]
+
+
+def _local(original: StreamedModel, index: int) -> list[str]:
+    return list(original.layer_shapes(index))
+
+
+def _is_zero_bias(found: QuantizedCheckpoint, name: str) -> bool:
+    """Some tools write a bias of zeros for linears that have none."""
+    linears = {linear.name for linear in found.linears}
+    owner, _, key = name.rpartition(".")
+    return key == "bias" and owner in linears and not bool(found.checkpoint.read(name).any())
+
+
+@torch.no_grad()
+def measure(
+    original: StreamedModel,
+    quantized: QuantizedCheckpoint,
+    evaluation: TokenSet,
+    device: torch.device,
+    progress: Progress,
+    place: str | None = None,
+) -> dict[str, Any]:
+    """The figures of `verify.Comparison.result`, and "layer_errors"; see `pipeline`.
+
+    place: where hidden states live ("device", "ram", "file"; None lets memory decide)
+
+    Raises:
+        ModelError, NumericsError: a damaged file; values that are not finite.
+    """
+    out = quantized.checkpoint.directory
+    with TemporaryDirectory(prefix=".quantkit-", dir=out if os.access(out, os.W_OK) else None) as spill:
+        return _measure(original, quantized, evaluation, device, progress, Path(spill), place)
+
+
+def _measure(
+    original: StreamedModel,
+    quantized: QuantizedCheckpoint,
+    evaluation: TokenSet,
+    device: torch.device,
+    progress: Progress,
+    spill: Path,
+    place: str | None,
+) -> dict[str, Any]:
+    model = original
+    dtype = run_dtype(model, device, f"{quantized.linears[0].name}.weight")
+    move_buffers(model.model, device)
+    reference = open_states(model, evaluation, dtype, device, spill / "original", place)
+    stream = open_states(model, evaluation, dtype, device, spill / "quantized", place)
+    tokens = 2 * evaluation.samples * evaluation.seqlen
+    progress.start(len(model.layers), tokens, {"evaluation": reference.place})
+    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
+        embed_tokens(model, evaluation, reference, device)
+    with outside_loaded(model, loaded(quantized.read(embedding_names(model)), device, dtype)):
+        embed_tokens(model, evaluation, stream, device)
+    layer_errors = []
+    for index, layer in enumerate(model.layers):
+        progress.layer(index)
+        progress.stage("run the original")
+        assign(layer, loaded(read_layer(model, index), device, dtype))
+        advance(model, index, reference)
+        progress.stage("run the quantized")
+        prefix = f"{model.layer_name(index)}."
+        stored = quantized.read([f"{prefix}{name}" for name in _local(model, index)], device)
+        assign(layer, loaded({name.removeprefix(prefix): t for name, t in stored.items()}, device, dtype))
+        del stored
+        advance(model, index, stream)
+        drop(layer)
+        layer_errors.append({"layer": index, "relative_error": relative_error(reference, stream)})
+        progress.finished(index, layer_errors[-1]["relative_error"], False)
+    progress.ending("compare the logits")
+    source = loaded(read_outside(model), device, dtype)
+    outside = ((name, quantized.read([name])[name]) for name in model.outside())
+    figures = compare(model, evaluation, reference, stream, source, outside, device)
+    return figures | {"layer_errors": layer_errors}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized checkpoint that is there, whoever wrote it: what its linears are, and the weights that they stand for."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, device, nn
+
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import ModelError
+from quantkit.formats import Format
+from quantkit.formats.reading import read_schemes, unpack
+from quantkit.model.streaming import Architecture
+from quantkit.plan import LinearPlan
+from quantkit.scheme import dequantize
+
+OUTSIDE = -1  # the layer number of the head
+
+
+def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json's content that says how the model is quantized; empty if nothing does.
+
+    Raises:
+        ModelError: it is no object.
+    """
+    found = raw.get("quantization_config") or raw.get("compression_config") or {}
+    if not isinstance(found, dict):
+        raise ModelError(f"config.json: quantization_config: expected an object, got {found!r:.80}")
+    return found
+
+
+def stored_linears(
+    architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
+) -> tuple[Format, tuple[LinearPlan, ...]]:
+    """The format, and the linears of the decoder layers in order; a head that is not tied comes last, of layer -1.
+
+    Raises:
+        ModelError: see `formats.reading.read_schemes`.
+    """
+    places = [
+        (f"{architecture.layer_name(index)}.{local}", index, local, module)
+        for index, layer in enumerate(architecture.layers)
+        for local, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    head, module = architecture.head_name, architecture.model.get_output_embeddings()
+    if head and isinstance(module, nn.Linear) and not architecture.tied:
+        places.append((head, OUTSIDE, head, module))
+    shapes = {name: (module.out_features, module.in_features) for name, _, _, module in places}
+    try:
+        fmt, schemes = read_schemes(quantization, shapes, checkpoint.entries)
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.directory}: {error}") from error
+    return fmt, tuple(LinearPlan(name, index, local, *shapes[name], schemes[name]) for name, index, local, _ in places)
+
+
+def packed_names(fmt: Format, linear: LinearPlan) -> list[str]:
+    """The full names of the tensors that hold a linear's weight."""
+    if linear.scheme is None:
+        return [f"{linear.name}.weight"]
+    specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
+    return [f"{linear.name}.{key}" for key in specs]
+
+
+def read_dequantized(
+    checkpoint: Checkpoint, names: Iterable[str], linears: Iterable[LinearPlan], fmt: Format, on: device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The named tensors as stored; those of quantized linears replaced by the weight (float32) they stand for.
+
+    Raises:
+        ModelError, NumericsError: with the linear's name, see the formats.
+    """
+    tensors = checkpoint.read_many(names, on)
+    for linear in linears:
+        if linear.scheme is not None:
+            packed = {name.removeprefix(f"{linear.name}."): tensors.pop(name) for name in packed_names(fmt, linear)}
+            shape = (linear.out_features, linear.in_features)
+            try:
+                tensors[f"{linear.name}.weight"] = dequantize(unpack(fmt, packed, linear.scheme, shape))
+            except ModelError as error:
+                raise ModelError(f"{linear.name}: {error}") from error
+    return tensors
