@@ -63,7 +63,9 @@ def inspect_table(result: dict[str, Any]) -> Group:
     )
     if result.get("verification"):
         measured = result["verification"]
-        totals.add_row("KL divergence", f"{measured['kl_divergence']:.5f} nats, verdict {measured['verdict']}")
+        kl = measured["kl_divergence"]
+        figure = "not measured" if kl is None else f"{kl:.5f} nats"
+        totals.add_row("KL divergence", f"{figure}, verdict {measured['verdict']}")
     totals.add_row("made by", f"quantkit {result['quantkit_version']}: {result['command']}")
     return Group(table, totals)
 

@@ -31,6 +31,7 @@ from quantkit.evaluation import (
     run_dtype,
 )
 from quantkit.formats import Format
+from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -227,6 +228,7 @@ def _measure(
         del stored
         advance(model, index, stream)
         drop(layer)
+        return_freed_memory()
         layer_errors.append({"layer": index, "relative_error": relative_error(reference, stream)})
         progress.finished(index, layer_errors[-1]["relative_error"], False)
     progress.ending("compare the logits")

@@ -144,7 +144,7 @@ def _tokens(
         raise InputError(f"--seqlen {seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
     samples = request.samples or said.samples or DEFAULT_SAMPLES
     vocabulary = model.config.vocab_size
-    tokenizer = _tokenizer(directory)
+    tokenizer = tokenizer_of(directory)
     calibrated = evaluated = None
     if request.method != "rtn":
         calibrated = calibration.load(
@@ -168,7 +168,9 @@ def _tokens(
     return calibrated, evaluated
 
 
-def _tokenizer(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
+def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
+    """A function that loads the tokenizer of a model directory; it raises InputError if there is none."""
+
     def load() -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
@@ -247,7 +249,7 @@ def _document(
         "format": plan.format.name,
         "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
         "options": vars(request.options) | {"seed": request.seed},
-        "calibration": _tokens_record(job.calibration),
+        "calibration": tokens_record(job.calibration),
         "layers": [record for unit in outcome.units for record in unit.record["linears"]],
         "bits_per_weight": plan.bits_per_weight,
         "total_bytes": plan.file_bytes,
@@ -274,11 +276,12 @@ def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Li
     if outcome.measured is None:
         return None
     judged = verdict(outcome.measured, limits, memory)
-    block = {"eval": _tokens_record(job.evaluation), "limits": asdict(limits), "fit": memory}
+    block = {"eval": tokens_record(job.evaluation), "limits": asdict(limits), "fit": memory}
     return outcome.measured | block | judged
 
 
-def _tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
+def tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
+    """What quantkit.json says of a token set."""
     if tokens is None:
         return None
     return {

@@ -26,30 +26,60 @@ def summary(result: dict[str, Any], out: Path) -> Group:
     )
     measured = result["verification"]
     if measured:
-        rise = measured["perplexity"] / measured["perplexity_fp16"] - 1
-        table.add_row(
-            "perplexity", f"{measured['perplexity']:.4f}  (FP16 {measured['perplexity_fp16']:.4f}, {rise:+.2%})"
-        )
-        table.add_row("KL divergence", f"{measured['kl_divergence']:.5f} nats over {measured['tokens']:,} tokens")
-        table.add_row("top-1 agreement", f"{measured['top1_agreement']:.2%}")
-        fit = measured.get("fit")
-        if fit:
-            table.add_row(
-                "memory",
-                f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} "
-                f"tokens of context; longest that fits {fit['longest_context']:,}",
-            )
+        _add_figures(table, measured)
     table.add_row(
         "took", f"{format_seconds(result['seconds'])}, at most {format_bytes(result['peak_rss_bytes'])} of RAM"
     )
     lines: list[Any] = [table]
     lines += [Text(f"fallback: {note}", style="yellow") for note in result["fallbacks"]]
     if measured:
-        passed = measured["verdict"] == "pass"
-        lines.append(Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red"))
-        lines += [Text(f"  {reason}") for reason in measured["reasons"]]
+        lines += _verdict_lines(measured)
     lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
+
+
+def verify_summary(result: dict[str, Any], out: Path) -> Group:
+    """What a look at the files has found, and where the report is if there is one."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row(
+        "size",
+        f"{format_bytes(result['total_bytes'])}, {result['bits_per_weight']:.3f} bits per quantized weight, "
+        f"as {result['format']}",
+    )
+    measured = result["verification"]
+    _add_figures(table, measured)
+    evaluated = measured["eval"]
+    table.add_row("evaluated on", f"{evaluated['source']}, {evaluated['samples']} x {evaluated['seqlen']} tokens")
+    lines: list[Any] = [table]
+    lines += [Text(f"note: {note}", style="yellow") for note in evaluated["notes"]]
+    lines += _verdict_lines(measured)
+    if "files" in result:
+        lines.append(Text(f"report: {out}/report.html"))
+    return Group(*lines)
+
+
+def _add_figures(table: Table, measured: dict[str, Any]) -> None:
+    """Rows of a verification; a figure that could not be measured, or is not finite, is None and left out."""
+    found, reference = measured["perplexity"], measured["perplexity_fp16"]
+    if found is not None and reference is not None:
+        table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {found / reference - 1:+.2%})")
+    if measured["kl_divergence"] is not None:
+        table.add_row("KL divergence", f"{measured['kl_divergence']:.5f} nats over {measured['tokens']:,} tokens")
+    if measured["top1_agreement"] is not None:
+        table.add_row("top-1 agreement", f"{measured['top1_agreement']:.2%}")
+    fit = measured.get("fit")
+    if fit:
+        table.add_row(
+            "memory",
+            f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} "
+            f"tokens of context; longest that fits {fit['longest_context']:,}",
+        )
+
+
+def _verdict_lines(measured: dict[str, Any]) -> list[Text]:
+    passed = measured["verdict"] == "pass"
+    shown = Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red")
+    return [shown, *(Text(f"  {reason}") for reason in measured["reasons"])]
 
 
 @contextmanager

@@ -37,12 +37,13 @@ ALLOWED: dict[str, str] = {
     # the loop
     "evaluation": "errors calibration activations verify model",
     "pipeline": (
-        "errors scheme stats formats quantize checkpoint calibration activations verify model plan stored evaluation"
+        "errors scheme stats machine formats quantize checkpoint calibration activations verify model plan stored"
+        " evaluation"
     ),
-    "remeasure": "errors formats checkpoint calibration model plan stored evaluation",
+    "remeasure": "errors machine formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
     "progress": "units",
-    "summary": "errors units",
+    "summary": "errors units hub",
     "wording": "units",
     "charts": "",
     "report": "charts wording",
@@ -56,7 +57,13 @@ ALLOWED: dict[str, str] = {
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library pipeline machine"
         " verify progress report card choices fitting"
     ),
-    "cli": "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting",
+    "reverify": (
+        "errors checkpoint calibration model fit machine verify progress report card choices runs inspection remeasure"
+    ),
+    "cli": (
+        "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting"
+        " reverify"
+    ),
     "__main__": "cli",
     "__init__": "",
 }
@@ -77,7 +84,7 @@ LIBRARIES: dict[str, str] = {
     "transformers": "calibration model fit runs cli",
     "accelerate": "model",
     "typer": "cli",
-    "rich": "progress cli runs fit inspection library summary",
+    "rich": "progress cli runs reverify fit inspection library summary",
 }
 
 # Pure parts: tensors in, tensors out.

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit verify OUT`: hash what is there, measure it again, judge it, and write that down.
+
+A folder of quantkit's gets a new verification in quantkit.json, and with it a new report and card. If a file is not the
+one that the run wrote the verdict is FAIL, whatever the figures. A checkpoint of another tool is measured and judged
+alike, and left as it is.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from quantkit import __version__, calibration
+from quantkit.calibration import BUNDLED, TokenSet
+from quantkit.card import render_card
+from quantkit.checkpoint.journal import JOURNAL
+from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
+from quantkit.checkpoint.writer import write_json, write_text
+from quantkit.choices import find_model
+from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
+from quantkit.fit import fit_checkpoint
+from quantkit.inspection import RESULT, read_result
+from quantkit.machine import peak_rss_bytes, versions
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.progress import display
+from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
+from quantkit.report import render_report
+from quantkit.runs import DEFAULT_CONTEXT, DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
+from quantkit.verify import Limits, verdict
+
+DEFAULT_EVAL = "eval"
+DEFAULT_BUDGET = 22 * 2**30
+NOT_MEASURED: dict[str, Any] = {
+    "perplexity": None,
+    "perplexity_fp16": None,
+    "kl_divergence": None,
+    "kl_percentiles": {},
+    "top1_agreement": None,
+    "tokens": 0,
+    "layer_errors": [],
+}
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What the user asked for. None means: not said, so what the run wrote down or the default decides."""
+
+    out: Path
+    command: str
+    against: str | None = None
+    evaluation: str | None = None
+    seqlen: int | None = None
+    eval_samples: int | None = None
+    budget: int | None = None
+    context: int | None = None
+    kv: str | None = None
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    offline: bool = False
+
+
+def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
+    """Measure a checkpoint from its files and return the result document with a new "verification".
+
+    In a folder of quantkit's it is quantkit.json, which is written anew beside report.html and README.md. For another
+    checkpoint it holds quantkit_version, command, model, out, format, schemes, bits_per_weight, total_bytes, seconds,
+    peak_rss_bytes, device, versions and verification, and nothing is written.
+
+    Raises:
+        OutputError: the folder of a run that is not finished, or that cannot be written.
+        ModelError: no original to compare with, not a checkpoint that is supported, or not one of that original.
+        InputError: options that cannot be. NumericsError: values that are not finite.
+    """
+    began = time.monotonic()
+    out = request.out
+    recorded = _recorded(out)
+    original = _original(request, recorded)
+    tokens = _tokens(request, recorded, original)
+    reasons = changed_files(out, recorded)
+    for reason in reasons:
+        console.print(reason, style="bold red", markup=False, highlight=False)
+    console.print(f"{out} against {original.directory}", markup=False, highlight=False)
+    console.print(
+        f"evaluation: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", markup=False, highlight=False
+    )
+    memory, quantized, measured = None, None, NOT_MEASURED
+    try:
+        quantized = open_quantized(out, original)
+        memory = _memory(request, recorded, original)
+        with display(console, request.device) as progress:
+            measured = measure(original, quantized, tokens, request.device, progress)
+    except (ModelError, NumericsError) as error:
+        if not reasons:
+            raise
+        reasons.append(f"it cannot be measured: {error}")
+    verification = _verification(request, recorded, measured, tokens, memory, reasons)
+    if recorded is not None:
+        return _write(out, recorded, verification)
+    assert quantized is not None  # without a record nothing can have changed
+    return _foreign_document(request, original, quantized, time.monotonic() - began) | {"verification": verification}
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    """quantkit.json of a finished run; None for a checkpoint of another tool."""
+    if not out.is_dir():
+        raise ModelError(f"{out}: no such folder; expected a quantized checkpoint")
+    if (out / RESULT).exists() or (out / JOURNAL).exists():
+        return read_result(out)
+    return None
+
+
+def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
+    """One line for each file of quantkit.json that is missing or has another sha256, and for weights that it lacks.
+
+    Raises:
+        OutputError: quantkit.json lists what cannot be a file of the folder.
+    """
+    if recorded is None:
+        return []
+    reasons, known = [], set()
+    listed = recorded.get("files")
+    for entry in listed if isinstance(listed, list) else []:
+        name = str(entry.get("name") if isinstance(entry, dict) else entry)
+        if not is_plain_name(name):
+            raise OutputError(f"{out / RESULT}: files: {ascii(name)[:80]} is not the name of a file")
+        known.add(name)
+        path = out / name
+        if not path.is_file():
+            reasons.append(f"{name} is missing")
+        elif path.stat().st_size != entry.get("bytes") or _sha256(path) != entry.get("sha256"):
+            reasons.append(f"{name} is not the file that the run wrote: its sha256 is another than in {RESULT}")
+    unknown = sorted(path.name for path in out.glob("*.safetensors") if path.name not in known)
+    return reasons + [f"{name} is not among the files of {RESULT}" for name in unknown]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _original(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> StreamedModel:
+    if request.against is not None:
+        return open_model(find_model(request.against, offline=request.offline))
+    if recorded is None:
+        raise ModelError(
+            f"{request.out}: no {RESULT}, so nothing says which model it was made from; give --against MODEL"
+        )
+    name = str(recorded.get("model"))
+    try:
+        directory = find_model(name, offline=request.offline)
+    except QuantkitError as error:
+        raise ModelError(f"{error}; it is the model that {request.out} was made from: give --against MODEL") from error
+    original = open_model(directory)
+    changed = _changed_original(request.out, original)
+    if changed:
+        raise ModelError(
+            f"{directory}: not as it was when {request.out} was made from it ({shorten(changed)}); "
+            "give --against MODEL to compare with it all the same"
+        )
+    return original
+
+
+def _changed_original(out: Path, original: StreamedModel) -> list[str]:
+    """The original's files that are not those of the journal, where there is one."""
+    try:
+        with (out / JOURNAL).open("rb") as file:
+            then = json.loads(file.readline())["identity"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = fingerprint(original.checkpoint)
+    return [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+
+
+# ---------------------------------------------------------------- what it is measured with
+
+
+def _tokens(request: VerifyRequest, recorded: Mapping[str, Any] | None, original: StreamedModel) -> TokenSet:
+    """The evaluation that was asked for, or the recorded one if it can be had again, or the bundled one."""
+    said = ((recorded or {}).get("verification") or {}).get("eval") or {}
+    source = request.evaluation or said.get("source")
+    again = source is not None and source == said.get("source")
+    if source is None:
+        return _load_eval(request, original, DEFAULT_EVAL, None, None)
+    try:
+        tokens = _load_eval(
+            request, original, source, said.get("seqlen") if again else None, said.get("samples") if again else None
+        )
+    except InputError as error:
+        if request.evaluation is not None or source in BUNDLED:
+            raise
+        tokens = _load_eval(request, original, DEFAULT_EVAL, None, None)
+        return _noted(tokens, f"the bundled set, as {source} cannot be had again ({error})")
+    if again and tokens.sha256 == said.get("sha256"):
+        return replace(tokens, protocol=str(said.get("protocol")))
+    if again and request.seqlen is None and request.eval_samples is None:
+        return _noted(tokens, "its content has changed since the run")
+    return tokens
+
+
+def _load_eval(
+    request: VerifyRequest, original: StreamedModel, source: str, seqlen: int | None, samples: int | None
+) -> TokenSet:
+    limit = positions(original.config) or DEFAULT_SEQLEN
+    length = request.seqlen or seqlen or min(DEFAULT_SEQLEN, limit)
+    if length > limit:
+        raise InputError(f"--seqlen {length}: the model has {limit} positions; use --seqlen {limit} or less")
+    return calibration.load_eval(
+        source,
+        tokenizer_of(original.directory),
+        seqlen=length,
+        samples=request.eval_samples or (samples if length == seqlen else None),
+        vocab_size=original.config.vocab_size,
+        offline=request.offline,
+    )
+
+
+def _noted(tokens: TokenSet, note: str) -> TokenSet:
+    return replace(tokens, notes=(*tokens.notes, note))
+
+
+def _memory(request: VerifyRequest, recorded: Mapping[str, Any] | None, original: StreamedModel) -> dict[str, Any]:
+    """What `fit` says of the files; what it said of the run itself is kept."""
+    before = ((recorded or {}).get("verification") or {}).get("fit") or {}
+    context = request.context or before.get("context")
+    now = fit_checkpoint(
+        request.out,
+        budget=request.budget or before.get("budget_bytes") or DEFAULT_BUDGET,
+        context=context or min(DEFAULT_CONTEXT, positions(original.config) or DEFAULT_CONTEXT),
+        kv=request.kv or before.get("kv") or "fp16",
+    )
+    return before | now
+
+
+# ---------------------------------------------------------------- what is said of it
+
+
+def _verification(
+    request: VerifyRequest,
+    recorded: Mapping[str, Any] | None,
+    measured: Mapping[str, Any],
+    tokens: TokenSet,
+    memory: dict[str, Any] | None,
+    reasons: list[str],
+) -> dict[str, Any]:
+    before = ((recorded or {}).get("verification") or {}).get("limits") or {}
+    rise = [r for r in (request.max_ppl_increase, before.get("max_ppl_increase")) if r is not None]
+    kl = [k for k in (request.max_kl, before.get("max_kl")) if k is not None]
+    limits = Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
+    judged = verdict(measured, limits, memory)
+    reasons = [*reasons, *(judged["reasons"] if measured is not NOT_MEASURED else [])]
+    return {
+        **_without_infinities(measured),
+        "eval": tokens_record(tokens),
+        "limits": asdict(limits),
+        "fit": memory,
+        "verdict": "fail" if reasons else "pass",
+        "reasons": reasons,
+    }
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has none: a figure that is not finite, which the verdict has told, becomes None."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) -> dict[str, Any]:
+    """The document with the new verification, written if the folder can be."""
+    result = recorded | {"verification": verification}
+    if verification["fit"] is not None:
+        result["engines"] = verification["fit"]["engines"]
+    if os.access(out, os.W_OK):
+        write_text(out / "report.html", render_report(result))
+        write_text(out / "README.md", render_card(result))
+        write_json(out / RESULT, result)
+    return result
+
+
+def _foreign_document(
+    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint, seconds: float
+) -> dict[str, Any]:
+    schemes: dict[str, int] = {}
+    for linear in quantized.linears:
+        label = str(linear.scheme) if linear.scheme else "16 bit"
+        schemes[label] = schemes.get(label, 0) + 1
+    return {
+        "quantkit_version": __version__,
+        "command": request.command,
+        "model": request.against or str(original.directory),
+        "out": str(request.out),
+        "format": quantized.format.name,
+        "schemes": schemes,
+        "bits_per_weight": quantized.bits_per_weight,
+        "total_bytes": sum((request.out / name).stat().st_size for name in quantized.checkpoint.files),
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "device": str(request.device),
+        "versions": versions(),
+    }
