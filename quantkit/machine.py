@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the machine has, and what this process has used of it."""
 
+import ctypes
 import platform
+import re
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -15,8 +18,21 @@ PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers")
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held at once."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what a parent held before exec, too
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"))
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Give pages that are free back to the system: glibc keeps them, and over many layers they add up."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def peak_device_bytes(device: torch.device) -> int:

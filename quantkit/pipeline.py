@@ -36,6 +36,7 @@ from quantkit.evaluation import (
     relative_error,
     run_dtype,
 )
+from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
@@ -176,6 +177,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             if stream:
                 advance(model, index, stream)
         drop(model.layers[index])
+        return_freed_memory()
         if original and quantized:
             layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
         records = journal.finished[shard.unit].record["linears"]

@@ -366,3 +366,14 @@ def test_text_is_calibrated_and_evaluated_with_the_models_tokenizer(tmp_path: Pa
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert (result["calibration"]["samples"], result["calibration"]["seqlen"]) == (8, 32)
     assert result["verification"]["tokens"] == 4 * 31
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None:
+    """Twenty more layers of 9 MB in float32 would show; one layer at a time does not."""
+    peaks = []
+    for layers in (4, 24):
+        wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+        model = make_qwen2(tmp_path / f"model-{layers}", layers=layers, **wide)
+        done(*command("gptq", model, tmp_path / f"out-{layers}", ids, "--max-kl", "99"))
+        peaks.append(json.loads((tmp_path / f"out-{layers}" / "quantkit.json").read_text())["peak_rss_bytes"])
+    assert peaks[1] < 1.1 * peaks[0], peaks
