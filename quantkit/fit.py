@@ -460,7 +460,7 @@ def _stored_linears(
 ) -> tuple[str, tuple[LinearPlan, ...]]:
     """The format's name and the linears of the decoder layers; bytes are counted also where a format is not known."""
     method = quantization.get("quant_method")
-    if method in READERS:
+    if isinstance(method, str) and method in READERS:
         fmt, linears = stored_linears(architecture, checkpoint, quantization)
         return fmt.name, tuple(linear for linear in linears if linear.layer != OUTSIDE)
     plain = tuple(

@@ -55,7 +55,7 @@ def read_schemes(
         ModelError: a method, layout or scheme that is not supported; a config that the files contradict.
     """
     method = quantization_config.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise ModelError(f"quant_method: expected {', '.join(READERS)}, got {method!r:.80}")
     fmt, resolve = READERS[method](quantization_config)
     return fmt, {name: _held_against(stored, name, shape, resolve(name), fmt) for name, shape in linears.items()}
@@ -174,7 +174,7 @@ def _awq(config: Mapping[str, Any]) -> tuple[Format, Resolve]:
 
 
 def _gptq(config: Mapping[str, Any]) -> tuple[Format, Resolve]:
-    version = config.get("checkpoint_format") or config.get("format") or "gptq"
+    version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
     formats = {fmt.name: fmt for fmt in (GPTQ, GPTQ_V2)}
     if config.get("is_marlin_format") or version not in formats:
         found = "marlin" if config.get("is_marlin_format") else version
@@ -255,7 +255,9 @@ def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme | None:
         if found not in expected:
             raise ModelError(f"{name}: {key} {found!r:.60}: not supported; expected {expected[0]!r}")
     group_size = weights.get("group_size")
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
+    strategy = weights.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
     if strategy not in ("group", "channel"):
         raise ModelError(f"{name}: weights.strategy {strategy!r:.40}: not supported; expected group or channel")
     size = -1 if strategy == "channel" else group_size
@@ -263,7 +265,7 @@ def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme | None:
     return _scheme(fields, symmetric=bool(weights.get("symmetric", True)))
 
 
-READERS: dict[Any, Callable[[Mapping[str, Any]], tuple[Format, Resolve]]] = {
+READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Format, Resolve]]] = {
     "awq": _awq,
     "gptq": _gptq,
     "compressed-tensors": _compressed,
