@@ -42,7 +42,7 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.plan import LinearPlan
-from quantkit.stored import packed_names, quantization_of, read_dequantized, stored_linears
+from quantkit.stored import OUTSIDE, packed_names, quantization_of, read_dequantized, stored_linears
 
 # What must be the same in both config.json: tensors of equal shape can still be of another model.
 SAME = (
@@ -65,6 +65,11 @@ class QuantizedCheckpoint:
     checkpoint: Checkpoint
     format: Format
     linears: tuple[LinearPlan, ...]
+
+    @property
+    def decoder(self) -> tuple[LinearPlan, ...]:
+        """The linears of the decoder layers."""
+        return tuple(linear for linear in self.linears if linear.layer != OUTSIDE)
 
     @property
     def bits_per_weight(self) -> float:

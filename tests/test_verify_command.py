@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit verify`: the figures of the run from its files, files of other tools, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
+from quantkit.formats import FORMATS
+from quantkit.reverify import VerifyRequest, verify_files
+from quantkit.runs import Request, quantize
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from tests.conftest import make_qwen2, make_tokenizer
+from tests.test_pipeline import naive_figures
+from tests.tiny import load_whole
+
+QUIET = Console(quiet=True)
+MIXED = "rules:\n  - {kind: down_proj, bits: 8, group_size: 64}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n"
+
+
+def verify(out: Path, **said: Any) -> dict[str, Any]:
+    return verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True, **said), QUIET)
+
+
+def run(model: Path, out: Path, ids: Path, **said: Any) -> dict[str, Any]:
+    fixed = {"method": "rtn", "group_size": 32, "evaluation": str(ids), "offline": True, "max_ppl_increase": 9.0}
+    request = Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said))
+    return quantize(request, QUIET)[0]
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((out / "quantkit.json").read_text())
+    return document
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, qwen2: Path, ids: Path) -> Path:
+    """A finished run; tests copy it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run(qwen2, out, ids)
+    return out
+
+
+@pytest.fixture
+def out(tmp_path: Path, finished: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+# ---------------------------------------------------------------- the run's own figures
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"method": "awq"},
+        {"symmetric": True},
+        {"method": "gptq", "format": "gptq", "symmetric": False},
+        {"method": "gptq", "bits": 3},
+        {"format": "gptq_v2", "bits": 2, "symmetric": False},
+        {"format": "compressed-tensors", "symmetric": True},
+        {"format": "compressed-tensors", "bits": 8, "group_size": -1},
+        {"format": "compressed-tensors", "mixed": True},
+        {"format": "gptq", "symmetric": True, "mixed": True},
+    ],
+)
+def test_the_whole_document_is_that_of_the_run(tmp_path: Path, qwen2: Path, ids: Path, said: dict[str, Any]) -> None:
+    if said.pop("mixed", False):
+        (tmp_path / "mixed.yaml").write_text(MIXED)
+        said["recipe"] = tmp_path / "mixed.yaml"
+    result = run(qwen2, tmp_path / "out", ids, calib=str(ids), **said)
+    report = (tmp_path / "out" / "report.html").read_bytes()
+    assert result["verification"]["tokens"] == 6 * 31
+    assert verify(tmp_path / "out") == result == recorded(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_bytes() == report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tied_heads(tmp_path: Path, ids: Path, dtype: torch.dtype) -> None:
+    model = make_qwen2(tmp_path / "model", tie_word_embeddings=True, dtype=dtype)
+    result = run(model, tmp_path / "out", ids)
+    assert verify(tmp_path / "out") == result
+
+
+def test_a_run_without_verification_gets_one(tmp_path: Path, qwen2: Path, ids: Path, finished: Path) -> None:
+    assert run(qwen2, tmp_path / "out", ids, verify=False)["verification"] is None
+    found = verify(tmp_path / "out", evaluation=str(ids), max_ppl_increase=9.0)["verification"]
+    expected = recorded(finished)["verification"]
+    assert {key: found[key] for key in found if key != "fit"} == {key: expected[key] for key in found if key != "fit"}
+
+
+def test_options_come_before_what_was_recorded(out: Path, tmp_path: Path, ids: Path) -> None:
+    fewer = tmp_path / "fewer.safetensors"
+    save_file({"input_ids": load_file(ids)["input_ids"][:2, :16].contiguous()}, fewer)
+    found = verify(out, evaluation=str(fewer), max_kl=0.0, budget=2**30, context=64, kv="fp8")["verification"]
+    assert found["tokens"] == 2 * 15
+    assert found["limits"]["max_kl"] == 0.0
+    assert (found["fit"]["budget_bytes"], found["fit"]["context"], found["fit"]["kv"]) == (2**30, 64, "fp8")
+    assert found["verdict"] == "fail"
+    assert "KL" in found["reasons"][0]
+    assert recorded(out)["verification"] == found
+
+
+def test_text_is_cut_as_it_was_in_the_run(tmp_path: Path) -> None:
+    model = make_qwen2(tmp_path / "model", max_position_embeddings=64)
+    make_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    result = run(model, tmp_path / "out", text, seqlen=32)
+    assert "all windows" in result["verification"]["eval"]["protocol"]
+    assert verify(tmp_path / "out") == result
+    assert verify(tmp_path / "out", seqlen=64, eval_samples=3)["verification"]["tokens"] == 3 * 63
+    text.unlink()
+    instead = verify(tmp_path / "out", eval_samples=2)["verification"]["eval"]
+    assert instead["source"] == "eval"
+    assert str(text) in instead["notes"][-1]
+
+
+# ---------------------------------------------------------------- files that are not those of the run
+
+
+def test_a_flipped_byte_is_told_and_fails_until_it_is_mended(out: Path) -> None:
+    before = recorded(out)
+    shard = out / "model-00003-of-00004.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):
+        found = verify(out)["verification"]
+        assert found["verdict"] == "fail"
+        assert [shard.name in reason for reason in found["reasons"]] == [True]
+        assert recorded(out)["verification"] == found
+    assert shard.name in (out / "report.html").read_text()
+    shard.write_bytes(whole)
+    assert verify(out) == before
+
+
+def test_a_damaged_shard_fails_without_figures(out: Path) -> None:
+    shard = out / "model-00002-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    (out / "tokenizer.json").unlink()
+    found = verify(out)["verification"]
+    assert found["verdict"] == "fail"
+    assert found["perplexity"] is found["kl_divergence"] is None
+    told = " ".join(found["reasons"])
+    assert f"{shard.name} is not the file" in told
+    assert "tokenizer.json is missing" in told
+    assert "cannot be measured" in told
+    assert "not measured" in (out / "report.html").read_text()
+
+
+def test_a_shard_beside_the_list_fails(out: Path) -> None:
+    shutil.copy(out / "model-00002-of-00004.safetensors", out / "model-00009-of-00004.safetensors")
+    assert "model-00009-of-00004.safetensors" in verify(out)["verification"]["reasons"][0]
+
+
+# ---------------------------------------------------------------- files of other tools
+
+
+def grid(weight: Tensor, scheme: Scheme, g_idx: Tensor | None = None) -> QuantizedTensor:
+    """Rounded to nearest; with g_idx [in] each column on the grid of its own group."""
+    columns = scheme.columns_per_group(weight.shape[1])
+    group = g_idx.long() if g_idx is not None else torch.arange(weight.shape[1]) // columns
+    low, high = (
+        torch.stack([pick(weight[:, group == g], 1).values for g in range(int(group.max()) + 1)], 1)
+        for pick in (torch.min, torch.max)
+    )
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.symmetric:
+        scales = torch.maximum(-low, high) / (scheme.middle - 0.5)
+        zeros = torch.full_like(scales, scheme.middle)
+    else:
+        scales = (high - low) / scheme.max_code
+        zeros = torch.round(-low / scales).clamp(1, scheme.max_code)
+    scales = scales.half()
+    codes = torch.round(weight / scales.float()[:, group]) + zeros[:, group]
+    codes = codes.clamp(0, scheme.max_code).to(torch.uint8)
+    return QuantizedTensor(codes, scales, zeros.to(torch.uint8), scheme, None if g_idx is None else g_idx.int())
+
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def write_foreign(
+    folder: Path,
+    model: Path,
+    fmt: str,
+    scheme: Scheme,
+    config: dict[str, Any],
+    change: Change = lambda tensors: tensors,
+    act_order: bool = False,
+) -> torch.nn.Module:
+    """A checkpoint as another tool leaves it, in one file; returns the model that it stands for, in float32."""
+    whole = load_whole(model)
+    tensors = {name: t.to(torch.bfloat16) for name, t in whole.state_dict().items()}
+    if whole.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    for name, linear in whole.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(linear, torch.nn.Linear):
+            groups = torch.arange(linear.in_features) // scheme.columns_per_group(linear.in_features)
+            shuffled = groups[torch.randperm(linear.in_features, generator=torch.Generator().manual_seed(3))]
+            quantized = grid(linear.weight.detach(), scheme, shuffled if act_order else None)
+            files = change(FORMATS[fmt].pack(quantized))
+            key = "weight_scale" if "weight_scale" in files else "scales"
+            stored = files[key] if key == "weight_scale" else files[key].t()
+            exact = QuantizedTensor(quantized.codes, stored, quantized.zeros, scheme, quantized.g_idx)
+            linear.weight.data = dequantize(exact)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{k}": t for k, t in files.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
+    return whole
+
+
+def bf16_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t.to(torch.bfloat16) if t.dtype == torch.float16 else t for key, t in tensors.items()}
+
+
+def zero_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"bias": torch.zeros(tensors["qweight"].shape[1], dtype=torch.float16)}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}  # as AutoGPTQ
+
+
+def compressed(scheme: Scheme) -> dict[str, Any]:
+    """As llm-compressor writes it."""
+    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": "group"}
+    weights |= {"group_size": scheme.group_size, "actorder": None, "dynamic": False, "observer": "minmax"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    head = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
+    return head | {"config_groups": {"group_0": group}, "kv_cache_scheme": None, "quantization_status": "compressed"}
+
+
+def library_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The words as compressed-tensors' own functions pack them."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    rows, columns = tensors["weight_shape"].tolist()
+    bits = tensors["weight_packed"].shape[1] * 32 // columns
+    signed = helpers.unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, columns)))
+    return bf16_scales(tensors) | {"weight_packed": helpers.pack_to_int32(signed, bits)}
+
+
+@pytest.mark.parametrize(
+    ("fmt", "scheme", "config", "change", "act_order"),
+    [
+        ("awq", Scheme(4, 32, False), AWQ | {"modules_to_not_convert": None}, bf16_scales, False),
+        ("gptq", Scheme(4, 32, True), GPTQ | {"desc_act": False}, bf16_scales, False),
+        ("gptq", Scheme(4, 32, True), GPTQ, lambda tensors: tensors, True),
+        ("gptq_v2", Scheme(4, 32, False), GPTQ | {"sym": False, "format": "gptq_v2"}, lambda tensors: tensors, False),
+        ("compressed-tensors", Scheme(4, 32, True), compressed(Scheme(4, 32, True)), library_packed, False),
+        ("compressed-tensors", Scheme(3, 32, False), compressed(Scheme(3, 32, False)), bf16_scales, False),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_of_other_tools(
+    tmp_path: Path,
+    ids: Path,
+    fmt: str,
+    scheme: Scheme,
+    config: dict[str, Any],
+    change: Change,
+    act_order: bool,
+    tied: bool,
+) -> None:
+    model = make_qwen2(tmp_path / "model", tie_word_embeddings=tied)
+    whole = write_foreign(tmp_path / "foreign", model, fmt, scheme, config, change, act_order)
+    before = sorted(path.name for path in (tmp_path / "foreign").iterdir())
+    result = verify(tmp_path / "foreign", against=str(model), evaluation=str(ids), max_ppl_increase=9.0)
+    for name, value in naive_figures(model, whole, load_file(ids)["input_ids"]).items():
+        assert result["verification"][name] == pytest.approx(value, rel=1e-5), name
+    assert result["format"] == fmt
+    assert result["schemes"] == {str(scheme): 14}
+    assert result["verification"]["fit"]["file_bytes"] == result["total_bytes"]
+    assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == before
+
+
+def test_biases_of_zeros_change_nothing_and_others_are_refused(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    """AutoGPTQ writes a bias for each linear. Where the model has one it is the model's."""
+    foreign = tmp_path / "foreign"
+    write_foreign(foreign, qwen2, "gptq", Scheme(4, 32, True), GPTQ)
+    plain = verify(foreign, against=str(qwen2), evaluation=str(ids))["verification"]
+    tensors = load_file(foreign / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.bias"
+    save_file(tensors | {name: torch.zeros(64)}, foreign / "model.safetensors")
+    assert verify(foreign, against=str(qwen2), evaluation=str(ids))["verification"]["perplexity"] == plain["perplexity"]
+    save_file(tensors | {name: torch.ones(64)}, foreign / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.bias"):
+        verify(foreign, against=str(qwen2), evaluation=str(ids))
+
+
+def test_a_quantized_head_is_measured(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    scheme = Scheme(4, 32, True)
+    whole = write_foreign(tmp_path / "foreign", qwen2, "gptq", scheme, GPTQ | {"lm_head": True})
+    tensors = load_file(tmp_path / "foreign" / "model.safetensors")
+    head = grid(tensors.pop("lm_head.weight").float(), scheme)
+    tensors |= {f"lm_head.{key}": t for key, t in FORMATS["gptq"].pack(head).items()}
+    save_file(tensors, tmp_path / "foreign" / "model.safetensors")
+    whole.lm_head.weight.data = dequantize(head)
+    result = verify(tmp_path / "foreign", against=str(qwen2), evaluation=str(ids))
+    for name, value in naive_figures(qwen2, whole, load_file(ids)["input_ids"]).items():
+        assert result["verification"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_infinities_of_a_broken_checkpoint_are_told_and_fail(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    """A perplexity beyond a float is None in JSON, and the reason of the verdict."""
+    write_foreign(tmp_path / "foreign", qwen2, "gptq", Scheme(4, 32, True), GPTQ)
+    tensors = load_file(tmp_path / "foreign" / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e6
+    save_file(tensors, tmp_path / "foreign" / "model.safetensors")
+    found = verify(tmp_path / "foreign", against=str(qwen2), evaluation=str(ids))["verification"]
+    assert found["perplexity"] is None
+    assert found["verdict"] == "fail"
+    assert "perplexity is inf" in found["reasons"][0]
+    json.dumps(found, allow_nan=False)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def no_config(out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+def other_model(out: Path) -> None:
+    raw = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(raw | {"num_attention_heads": 8}))
+
+
+def not_quantized(out: Path) -> None:
+    raw = json.loads((out / "config.json").read_text())
+    del raw["quantization_config"]
+    (out / "config.json").write_text(json.dumps(raw))
+
+
+def lacks_a_shard(out: Path) -> None:
+    (out / "model-00002-of-00004.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (no_config, "config.json"),
+        (other_model, "num_attention_heads"),
+        (not_quantized, "quantization_config"),
+        (lacks_a_shard, "model-00002"),
+    ],
+)
+def test_foreign_folders_that_cannot_be_measured(
+    out: Path, qwen2: Path, ids: Path, spoil: Callable[[Path], None], told: str
+) -> None:
+    for name in ("quantkit.json", "journal.jsonl"):
+        (out / name).unlink()
+    spoil(out)
+    with pytest.raises(ModelError, match=told):
+        verify(out, against=str(qwen2), evaluation=str(ids))
+
+
+def refuses(error: type[QuantkitError], told: str, out: Path, **said: Any) -> None:
+    with pytest.raises(error, match=told) as caught:
+        verify(out, **said)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_original_must_be_known_there_and_unchanged(tmp_path: Path, ids: Path) -> None:
+    model, out = make_qwen2(tmp_path / "model"), tmp_path / "out"
+    result = run(model, out, ids)
+    model.rename(tmp_path / "moved")
+    refuses(ModelError, "--against", out)
+    assert verify(out, against=str(tmp_path / "moved")) == result
+    make_qwen2(model, seed=1)
+    refuses(ModelError, "not as it was.*--against", out)
+    other = verify(out, against=str(model))["verification"]
+    assert other["perplexity"] == result["verification"]["perplexity"]
+    assert other["perplexity_fp16"] != result["verification"]["perplexity_fp16"]
+    for name in ("quantkit.json", "journal.jsonl"):
+        (out / name).unlink()
+    refuses(ModelError, "--against", out, evaluation=str(ids))
+
+
+def test_folders_that_are_not_finished_or_not_there(out: Path, tmp_path: Path) -> None:
+    (out / "quantkit.json").unlink()
+    refuses(OutputError, "unfinished", out)
+    refuses(ModelError, "no such folder", tmp_path / "nowhere")
+
+
+def test_evaluations_that_cannot_be_had(out: Path) -> None:
+    refuses(InputError, r"nowhere\.txt", out, evaluation="nowhere.txt")
+    refuses(InputError, "128 positions", out, evaluation="eval", seqlen=256)
+
+
+def test_names_that_leave_the_folder_are_refused(out: Path) -> None:
+    document = recorded(out)
+    document["files"][0]["name"] = "../../etc/passwd"
+    (out / "quantkit.json").write_text(json.dumps(document))
+    refuses(OutputError, "passwd", out)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = (sys.executable, "-m", "quantkit", "verify", *words)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_exit_codes_and_json(out: Path) -> None:
+    passed = command(str(out), "--json")
+    assert passed.returncode == 0, passed.stderr
+    assert json.loads(passed.stdout) == recorded(out)
+    shard = out / "model-00004-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    failed = command(str(out))
+    assert failed.returncode == 3, failed.stderr
+    assert shard.name in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None:
+    """Twenty more layers of 9 MB in float32 would show."""
+    peaks = []
+    for layers in (4, 24):
+        model, foreign = tmp_path / f"model-{layers}", tmp_path / f"foreign-{layers}"
+        make_qwen2(model, layers=layers, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
+        write_foreign(foreign, model, "gptq", Scheme(4, 32, True), GPTQ)
+        found = command(
+            str(foreign), "--against", str(model), "--eval", str(ids), "--max-ppl-increase", "900%", "--json"
+        )
+        assert found.returncode == 0, found.stderr
+        peaks.append(json.loads(found.stdout)["peak_rss_bytes"])
+    assert peaks[1] < 1.1 * peaks[0], peaks
