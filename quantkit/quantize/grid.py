@@ -20,7 +20,8 @@ from quantkit.scheme import Scheme
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 SHRINKAGES = tuple(1.0 - 0.04 * i for i in range(17))  # 1.00 .. 0.36
 FINE_STEPS = (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06)
-ROWS_AT_ONCE = 1 << 22  # weights held in temporaries at a time; the result does not depend on it
+ROWS_AT_ONCE = 1 << 18  # weights in temporaries at a time on a CPU, where they stay in its cache
+ROWS_AT_ONCE_GPU = 1 << 25  # the result does not depend on it
 
 
 def to_float16(scales: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ def search_grid(
     energy = energy / energy.mean().clamp(min=1e-30) + 1e-4
     importance = energy.view(1, groups, columns)
     scales, zeros = [], []
-    for rows in weight.split(max(1, ROWS_AT_ONCE // weight.shape[1])):
+    at_once = ROWS_AT_ONCE if weight.device.type == "cpu" else ROWS_AT_ONCE_GPU
+    for rows in weight.split(max(1, at_once // weight.shape[1])):
         scale, zero = _search(rows.float().unflatten(1, (groups, columns)), importance, scheme, min_zero)
         scales.append(to_float16(scale))
         zeros.append(zero.to(torch.uint8))
