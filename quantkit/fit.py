@@ -57,7 +57,9 @@ COMMUNICATION_BYTES = 256 * MIB
 
 PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
 GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed, the inverse
-WEIGHT_COPIES = 5  # of the widest linear: scaled, being rounded, scales and zeros spread over it, dequantized
+WEIGHT_COPIES = (
+    8  # of the widest linear while it is refined: scaled, codes, scales, zeros, difference, residual, two at work
+)
 DISK_MARGIN = 64 * MIB  # config, tokenizer, report and journal
 
 FARTHEST = 2**30  # tokens; what fits this many has no limit

@@ -130,7 +130,7 @@ def test_output_folder(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
-            stored |= {name: path.name for name in file.keys()}  # noqa: SIM118
+            stored |= dict.fromkeys(file.keys(), path.name)
             size += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     assert index == {"metadata": {"total_size": size}, "weight_map": dict(sorted(stored.items()))}
     for path in out.iterdir():
