@@ -319,7 +319,7 @@ def main() -> None:
 
 
 def _quantize(method: str, said: dict[str, Any]) -> None:
-    with _told():
+    with _told(resumes=True):
         from quantkit.machine import choose_device
         from quantkit.quantize.methods import Options
         from quantkit.runs import Request, quantize
@@ -385,14 +385,18 @@ def _command(*, without: tuple[str, ...] = ()) -> str:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback."""
+def _told(*, resumes: bool = False) -> Iterator[None]:
+    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback.
+
+    resumes: whether the same command goes on from where it stopped.
+    """
     try:
         yield
     except QuantkitError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; finished layers are kept. To continue: {_command(without=('--fresh',))}", err=True)
+        kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
+        typer.echo(f"\ninterrupted{kept}: {_command(without=('--fresh',))}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         if error.errno not in FULL_DISK:

@@ -192,6 +192,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in model.ignored]
     if any(stream and stream.place == "file" for stream in (calibration, original)):
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
+    raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
+    fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
     return Outcome(tuple(journal.finished.values()), measured, tuple(fallbacks))
 
 

@@ -8,11 +8,10 @@ alike, and left as it is.
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.report import render_report
 from quantkit.runs import DEFAULT_CONTEXT, DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
-from quantkit.verify import Limits, verdict
+from quantkit.verify import Limits, verification_block
 
 DEFAULT_EVAL = "eval"
 DEFAULT_BUDGET = 22 * 2**30
@@ -264,25 +263,7 @@ def _verification(
     rise = [r for r in (request.max_ppl_increase, before.get("max_ppl_increase")) if r is not None]
     kl = [k for k in (request.max_kl, before.get("max_kl")) if k is not None]
     limits = Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
-    judged = verdict(measured, limits, memory)
-    reasons = [*reasons, *(judged["reasons"] if measured is not NOT_MEASURED else [])]
-    return {
-        **_without_infinities(measured),
-        "eval": tokens_record(tokens),
-        "limits": asdict(limits),
-        "fit": memory,
-        "verdict": "fail" if reasons else "pass",
-        "reasons": reasons,
-    }
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has none: a figure that is not finite, which the verdict has told, becomes None."""
-    if isinstance(value, Mapping):
-        return {key: _without_infinities(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return verification_block(measured, tokens_record(tokens), limits, memory, reasons)
 
 
 def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.report import render_report
 from quantkit.scheme import Scheme
 from quantkit.units import format_bytes
-from quantkit.verify import Limits, verdict
+from quantkit.verify import Limits, verification_block
 
 DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_CONTEXT = 128, 2048, 8192
 COPIED = (  # beside the weights; byte for byte
@@ -275,9 +275,7 @@ def _limits(request: Request, recipe: Recipe) -> Limits:
 def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
     if outcome.measured is None:
         return None
-    judged = verdict(outcome.measured, limits, memory)
-    block = {"eval": tokens_record(job.evaluation), "limits": asdict(limits), "fit": memory}
-    return outcome.measured | block | judged
+    return verification_block(outcome.measured, tokens_record(job.evaluation), limits, memory)
 
 
 def tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ predicted once.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,3 +190,36 @@ def verdict(metrics: Mapping[str, Any], limits: Limits, fit: Mapping[str, Any] |
             f"{(total - budget) / 2**20:.0f} MiB more than the budget of {budget / 2**30:.2f} GiB"
         )
     return {"verdict": "fail" if reasons else "pass", "reasons": reasons}
+
+
+def verification_block(
+    measured: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    limits: Limits,
+    fit: Mapping[str, Any] | None,
+    reasons: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The "verification" of a result document: what was measured, on what, and the verdict.
+
+    reasons: why it fails whatever was measured; figures are then not judged if there are none ("tokens" is None).
+    JSON has no infinities: a figure that is not finite, which the verdict tells, becomes None.
+    """
+    judged = verdict(measured, limits, fit)["reasons"] if measured.get("tokens") or not reasons else []
+    block = {
+        **measured,
+        "eval": evaluation,
+        "limits": {"max_ppl_increase": limits.max_ppl_increase, "max_kl": limits.max_kl},
+        "fit": fit,
+        "verdict": "fail" if [*reasons, *judged] else "pass",
+        "reasons": [*reasons, *judged],
+    }
+    without_infinities: dict[str, Any] = _without_infinities(block)
+    return without_infinities
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environments of their own for the programs that read and write quantized checkpoints, versions pinned.
+
+    python interop/environments.py [NAME ...]      creates .interop/NAME; one that is there and unchanged is left alone
+
+Each is a list of `pip install` calls, in order. torch comes first and what would pull another build of it follows with
+`--no-deps`: the clients pin torch loosely, and without that care a machine without a GPU downloads gigabytes of CUDA.
+"""
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / ".interop"
+TORCH = ["torch==2.13.0", "-c", "constraints.txt"]
+
+ENVIRONMENTS: dict[str, list[list[str]]] = {
+    "transformers": [
+        TORCH,
+        ["transformers==5.23.0", "accelerate", "compressed-tensors==0.20.0", "-c", "constraints.txt"],
+    ],
+    "gptqmodel": [
+        TORCH,
+        ["transformers==5.23.0", "accelerate", "datasets", "compressed-tensors==0.20.0", "-c", "constraints.txt"],
+        ["--no-deps", "gptqmodel==7.7.0", "optimum==2.3.0", "torchao==0.18.0"],
+        # what gptqmodel imports, less what would bring another torch
+        [
+            "--no-deps",
+            "threadpoolctl",
+            "protobuf",
+            "pillow>=13",
+            "requests",
+            "urllib3",
+            "charset-normalizer",
+            "certifi",
+        ],
+        ["--no-deps", "pypcre", "tokenicer", "logbar", "device-smi", "defuser"],
+    ],
+    "autoawq": [
+        TORCH,
+        ["transformers==4.51.3", "accelerate<1.9", "datasets", "zstandard"],
+        ["--no-deps", "autoawq==0.2.9"],
+    ],
+    "autogptq": [
+        TORCH,
+        ["transformers==4.57.6", "accelerate<1.9", "datasets", "sentencepiece", "gekko", "rouge", "peft<0.18"],
+        ["--no-deps", "auto-gptq==0.7.1"],
+    ],
+}
+
+
+def python(name: str) -> Path:
+    """The interpreter of an environment, whether it exists or not."""
+    return HOME / name / "bin" / "python"
+
+
+def create(name: str) -> None:
+    """Create an environment, anew if its pins have changed.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install what it needs.
+    """
+    pins = json.dumps(ENVIRONMENTS[name])
+    done = HOME / name / "installed.json"
+    if done.is_file() and done.read_text() == pins:
+        return
+    venv.create(HOME / name, clear=True, with_pip=True)
+    for arguments in ENVIRONMENTS[name]:
+        command = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+        subprocess.run(command, cwd=ROOT, check=True)
+    done.write_text(pins)
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or ENVIRONMENTS:
+        print(f"{chosen} ...", flush=True)
+        create(chosen)
