@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check interop format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ check: .venv/installed ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto
+
+interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
+	$(BIN)/python -m interop.run
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -16,9 +16,10 @@ def load(checkpoint: Path) -> Forward:
         use_triton=False,
         disable_exllama=True,
         disable_exllamav2=True,
-        torch_dtype=torch.float32,
+        torch_dtype=torch.float16,
     )
-    return lambda ids: model.model(ids).logits
+    module = model.model.float()
+    return lambda ids: module(ids).logits
 
 
 read(("transformers", "auto-gptq"), load)

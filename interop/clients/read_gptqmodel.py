@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQModel's own loader, with its torch kernels."""
+"""GPTQModel's own loader, with its torch kernels.
+
+They load in float16 whatever is asked for. The model then runs in float32 as far as its kernels do: those of GPTQ
+follow, those of AWQ compute in float16.
+"""
 
 import json
 from pathlib import Path
@@ -12,9 +16,10 @@ from gptqmodel import BACKEND, GPTQModel
 def load(checkpoint: Path) -> Forward:
     stored = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     awq = stored["quant_method"] == "awq"
-    backend = BACKEND.TORCH_AWQ if awq and hasattr(BACKEND, "TORCH_AWQ") else BACKEND.TORCH
-    model = GPTQModel.load(str(checkpoint), device="cpu", backend=backend, dtype=torch.float32)
-    return lambda ids: model.model(ids).logits
+    backend = BACKEND.TORCH_AWQ if awq else BACKEND.TORCH
+    model = GPTQModel.load(str(checkpoint), device="cpu", backend=backend, dtype=torch.float16)
+    module = model.model.float()
+    return lambda ids: module(ids).logits
 
 
 read(("transformers", "gptqmodel"), load)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers with whatever the checkpoint's method makes it use: compressed-tensors, or gptqmodel and optimum."""
+"""transformers with whatever the checkpoint's method makes it use: compressed-tensors, or gptqmodel and optimum.
+
+Loaded in float16, as it is stored, and run in float32 as far as the kernels do (AWQ's compute in float16).
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +27,7 @@ def load(checkpoint: Path) -> Forward:
             "quantization_config": getattr(transformers, name)(bits=stored["bits"], backend=backend),
             "device_map": {"": "cpu"},
         }
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **more)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, **more).float()
     return lambda ids: model(ids).logits
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoGPTQ writes GPTQ v1 on CPU."""
+"""AutoGPTQ writes GPTQ v1, where there is a GPU: it moves every layer there."""
 
 from pathlib import Path
 
