@@ -5,6 +5,7 @@ A stream is one tensor [samples, seqlen, hidden], updated in place one micro-bat
 it fits there, else in RAM, else in a memory-mapped file in the output folder. The place does not change any value.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from quantkit.errors import OutputError
+
 TOKENS_AT_ONCE = 4096  # a micro-batch on a CPU; fixed, so that memory does not decide how sums are split
-TOKENS_AT_ONCE_GPU = 16384
+TOKENS_AT_ONCE_GPU = 8192
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
 
@@ -52,8 +55,17 @@ def open_stream(
         return Stream(torch.empty(shape, dtype=dtype, device=device), place, batch)
     if place == "ram":
         return Stream(torch.empty(shape, dtype=dtype), place, batch)
-    flat = torch.from_file(str(spill), shared=True, size=samples * seqlen * hidden, dtype=dtype)
-    spill.unlink()
+    try:
+        with spill.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a mapped file that the disk cannot hold kills the process
+        flat = torch.from_file(str(spill), shared=True, size=samples * seqlen * hidden, dtype=dtype)
+    except OSError as error:
+        raise OutputError(
+            f"{spill.parent}: hidden states of {nbytes / 2**30:.2f} GiB fit neither in memory nor on this disk "
+            f"({error.strerror}); use fewer --samples, or an --out on another disk"
+        ) from error
+    finally:
+        spill.unlink(missing_ok=True)
     return Stream(flat.view(shape), place, batch)
 
 

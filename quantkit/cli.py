@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.errors import QuantkitError
+from quantkit.errors import InputError, QuantkitError
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -327,6 +327,8 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
         from quantkit.units import parse_bytes, parse_tokens
         from quantkit.verify import parse_percent
 
+        if said["rounding"] is Rounding.nearest and method == "gptq":
+            raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
         quiet_libraries()
         request = Request(
             method=method,
@@ -398,6 +400,11 @@ def _told(*, resumes: bool = False) -> Iterator[None]:
         kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
         typer.echo(f"\ninterrupted{kept}: {_command(without=('--fresh',))}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        again = "; finished layers are kept" if resumes else ""
+        _fail(f"the device is out of memory{again}; use --states ram, a shorter --seqlen, or --device cpu")
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

@@ -48,6 +48,12 @@ def embedding_names(model: StreamedModel) -> list[str]:
     return [name for name in model.outside() if not (head and name.startswith(f"{head}."))]
 
 
+def ending_names(model: StreamedModel) -> list[str]:
+    """What has to be loaded to turn hidden states into logits: all outside the layers but an embedding of its own."""
+    before = () if model.tied else model.before_layers()
+    return [name for name in model.outside() if name not in before]
+
+
 def open_states(
     model: StreamedModel,
     tokens: TokenSet,

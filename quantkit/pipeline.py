@@ -10,8 +10,9 @@ A finished layer is a finished shard, hashed and entered in the journal. A run t
 from the disk and only runs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.activations import Stream
+from quantkit.activations import Stream, choose_place
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
@@ -31,12 +32,13 @@ from quantkit.evaluation import (
     compare,
     embed_tokens,
     embedding_names,
+    ending_names,
     loaded,
     open_states,
     relative_error,
     run_dtype,
 )
-from quantkit.machine import return_freed_memory
+from quantkit.machine import device_name, return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
@@ -52,7 +54,7 @@ from quantkit.model.streaming import (
 from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
-from quantkit.scheme import QuantizedTensor, dequantize
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
 from quantkit.stored import read_dequantized
 
@@ -89,7 +91,8 @@ class Job:
         return {
             "quantkit": __version__,
             "torch": torch.__version__,
-            "device": self.device.type,
+            "transformers": version("transformers"),
+            "device": device_name(self.device),
             "method": self.method,
             "format": self.plan.format.name,
             "scheme": schemes.pop() if same else {linear.name: str(linear.scheme) for linear in self.plan.linears},
@@ -118,8 +121,12 @@ class LayerResult:
 
 
 @torch.no_grad()
-def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
+def run(
+    job: Job, progress: Progress, *, fresh: bool = False, finish: Callable[[Outcome], None] = lambda outcome: None
+) -> Outcome:
     """Quantize a model into `job.out`; the checkpoint's shards and the journal are written, nothing else.
+
+    finish: called at the end, while the folder is still locked, to write what belongs beside the shards.
 
     Raises:
         OutputError: the folder is busy, foreign, or of another run; the disk is too small.
@@ -133,7 +140,9 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
             unit = journal.finished.get(shard.unit)
             if unit is not None and not journal.verify_unit(unit):
                 journal.drop_from(shard.unit)
-        return _run(job, sites, journal, progress)
+        outcome = _run(job, sites, journal, progress)
+        finish(outcome)
+        return outcome
 
 
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
@@ -141,9 +150,12 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     move_buffers(model.model, job.device)
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
-    original = _open(job, job.evaluation, "original")
-    quantized = _open(job, job.evaluation, "quantized")
-    calibration = _open(job, job.calibration, "calibration")
+    for name, tensor in read_outside(model).items():  # what cannot be stored is told now, not after the last layer
+        to_stored(name, tensor)
+    place = job.place or _place(job)
+    original = _open(job, job.evaluation, "original", place)
+    quantized = _open(job, job.evaluation, "quantized", place)
+    calibration = _open(job, job.calibration, "calibration", place)
     tokens = sum(
         stream.states.shape[0] * stream.states.shape[1] for stream in (original, quantized, calibration) if stream
     )
@@ -170,6 +182,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             result = _quantize_layer(job, index, sites, calibration, progress)
             progress.stage("write")
             journal.append(_write_layer(job, index, shard, result, source))
+            del result
+        del source
         assign(model.layers[index], _loaded(job, _unpack_layer(job, index, shard)))
         progress.stage("run the quantized")
         unfinished = any(f"layer.{later}" not in journal.finished for later in range(index + 1, len(model.layers)))
@@ -258,10 +272,16 @@ def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- streams
 
 
-def _open(job: Job, tokens: TokenSet | None, name: str) -> Stream | None:
+def _place(job: Job) -> str:
+    """Where all the streams go: decided once for their sum, as memory that is not touched yet still counts as free."""
+    tokens = [t.input_ids.numel() for t in (job.evaluation, job.evaluation, job.calibration) if t is not None]
+    return choose_place(sum(tokens) * job.model.config.hidden_size * job.dtype.itemsize, job.device)
+
+
+def _open(job: Job, tokens: TokenSet | None, name: str, place: str) -> Stream | None:
     if tokens is None:
         return None
-    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", job.place)
+    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", place)
 
 
 def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
@@ -271,9 +291,9 @@ def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
 
 def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str, ShardPlan]) -> dict[str, Any]:
     assert job.evaluation is not None
-    source = _loaded(job, read_outside(job.model))
+    source = _loaded(job, read_outside(job.model, ending_names(job.model)))
     files = [open_file(job.out / shards[unit].file) for unit in ("embeddings", "head") if unit in shards]
-    stored = ((name, file.read(name)) for file in files for name in file.entries)
+    stored = ((name, file.read(name)) for file in files for name in file.entries if name in source)
     return compare(job.model, job.evaluation, original, quantized, source, stored, job.device)
 
 
@@ -302,7 +322,8 @@ def _quantize_layer(
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         if outcome.scale is not None and channel is not None:
-            _fold(layer, site, outcome.scale, channel.to(job.device), result)
+            schemes = {name: linears[name].scheme for name in site.linears}
+            _fold(layer, site, outcome.scale, channel.to(job.device), schemes, result)
         result.quantized |= outcome.quantized
         _assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
         result.records += _records(job, outcome, linears)
@@ -352,7 +373,14 @@ def _collect(job: Job, index: int, site: Site, calibration: Stream) -> SiteStats
     return stats
 
 
-def _fold(layer: nn.Module, site: Site, scale: Tensor, channel: Tensor, result: LayerResult) -> None:
+def _fold(
+    layer: nn.Module,
+    site: Site,
+    scale: Tensor,
+    channel: Tensor,
+    schemes: Mapping[str, Scheme | None],
+    result: LayerResult,
+) -> None:
     """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
 
     A producer that is quantized already keeps its codes: its rows' scales are divided.
@@ -375,7 +403,8 @@ def _fold(layer: nn.Module, site: Site, scale: Tensor, channel: Tensor, result: 
         scales = to_float16(done.scales.float() / scale.unsqueeze(1))
         result.quantized[producer] = replace(done, scales=scales)
         _assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
-    result.changed |= changed
+    to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
+    result.changed |= {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
     _assign_float(layer, changed)
 
 

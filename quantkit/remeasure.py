@@ -25,6 +25,7 @@ from quantkit.evaluation import (
     compare,
     embed_tokens,
     embedding_names,
+    ending_names,
     loaded,
     open_states,
     relative_error,
@@ -237,7 +238,7 @@ def _measure(
         layer_errors.append({"layer": index, "relative_error": relative_error(reference, stream)})
         progress.finished(index, layer_errors[-1]["relative_error"], False)
     progress.ending("compare the logits")
-    source = loaded(read_outside(model), device, dtype)
-    outside = ((name, quantized.read([name])[name]) for name in model.outside())
+    source = loaded(read_outside(model, ending_names(model)), device, dtype)
+    outside = ((name, quantized.read([name])[name]) for name in source)
     figures = compare(model, evaluation, reference, stream, source, outside, device)
     return figures | {"layer_errors": layer_errors}

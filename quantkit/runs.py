@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet
 from quantkit.card import render_card
+from quantkit.checkpoint.journal import BESIDE_WEIGHTS
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.choices import DEFAULT_FORMATS, choose_format, choose_recipe, choose_scheme, find_model, hub_id
 from quantkit.errors import InputError
@@ -33,20 +34,7 @@ from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
 
 DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_CONTEXT = 128, 2048, 8192
-COPIED = (  # beside the weights; byte for byte
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece*.model",
-    "LICENSE*",
-    "NOTICE*",
-)
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -99,10 +87,15 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
     _announce(console, request, plan, job)
+    finished: list[dict[str, Any]] = []
+
+    def finish(outcome: Outcome) -> None:
+        result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
+        finished.append(_finish(job, outcome, directory, result | {"seconds": time.monotonic() - began}))
+
     with display(console, request.device) as progress:
-        outcome = run(job, progress, fresh=request.fresh)
-    result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
-    return _finish(job, outcome, directory, result | {"seconds": time.monotonic() - began}), out
+        run(job, progress, fresh=request.fresh, finish=finish)
+    return finished[0], out
 
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
@@ -165,6 +158,11 @@ def _tokens(
             vocab_size=vocabulary,
             offline=request.offline,
         )
+    for tokens in (calibrated, evaluated):
+        if tokens is not None and positions(model.config) and tokens.seqlen > limit:
+            raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
+    if evaluated is not None and evaluated.seqlen < 2:
+        raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
 
 
@@ -172,6 +170,12 @@ def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
     """A function that loads the tokenizer of a model directory; it raises InputError if there is none."""
 
     def load() -> PreTrainedTokenizerBase:
+        if not any(path.is_file() for pattern in VOCABULARIES for path in directory.glob(pattern)):
+            # transformers would make an empty one up for some architectures
+            raise InputError(
+                f"{directory}: no tokenizer (tokenizer.json or a vocabulary); "
+                "copy it there, or give --calib and --eval as .safetensors files of token ids"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
@@ -192,15 +196,15 @@ def _announce(console: Console, request: Request, plan: Plan, job: Job) -> None:
         label = str(linear.scheme) if linear.scheme else "16 bit"
         schemes[label] = schemes.get(label, 0) + 1
     shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
-    console.print(
-        f"[bold]{request.method}[/] {request.model} -> {job.out}  ({plan.format.name}; {shown})", highlight=False
-    )
-    console.print(
-        f"output {format_bytes(plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight", highlight=False
-    )
+    lines = [
+        f"{request.method} {request.model} -> {job.out}  ({plan.format.name}; {shown})",
+        f"output {format_bytes(plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight",
+    ]
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
-            console.print(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", highlight=False)
+            lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
     files["config.json"] = write_json(out / "config.json", quantized_config(directory, plan.quantization_config))
     for name, content in plan.format.extra_files(plan.quantization_config).items():
         files[name] = write_json(out / name, content)
-    for path in sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}):
+    for path in beside_weights(directory):
         files[path.name] = copy_file(path, out / path.name)
     result["files"] = [
         {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
@@ -221,6 +225,13 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
     write_text(out / "README.md", render_card(result))
     write_json(out / "quantkit.json", result)
     return result
+
+
+def beside_weights(directory: Path) -> list[Path]:
+    """The tokenizer and its like in a model folder. A link counts only within the folder, or its hub cache's blobs."""
+    found = {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
+    allowed = (directory.resolve(), directory.resolve().parent.parent / "blobs")
+    return sorted(path for path in found if any(path.resolve().is_relative_to(place) for place in allowed))
 
 
 def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantkit.quantize import gptq, refine, rtn
 from quantkit.quantize.gptq import factorize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
+from quantkit.stats import output_error
 from tests.test_gptq import correlated, gram_of, weights
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
@@ -115,3 +116,18 @@ def test_a_silent_site_is_refined_to_something_finite() -> None:
     weight, gram, scheme = weights(4, 64), torch.zeros(64, 64), Scheme(4, 32, False)
     start = gptq.quantize(weight, scheme, factorize(gram), energy=gram.diagonal())
     assert bool(torch.isfinite(dequantize(refined(weight, start, gram, 1))).all())
+
+
+def test_no_damping_and_dead_columns_stay_sound() -> None:
+    """A column without energy has no best value: it must stay at zero, not spread 0/0 over its block."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(256, 64, generator=generator)
+    inputs[:, 5] = 0
+    gram, weight = inputs.T @ inputs, torch.randn(16, 64, generator=generator)
+    scheme = Scheme(4, 32, False)
+    factor = gptq.factorize(gram, damp=0.0)
+    once = gptq.quantize(weight, scheme, factor, energy=gram.diagonal())
+    better = refine.refine(weight, once, gram, factor.order, damp=0.0, rounds=2)
+    assert not dequantize(better)[:, 5].any()
+    before, after = (output_error(dequantize(q) - weight, gram).sum() for q in (once, better))
+    assert after < before

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers with whatever the checkpoint's method makes it use: compressed-tensors, or gptqmodel and optimum.
 
-Loaded in float16, as it is stored, and run in float32 as far as the kernels do (AWQ's compute in float16).
+AWQ and GPTQ run in float16, which is all that gptqmodel's kernels load in; compressed-tensors in float32.
 """
 
 import json
@@ -18,16 +18,17 @@ BACKENDS = {"awq": ("AwqConfig", "torch_awq"), "gptq": ("GPTQConfig", "torch")}
 
 def load(checkpoint: Path) -> Forward:
     stored = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"dtype": torch.float32}
     if stored["quant_method"] in BACKENDS:
         import transformers
 
         name, backend = BACKENDS[stored["quant_method"]]
         more = {
+            "dtype": torch.float16,
             "quantization_config": getattr(transformers, name)(bits=stored["bits"], backend=backend),
             "device_map": {"": "cpu"},
         }
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, **more).float()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **more)
     return lambda ids: model(ids).logits
 
 

@@ -22,7 +22,7 @@ def quantize(model: Path, ids: torch.Tensor, out: Path, format: str) -> None:
         offload_to_disk=False,
         device="cpu",
     )
-    loaded = GPTQModel.load(str(model), config, dtype=torch.float32)
+    loaded = GPTQModel.load(str(model), config, dtype=torch.float16 if awq else torch.float32)
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     loaded.quantize(samples, batch_size=1, backend=BACKEND.AUTO, calibration_data_min_length=1)
     loaded.save(str(out))

@@ -25,26 +25,29 @@ from quantkit.errors import OutputError
 
 JOURNAL = "journal.jsonl"
 HEAD = b'{"quantkit_journal": 1, "identity": '  # how every journal of ours begins; the number is the format's version
-RUN_FILES = (  # what a run leaves beside its journal, and a fresh start removes
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "config.json",
+BESIDE_WEIGHTS = (  # what a run copies from the model's folder, byte for byte
     "generation_config.json",
-    "quantkit.json",
-    "quantize_config.json",
-    "report.html",
-    "README.md",
-    "chat_template*",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "chat_template*",
     "*.tiktoken",
     "spiece.model",
     "sentencepiece*.model",
     "LICENSE*",
     "NOTICE*",
+)
+RUN_FILES = (  # what a run leaves beside its journal, and a fresh start removes
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "config.json",
+    "quantkit.json",
+    "quantize_config.json",
+    "report.html",
+    "README.md",
+    *BESIDE_WEIGHTS,
 )
 
 

@@ -87,10 +87,11 @@ def search_scale(
     channel: int64 [in], the producer's channel that feeds each input column (several columns share one when an
     attention value head serves several query heads).
     """
-    counts = torch.bincount(channel).float()
+    channels = int(channel.max()) + 1
+    together = torch.argsort(channel, stable=True).view(channels, -1)  # every channel feeds equally many columns
 
     def per_channel(x: Tensor) -> Tensor:
-        return torch.zeros_like(counts).index_add_(0, channel, x.float()) / counts
+        return x.float()[together].mean(1)
 
     candidates = candidate_scales(per_channel(abs_mean), per_channel(relative_magnitude(weights, schemes)))
     stride = max(1, max(map(len, weights)) // ROWS_JUDGED)

@@ -25,6 +25,7 @@ from quantkit.quantize.grid import to_float16
 from quantkit.scheme import QuantizedTensor, expand
 
 SWEEPS = 2  # coordinate descents between two refits
+SMALLEST_DAMP = 1e-6  # a column without any energy must still have one best value
 
 
 def refine(
@@ -37,12 +38,14 @@ def refine(
     """
     if rounds == 0:
         return quantized
-    ridge = float(damp * gram.diagonal().mean().clamp(min=1e-30))
+    diagonal = gram.diagonal()
+    ridge = float(max(damp, SMALLEST_DAMP) * diagonal.mean().clamp(min=1e-30))
+    weight = weight.float().masked_fill(diagonal <= 0, 0)  # dead columns stay at zero, as GPTQ left them
     columns = quantized.in_features // quantized.scales.shape[1]
     zeros = expand(quantized.zeros.float(), columns)
     steps = quantized.codes.float() - zeros  # codes minus zero points, [out, in]
     scales = quantized.scales.float()
-    difference = weight.float() - steps * expand(scales, columns)
+    difference = weight - steps * expand(scales, columns)
     residual = torch.addmm(difference, difference, gram, beta=ridge)  # (W - Q)(H + ridge I)
     for _ in range(rounds):
         _refit(steps, scales, residual, gram, ridge)
