@@ -313,15 +313,18 @@ def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
 # Causes that were looked into, each by an experiment that could have shown otherwise.
 NOTES = """\
 ## Why some cells are not ok
-- AutoGPTQ, `demo`: it leaves a tied embedding that is stored once uninitialised (every packed tensor is loaded as it is
-  stored; `embed_tokens` is the only one that differs). These rows say nothing about the codes.
-- AutoGPTQ and AutoAWQ, `mini`: transformers 4 does not know `rope_parameters` and falls back to a rope_theta of 10000.
-  It misreads the unquantized `mini` alike (0.40). With `rope_theta` added to config.json by hand: AutoGPTQ, gptq 4 bits,
-  6.5e-07; AutoAWQ 2.2e-03.
-- AutoGPTQ, gptq_v2: 0.7.1 does not know it; it reads the zero points as v1. Not taken apart further.
-- AutoAWQ, one layer kept: within a layer it looks for the listed names in local names (`mlp.down_proj`), so a full name
-  never matches.
-- GPTQModel, gptq (v1) asymmetric: refused unless `meta.quantizer` names gptqmodel. gptq_v2 loads.
+- transformers + gptqmodel, gptq W2: float16 and no more. Our own weights of that file run in float16 are 4.2e-03 from
+  float32, and GPTQModel in float32 is 0 apart on the same file.
+- transformers + compressed-tensors, asymmetric: 5.23.0 expects weight_zero_point unpacked ([768, 2], stored [96, 2]).
+- AutoGPTQ, `demo`: seen on gptq W4 g128 sym: every packed tensor is loaded as it is stored, and `embed_tokens`, the
+  tied embedding that is stored once, is not. So these rows say nothing about the codes.
+- AutoGPTQ and AutoAWQ, `mini`: its config has `rope_parameters` only, which transformers 4 does not read; the
+  unquantized `mini` comes out 0.40 wrong there as well. With `rope_theta` added to config.json by hand: unquantized 0,
+  AutoGPTQ on gptq 6.5e-07, AutoAWQ 2.2e-03. The rows above are without it.
+- AutoGPTQ, gptq_v2 `mini` (1.1): rope_theta as above; whether 0.7.1 reads v2 at all was not examined.
+- AutoAWQ, one layer kept: it looks for the listed names inside local names (`mlp.down_proj`), where a full one never is.
+- transformers + gptqmodel, mixed: does not read `dynamic`. AutoGPTQ, mixed: neither.
+- GPTQModel, gptq (v1) asymmetric: as it says. transformers loads the same file; gptq_v2 loads in both.
 
 An error of 0 is real: with one bit of one code flipped in a copy, GPTQModel is 1.3e-03 from the original and 0 from the
 copy.
