@@ -322,7 +322,7 @@ NOTES = """\
   unquantized `mini` comes out 0.40 wrong there as well. With `rope_theta` added to config.json by hand: unquantized 0,
   AutoGPTQ on gptq 6.5e-07, AutoAWQ 2.2e-03. The rows above are without it.
 - AutoGPTQ, gptq_v2 `mini` (1.1): rope_theta as above; whether 0.7.1 reads v2 at all was not examined.
-- AutoAWQ, one layer kept: it looks for the listed names inside local names (`mlp.down_proj`), where a full one never is.
+- AutoAWQ, one layer kept: it looks for the listed names in local names (`mlp.down_proj`), never found there.
 - transformers + gptqmodel, mixed: does not read `dynamic`. AutoGPTQ, mixed: neither.
 - GPTQModel, gptq (v1) asymmetric: as it says. transformers loads the same file; gptq_v2 loads in both.
 
