@@ -145,6 +145,17 @@ def test_output_folder(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     assert (out / "README.md").is_file()
 
 
+def test_older_readers_find_the_rotations(tmp_path: Path, ids: Path) -> None:
+    """transformers 4 knows rope_theta and rope_scaling only; 5 writes rope_parameters."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = make_qwen2(tmp_path / "model", rope_parameters=rope | {"original_max_position_embeddings": 32})
+    done(*command("rtn", model, tmp_path / "out", ids, "--no-verify"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"]["rope_type"] == "llama3"
+    assert config["rope_parameters"]["factor"] == 8.0
+
+
 def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     """At 8 bits what is left is rounding: scales folded into norms, values and up must cancel."""
     out = tmp_path / "out"

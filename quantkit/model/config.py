@@ -40,6 +40,15 @@ def load_config(directory: Path) -> PretrainedConfig:
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"{path}: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
+    if (
+        isinstance(raw.get("rope_parameters"), dict)
+        and "rope_theta" not in raw
+        and not hasattr(config, "rope_parameters")
+    ):
+        raise ModelError(
+            f"{path}: says rope_parameters, which this transformers does not read, and no rope_theta; "
+            "use transformers 5, or add rope_theta (and rope_scaling) to it"
+        )
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, config)
     return config
