@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -40,11 +41,8 @@ def load_config(directory: Path) -> PretrainedConfig:
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"{path}: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
-    if (
-        isinstance(raw.get("rope_parameters"), dict)
-        and "rope_theta" not in raw
-        and not hasattr(config, "rope_parameters")
-    ):
+    unread = isinstance(raw.get("rope_parameters"), dict) and "rope_theta" not in raw
+    if unread and int(transformers.__version__.partition(".")[0]) < 5:
         raise ModelError(
             f"{path}: says rope_parameters, which this transformers does not read, and no rope_theta; "
             "use transformers 5, or add rope_theta (and rope_scaling) to it"
