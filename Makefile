@@ -14,13 +14,13 @@ demo: .venv/installed ## quantize the bundled model, verify it, and say where th
 	$(BIN)/quantkit awq demo --w-bit 4 --group 128 --offline --fresh --out outputs/demo
 
 test: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/installed ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
 	$(BIN)/python -m interop.run
