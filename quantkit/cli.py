@@ -40,6 +40,14 @@ class FormatName(StrEnum):
     compressed_tensors = "compressed-tensors"
 
 
+class TargetName(StrEnum):
+    awq = "awq"
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+    fp16 = "fp16"
+
+
 class Bits(StrEnum):
     two, three, four, eight = "2", "3", "4", "8"
 
@@ -255,6 +263,46 @@ def verify(
         if json:
             _print_json(result)
     if result["verification"]["verdict"] == "fail":
+        raise typer.Exit(FAIL)
+
+
+@app.command()
+def convert(
+    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    to: Annotated[TargetName, typer.Option("--to", help="The format of the result; fp16: not quantized.")],
+    target: Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/OUT-FORMAT]")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what the format cannot hold, and measure the loss.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The 16-bit MODEL to measure with.  [default: as recorded]")
+    ] = None,
+    fresh: Fresh = False,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """The same integers in another format; exit 3 if a new measurement says FAIL."""
+    with _told(resumes=True):
+        from quantkit.convert import ConvertRequest
+        from quantkit.convert import convert as convert_files
+        from quantkit.summary import convert_summary
+
+        quiet_libraries()
+        request = ConvertRequest(
+            folder=out,
+            to=to.value,
+            command=_command(),
+            out=target,
+            requantize=requantize,
+            fresh=fresh,
+            against=against,
+            offline=offline,
+        )
+        result, folder = convert_files(request, _console())
+        _console().print(convert_summary(result, folder), highlight=False)
+        if json:
+            _print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
 
 

@@ -5,7 +5,6 @@ The figures are those of a run (`pipeline`): the same streams, in the same batch
 memory is one layer of each model and the hidden states, whatever the depth.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +42,16 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.plan import LinearPlan
-from quantkit.stored import OUTSIDE, packed_names, quantization_of, read_dequantized, stored_linears
+from quantkit.stored import (
+    OUTSIDE,
+    changes_nothing,
+    packed_names,
+    parameters,
+    quantization_of,
+    read_config,
+    read_dequantized,
+    stored_linears,
+)
 
 # What must be the same in both config.json: tensors of equal shape can still be of another model.
 SAME = (
@@ -56,7 +64,6 @@ SAME = (
     "vocab_size",
     "tie_word_embeddings",
 )
-DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
 
 
 @dataclass(frozen=True)
@@ -110,24 +117,6 @@ def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpo
     return found
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is.
-
-    Raises:
-        ModelError: there is none, or it is not an object.
-    """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory}: no config.json; expected the folder of a quantized checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
-
-
 def _refuse_another_model(directory: Path, raw: Mapping[str, Any], original: StreamedModel) -> None:
     for key in SAME:
         expected, found = getattr(original.config, key, None), raw.get(key)
@@ -141,7 +130,7 @@ def _refuse_another_model(directory: Path, raw: Mapping[str, Any], original: Str
 def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None:
     """Every tensor must be one that is computed with, or one that changes nothing; and none may be missing."""
     packed = {f"{linear.name}.weight": packed_names(found.format, linear) for linear in found.linears}
-    names = _parameters(original)
+    names = list(parameters(original))
     needed = {n for name in names for n in packed.get(name, [name])}
     there = set(found.checkpoint.entries)
     if missing := sorted(needed - there):
@@ -151,11 +140,10 @@ def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None
         if shape is not None and shape != original.checkpoint.entries[name].shape:
             expected = list(original.checkpoint.entries[name].shape)
             raise ModelError(f"{found.checkpoint.directory}: {name}: expected {expected}, got {list(shape)}")
-    head = f"{original.head_name}." if original.tied else "\0"
     unknown = [
         name
         for name in sorted(there - needed - set(original.ignored))
-        if not name.startswith(head) and not name.endswith(DERIVED) and not _is_zero_bias(found, name)
+        if not changes_nothing(original, found.checkpoint, found.linears, name)
     ]
     if unknown:
         raise ModelError(
@@ -164,20 +152,8 @@ def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None
         )
 
 
-def _parameters(original: StreamedModel) -> list[str]:
-    layers = [f"{original.layer_name(i)}.{name}" for i in range(len(original.layers)) for name in _local(original, i)]
-    return [*original.outside(), *layers]
-
-
 def _local(original: StreamedModel, index: int) -> list[str]:
     return list(original.layer_shapes(index))
-
-
-def _is_zero_bias(found: QuantizedCheckpoint, name: str) -> bool:
-    """Some tools write a bias of zeros for linears that have none."""
-    linears = {linear.name for linear in found.linears}
-    owner, _, key = name.rpartition(".")
-    return key == "bias" and owner in linears and not bool(found.checkpoint.read(name).any())
 
 
 @torch.no_grad()

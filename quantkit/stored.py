@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized checkpoint that is there, whoever wrote it: what its linears are, and the weights that they stand for."""
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, device, nn
@@ -15,6 +17,25 @@ from quantkit.plan import LinearPlan
 from quantkit.scheme import dequantize
 
 OUTSIDE = -1  # the layer number of the head
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is.
+
+    Raises:
+        ModelError: there is none, or it is not an object.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory}: no config.json; expected the folder of a quantized checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
 
 
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +73,26 @@ def stored_linears(
     except ModelError as error:
         raise ModelError(f"{checkpoint.directory}: {error}") from error
     return fmt, tuple(LinearPlan(name, index, local, *shapes[name], schemes[name]) for name, index, local, _ in places)
+
+
+def parameters(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every stored tensor of the 16-bit model, by full name, with its shape."""
+    layers = {
+        f"{architecture.layer_name(index)}.{name}": shape
+        for index in range(len(architecture.layers))
+        for name, shape in architecture.layer_shapes(index).items()
+    }
+    return architecture.outside() | layers
+
+
+def changes_nothing(
+    architecture: Architecture, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str
+) -> bool:
+    """Whether a tensor that the architecture has no place for can be left out: what is derived, tied, or zero."""
+    if name.endswith(DERIVED) or (architecture.tied and name.startswith(f"{architecture.head_name}.")):
+        return True
+    owner, _, key = name.rpartition(".")  # some tools write a bias of zeros for linears that have none
+    return key == "bias" and owner in {linear.name for linear in linears} and not bool(checkpoint.read(name).any())
 
 
 def packed_names(fmt: Format, linear: LinearPlan) -> list[str]:

@@ -58,6 +58,26 @@ def verify_summary(result: dict[str, Any], out: Path) -> Group:
     return Group(*lines)
 
 
+def convert_summary(result: dict[str, Any], out: Path) -> Group:
+    """What became of the integers, how large it is, what is known of its accuracy, and where it is."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    converted = result["converted"]
+    table.add_row("linears", f"{converted['equal']} with equal codes, scales and zero points, read back from the files")
+    if converted["rounded"]:
+        error = converted["weight_error"]
+        how = f"{converted['rounded']} rounded, relative error of the weights {error['mean']:.2%}"
+        table.add_row("", f"{how} (at worst {error['worst']:.2%})")
+    table.add_row("size", f"{format_bytes(result['total_bytes'])}, as {result['format']}")
+    measured = result["verification"]
+    if measured:
+        _add_figures(table, measured)
+    lines: list[Any] = [table, *(Text(f"note: {note}", style="yellow") for note in result["fallbacks"])]
+    if measured:
+        lines += _verdict_lines(measured)
+    lines.append(Text(f"report: {out}/report.html"))
+    return Group(*lines)
+
+
 def _add_figures(table: Table, measured: dict[str, Any]) -> None:
     """Rows of a verification; a figure that could not be measured, or is not finite, is None and left out."""
     found, reference = measured["perplexity"], measured["perplexity_fp16"]

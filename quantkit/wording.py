@@ -55,6 +55,8 @@ def tokens(count: int) -> str:
 
 
 def scheme(bits: int, group_size: int, symmetric: bool) -> str:
+    if bits == 16:
+        return "16 bit"
     group = "rows" if group_size == -1 else f"g{group_size}"
     return f"W{bits} {group} {'sym' if symmetric else 'asym'}"
 

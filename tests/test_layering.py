@@ -60,9 +60,13 @@ ALLOWED: dict[str, str] = {
     "reverify": (
         "errors checkpoint calibration model fit machine verify progress report card choices runs inspection remeasure"
     ),
+    "repack": "errors scheme quantize formats machine checkpoint model plan fit stored",
+    "convert": (
+        "errors formats checkpoint fit machine stored pipeline verify report card inspection runs reverify repack"
+    ),
     "cli": (
         "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting"
-        " reverify"
+        " reverify convert"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -84,7 +88,7 @@ LIBRARIES: dict[str, str] = {
     "transformers": "calibration model fit runs cli",
     "accelerate": "model",
     "typer": "cli",
-    "rich": "progress cli runs reverify fit inspection library summary",
+    "rich": "progress cli runs reverify convert fit inspection library summary",
 }
 
 # Pure parts: tensors in, tensors out.

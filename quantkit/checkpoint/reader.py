@@ -6,8 +6,8 @@ plain reads into fresh memory: nothing stays mapped, so a tensor that is dropped
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HASHED_WHOLE_BYTES = 2**30
 SAMPLES, SAMPLE_BYTES = 64, 2**20
+PIECE_BYTES = 2**22  # of a tensor that is copied and never held whole
 FINITE_CHUNK = 2**24  # values looked at in one step: keeps the memory of an exact search small
 
 
@@ -68,6 +69,15 @@ class Checkpoint:
         if read != entry.nbytes:
             raise ModelError(f"{path}: {name} ended after {read} of {entry.nbytes} bytes; the file has changed")
         return raw.view(entry.dtype).view(entry.shape).to(device)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor's bytes in order, as flat tensors of its dtype of at most 4 MiB; see `read`."""
+        entry = self.entries[name]
+        for begin in range(0, entry.nbytes, PIECE_BYTES):
+            size = min(PIECE_BYTES, entry.nbytes - begin)
+            shape = (size // entry.dtype.itemsize,)
+            part = replace(entry, shape=shape, offset=entry.offset + begin, nbytes=size)
+            yield Checkpoint(self.directory, {name: part}).read(name)
 
     def read_many(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Several tensors by name; see `read`."""

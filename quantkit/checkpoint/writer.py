@@ -8,9 +8,10 @@ removes (`journal.py`). The same content gives the same bytes, and files are rea
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,32 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         OutputError: the disk is full, or the folder is missing or cannot be written.
         ValueError: a dtype that safetensors does not hold.
     """
-    header, order = encode({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
-    return write_chunks(path, chain([header], (_raw(tensors[name]) for name in order)))
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_pieces(path, specs, lambda name: [tensors[name]])
+
+
+def write_pieces(path: Path, specs: Mapping[str, Spec], pieces: Callable[[str], Iterable[Tensor]]) -> str:
+    """As `write_shard`, for tensors that are not all at hand: `pieces` is asked for one after the other, in file order.
+
+    What it yields for a name are the tensor's values in row-major order, in any number of pieces.
+
+    Raises:
+        OutputError: see `write_shard`.
+        ValueError: pieces of another dtype or number of values than specs says.
+    """
+    header, order = encode(specs)
+    return write_chunks(path, chain([header], (_raw(p) for name in order for p in _checked(name, specs[name], pieces))))
+
+
+def _checked(name: str, spec: Spec, pieces: Callable[[str], Iterable[Tensor]]) -> Iterator[Tensor]:
+    left = math.prod(spec[1])
+    for piece in pieces(name):
+        left -= piece.numel()
+        if piece.dtype != spec[0]:
+            raise ValueError(f"{name}: expected {spec[0]}, got {piece.dtype}")
+        yield piece
+    if left:
+        raise ValueError(f"{name}: {left} of {math.prod(spec[1])} values are missing")
 
 
 def shard_bytes(specs: Mapping[str, Spec]) -> int:

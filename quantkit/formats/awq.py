@@ -62,10 +62,17 @@ def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
-    qweight, qzeros, scales = matching(tensors, specs(scheme, *shape))
+    qweight, _, scales = matching(tensors, specs(scheme, *shape))
+    zeros = unpack_zeros(tensors, scheme, shape)
+    return QuantizedTensor(_unpack_columns(qweight), scales.t().contiguous(), zeros, scheme)
+
+
+def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """uint8 [out, groups], from qzeros alone."""
+    (qzeros,) = matching(tensors, {"qzeros": specs(scheme, *shape)["qzeros"]})
     zeros = _unpack_columns(qzeros)
     check_symmetric(zeros, scheme)
-    return QuantizedTensor(_unpack_columns(qweight), scales.t().contiguous(), zeros, scheme)
+    return zeros
 
 
 def _pack_columns(codes: Tensor) -> Tensor:

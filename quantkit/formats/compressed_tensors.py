@@ -67,15 +67,22 @@ def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
     if "weight_g_idx" in tensors:
         raise SchemeError("weight_g_idx: act-order groups are not read from compressed-tensors; gptq holds them")
-    out_features, in_features = shape
-    packed, scales, stored_shape, *packed_zeros = matching(tensors, specs(scheme, *shape))
+    in_features = shape[1]
+    packed, scales, stored_shape, *_ = matching(tensors, specs(scheme, *shape))
     if tuple(stored_shape.tolist()) != tuple(shape):
         raise ModelError(f"weight_shape: expected {list(shape)}, got {stored_shape.tolist()}; the file is damaged")
-    if packed_zeros:
-        zeros = unpack_bits(packed_zeros[0].t(), scheme.bits, out_features).t().contiguous()
-    else:
-        zeros = torch.full_like(scales, scheme.middle, dtype=torch.uint8)
+    zeros = unpack_zeros(tensors, scheme, shape)
     return QuantizedTensor(unpack_bits(packed, scheme.bits, in_features), scales, zeros, scheme)
+
+
+def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """uint8 [out, groups], from weight_zero_point alone; a symmetric scheme stores none."""
+    out_features, in_features = shape
+    if scheme.symmetric:
+        device = next((tensor.device for tensor in tensors.values()), None)
+        return torch.full((out_features, scheme.groups(in_features)), scheme.middle, dtype=torch.uint8, device=device)
+    (packed,) = matching(tensors, {"weight_zero_point": specs(scheme, *shape)["weight_zero_point"]})
+    return unpack_bits(packed.t(), scheme.bits, out_features).t().contiguous()
 
 
 def config(

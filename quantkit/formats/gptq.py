@@ -80,12 +80,9 @@ def pack(quantized: QuantizedTensor, *, v1: bool) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], *, v1: bool) -> QuantizedTensor:
-    out_features, in_features = shape
-    qweight, qzeros, scales, g_idx = matching(tensors, specs(scheme, *shape))
-    zeros = unpack_bits(qzeros, scheme.bits, out_features).t().contiguous()
-    if v1:
-        zeros = (zeros + 1).bitwise_and_(scheme.max_code)
-    check_symmetric(zeros, scheme)
+    _, in_features = shape
+    qweight, _, scales, g_idx = matching(tensors, specs(scheme, *shape))
+    zeros = unpack_zeros(tensors, scheme, shape, v1=v1)
     groups = scales.shape[0]
     if not ((g_idx >= 0) & (g_idx < groups)).all():
         raise ModelError(
@@ -100,6 +97,16 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
         scheme=scheme,
         g_idx=None if natural else g_idx,
     )
+
+
+def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], *, v1: bool) -> Tensor:
+    """uint8 [out, groups], from qzeros alone."""
+    (qzeros,) = matching(tensors, {"qzeros": specs(scheme, *shape)["qzeros"]})
+    zeros = unpack_bits(qzeros, scheme.bits, shape[0]).t().contiguous()
+    if v1:
+        zeros = (zeros + 1).bitwise_and_(scheme.max_code)
+    check_symmetric(zeros, scheme)
+    return zeros
 
 
 def _natural_groups(scheme: Scheme, in_features: int, device: torch.device) -> Tensor:

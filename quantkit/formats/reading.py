@@ -16,12 +16,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError, SchemeError
+from quantkit.formats import awq, compressed_tensors, gptq
 from quantkit.formats.awq import AWQ
 from quantkit.formats.base import Format
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
@@ -77,6 +79,25 @@ def unpack(fmt: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sh
         scales = tensors["scales"].t().contiguous() if "scales" in tensors else None
     quantized = fmt.unpack(tensors, scheme, shape)
     return quantized if scales is None or scales.dtype == torch.float16 else replace(quantized, scales=scales)
+
+
+def unpack_zeros(fmt: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Tensor:
+    """The zero points (uint8 [out, groups]) of files of every tool, without the codes; symmetric ones are checked.
+
+    Raises:
+        ModelError: see the formats.
+    """
+    return _ZEROS[fmt.name](
+        {key: _closed_up(key, tensor, scheme, shape) for key, tensor in tensors.items()}, scheme, shape
+    )
+
+
+_ZEROS: dict[str, Callable[[Mapping[str, Tensor], Scheme, Shape], Tensor]] = {
+    AWQ.name: awq.unpack_zeros,
+    GPTQ.name: partial(gptq.unpack_zeros, v1=True),
+    GPTQ_V2.name: partial(gptq.unpack_zeros, v1=False),
+    COMPRESSED_TENSORS.name: compressed_tensors.unpack_zeros,
+}
 
 
 # ---------------------------------------------------------------- what the files say

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit convert OUT --to FORMAT`: a finished folder in another format, from the files of a checkpoint alone.
+
+What is measured of a checkpoint belongs to its weights. Where the integers stay as they are so do the weights, and the
+measurements are carried over; otherwise they are void, and made again where the 16-bit model is at hand.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from quantkit import __version__
+from quantkit.card import render_card
+from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
+from quantkit.checkpoint.reader import fingerprint
+from quantkit.checkpoint.writer import copy_file, require_disk, write_index, write_json, write_text
+from quantkit.errors import InputError, ModelError, QuantkitError
+from quantkit.fit import fit_checkpoint
+from quantkit.formats import FORMATS
+from quantkit.inspection import RESULT, read_result
+from quantkit.machine import device_name, peak_rss_bytes, versions
+from quantkit.pipeline import DISK_MARGIN
+from quantkit.repack import Conversion, make_conversion, open_source, write_unit
+from quantkit.report import render_report
+from quantkit.reverify import VerifyRequest, changed_files, verify_files
+from quantkit.runs import DEFAULT_CONTEXT, beside_weights, positions
+from quantkit.stored import OUTSIDE, quantization_of
+from quantkit.verify import Limits, verification_block
+
+FP16 = "fp16"
+TARGETS = (*FORMATS, FP16)
+DEFAULT_BUDGET = 22 * 2**30
+NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verification: what belongs to a folder
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for. against: the 16-bit model to measure with, where something is rounded again."""
+
+    folder: Path
+    to: str
+    command: str
+    out: Path | None = None
+    requantize: bool = False
+    fresh: bool = False
+    against: str | None = None
+    offline: bool = False
+
+
+def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], Path]:
+    """Convert a checkpoint and return the result document (quantkit.json) and the folder it is in.
+
+    The document holds "converted": {from, from_format, made_by, source: file -> hash, lossless, equal: linears whose
+    integers are the same, rounded: linears rounded again, weight_error: of those, |W' - W| / |W| as a mean and at
+    worst}; each of its "layers" says what it was before and whether it is equal.
+
+    Raises:
+        SchemeError: the target cannot hold the checkpoint as it is, and requantize is False.
+        QuantkitError: a source that is not supported or damaged, an output folder that cannot be written.
+    """
+    began = time.monotonic()
+    if request.to not in TARGETS:
+        raise InputError(f"--to: expected {', '.join(TARGETS)}, got {request.to!r}")
+    folder = request.folder
+    recorded = _recorded(folder)
+    source = open_source(folder)
+    out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out}: is the checkpoint itself; choose another folder")
+    conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
+    _announce(console, request, conversion)
+    hashes = fingerprint(source.checkpoint)
+    missing = [shard.file_bytes for shard in conversion.shards if not (out / shard.file).exists()]
+    require_disk(out, sum(missing) + DISK_MARGIN)
+    with open_journal(out, _identity(request, conversion, hashes), fresh=request.fresh) as journal:
+        for shard in conversion.shards:
+            unit = journal.finished.get(shard.unit)
+            if unit is not None and not journal.verify_unit(unit):
+                journal.drop_from(shard.unit)
+        left = [shard for shard in conversion.shards if shard.unit not in journal.finished]
+        for shard in track(left, "convert", console=console, transient=True, disable=not console.is_terminal):
+            journal.append(write_unit(conversion, shard))
+        result = _finish(request, conversion, recorded, hashes, tuple(journal.finished.values()), began)
+    if not conversion.lossless and conversion.format is not None:
+        result = _measured(request, recorded, result, out, console)
+    return result, out
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """quantkit.json of a folder of ours; None for a checkpoint of another tool."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; expected a quantized checkpoint")
+    return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
+
+
+def _identity(request: ConvertRequest, conversion: Conversion, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What the bytes of the shards depend on."""
+    rounds = not conversion.lossless and conversion.format is not None
+    return {
+        "quantkit": __version__,
+        "convert": request.to,
+        "requantize": request.requantize,
+        "source": dict(hashes),
+    } | ({"torch": torch.__version__, "device": device_name(torch.device("cpu"))} if rounds else {})
+
+
+def _announce(console: Console, request: ConvertRequest, conversion: Conversion) -> None:
+    source = conversion.source
+    rounded = [target for target in conversion.targets if target.obstacle is not None]
+    lines = [f"{request.folder} ({source.format.name}) -> {conversion.out} ({request.to})"]
+    if conversion.lossless:
+        lines.append("every code, scale and zero point stays as it is")
+    elif conversion.format is None:
+        lines.append("each weight becomes the float16 number nearest to what it stands for")
+    else:
+        lines.append(f"{len(rounded)} of {len(conversion.targets)} linears are rounded again: {rounded[0].obstacle}")
+    lines += [f"left out, as it changes nothing: {name}" for name in source.left_out]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _finish(
+    request: ConvertRequest,
+    conversion: Conversion,
+    recorded: Mapping[str, Any] | None,
+    hashes: Mapping[str, str],
+    units: tuple[Unit, ...],
+    began: float,
+) -> dict[str, Any]:
+    """Write what engines and people read beside the shards. quantkit.json comes last: it says that all is there."""
+    out, source = conversion.out, conversion.source
+    files = {unit.file: unit.sha256 for unit in units}
+    tensors = {name: (shard.file, spec.nbytes) for shard in conversion.shards for name, spec in shard.tensors.items()}
+    total = sum(size for _, size in tensors.values())
+    index = write_index(out, {name: file for name, (file, _) in tensors.items()}, total)
+    files["model.safetensors.index.json"] = index
+    files["config.json"] = write_json(out / "config.json", _config(conversion))
+    if conversion.format is not None:
+        for name, content in conversion.format.extra_files(conversion.quantization_config).items():
+            files[name] = write_json(out / name, content)
+    for path in beside_weights(source.checkpoint.directory):
+        files[path.name] = copy_file(path, out / path.name)
+    result = _document(request, conversion, recorded, hashes, units, total)
+    result["seconds"] = time.monotonic() - began
+    result["files"] = [
+        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
+    ]
+    _write(out, result)
+    return result
+
+
+def _write(out: Path, result: Mapping[str, Any]) -> None:
+    write_text(out / "report.html", render_report(result))
+    write_text(out / "README.md", render_card(result))
+    write_json(out / RESULT, result)
+
+
+def _config(conversion: Conversion) -> dict[str, Any]:
+    """The source's config.json with the new quantization."""
+    config = {k: v for k, v in conversion.source.raw.items() if k not in ("quantization_config", "compression_config")}
+    if conversion.format is not None:
+        return config | {"quantization_config": conversion.quantization_config}
+    config.pop("dtype", None)
+    return config | {"torch_dtype": "float16"}
+
+
+def _document(
+    request: ConvertRequest,
+    conversion: Conversion,
+    recorded: Mapping[str, Any] | None,
+    hashes: Mapping[str, str],
+    units: tuple[Unit, ...],
+    tensor_bytes: int,
+) -> dict[str, Any]:
+    source, before = conversion.source, recorded or {}
+    records = [record for unit in units for record in unit.record["linears"]]
+    errors = [record["weight_error"] for record in records if not record["equal"]]
+    known = {layer["name"]: layer for layer in before.get("layers") or []}
+    quantized = [record for record in records if record["bits"] < 16]
+    weights = sum(record["out_features"] * record["in_features"] for record in quantized)
+    made_by = writer(source.raw) if recorded is None else f"quantkit {before.get('quantkit_version')}"
+    fit = _fit(conversion, before)
+    verification, note = _carried(request, conversion, recorded, fit)
+    return {
+        "quantkit_version": __version__,
+        "command": request.command,
+        "model": before.get("model") or request.against or str(request.folder),
+        "base_model": before.get("base_model") or {"id": None, "license": None},
+        "method": before.get("method") or quantization_of(source.raw).get("quant_method"),
+        "format": conversion.format.name if conversion.format else FP16,
+        "scheme": _main_scheme(quantized),
+        "options": before.get("options") or {},
+        "calibration": before.get("calibration"),
+        "layers": [_layer(record, known.get(record["name"])) for record in quantized if record["layer"] != OUTSIDE],
+        "bits_per_weight": 8 * sum(record["bytes"] for record in quantized) / weights if weights else 16.0,
+        "total_bytes": sum(shard.file_bytes for shard in conversion.shards),
+        "tensor_bytes": tensor_bytes,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": 0,
+        "device": "cpu",
+        "versions": versions(),
+        "fallbacks": list(dict.fromkeys([*(before.get("fallbacks") or []), *_notes(conversion, made_by), note])),
+        "engines": fit["engines"],
+        "converted": {
+            "from": str(request.folder),
+            "from_format": source.format.name,
+            "made_by": made_by,
+            "source": dict(hashes),
+            "source_result_sha256": _sha256(request.folder / RESULT),
+            "lossless": conversion.lossless,
+            "equal": sum(record["equal"] for record in records),
+            "rounded": len(errors),
+            "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else None,
+        },
+        "verification": verification,
+    }
+
+
+def _main_scheme(quantized: list[dict[str, Any]]) -> dict[str, Any]:
+    """The scheme that most linears have; 16 bits where none is quantized."""
+    keys = ("bits", "group_size", "symmetric")
+    found = Counter(tuple(record[key] for key in keys) for record in quantized)
+    return dict(zip(keys, found.most_common(1)[0][0] if found else (16, -1, True), strict=True))
+
+
+def _layer(record: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the source says of a linear (its loss is that of its integers), with what it is now."""
+    before = dict(known or {"method": "unknown", "loss": None})
+    if not record["equal"]:
+        before |= {"method": "rtn", "loss": None}
+    return before | dict(record)
+
+
+def _notes(conversion: Conversion, made_by: str) -> list[str]:
+    source = conversion.source
+    notes = [f"converted from {source.format.name}, made by {made_by}"]
+    rounded = [target for target in conversion.targets if target.obstacle is not None]
+    if rounded:
+        notes.append(f"{len(rounded)} linears were rounded again ({rounded[0].linear.name}: {rounded[0].obstacle})")
+    return notes + [f"tensor {name} changes nothing and was left out" for name in source.left_out]
+
+
+def _fit(conversion: Conversion, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Memory and engines of the new files, for what the source was judged with."""
+    said = (before.get("verification") or {}).get("fit") or {}
+    limit = positions(conversion.source.architecture.config) or DEFAULT_CONTEXT
+    return fit_checkpoint(
+        conversion.out,
+        budget=said.get("budget_bytes") or DEFAULT_BUDGET,
+        context=said.get("context") or min(DEFAULT_CONTEXT, limit),
+        kv=said.get("kv") or "fp16",
+    )
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+def _carried(
+    request: ConvertRequest, conversion: Conversion, recorded: Mapping[str, Any] | None, fit: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
+    """The verification of the source if it is one of these weights, judged with the new files' memory; and a note."""
+    said = (recorded or {}).get("verification")
+    if not said:
+        return None, "the source came without a verification: `quantkit verify` measures this folder"
+    if not conversion.lossless:
+        return None, "the source's verification is not that of these weights"
+    if changed := changed_files(request.folder, recorded):
+        return None, f"the source's verification is not that of its files: {changed[0]}"
+    figures = {key: value for key, value in said.items() if key not in NOT_FIGURES}
+    limits = said.get("limits") or {}
+    block = verification_block(figures, said.get("eval"), Limits(**limits), fit)
+    return block, "measured before it was converted: codes, scales and zero points are equal, so these are its weights"
+
+
+def _measured(
+    request: ConvertRequest, recorded: Mapping[str, Any] | None, result: dict[str, Any], out: Path, console: Console
+) -> dict[str, Any]:
+    """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
+    said = ((recorded or {}).get("verification") or {}).get("eval") or {}
+    try:
+        return verify_files(
+            VerifyRequest(
+                out=out,
+                command=request.command,
+                against=request.against,
+                evaluation=said.get("source"),
+                seqlen=said.get("seqlen"),
+                eval_samples=said.get("samples"),
+                offline=request.offline or request.against is None,
+            ),
+            console,
+        )
+    except QuantkitError as error:
+        if request.against is not None:
+            raise
+        result["fallbacks"].append(f"what the rounding costs was not measured: {error}")
+        _write(out, result)
+        return result
+
+
+def writer(raw: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown"."""
+    quantization = quantization_of(raw)
+    meta = quantization.get("meta")
+    said = meta.get("quantizer") if isinstance(meta, dict) else None
+    names = said if isinstance(said, list) else [said] if said else []
+    if quantization.get("autoround_version"):
+        names = [f"auto-round:{quantization['autoround_version']}"]
+    if quantization.get("quant_method") == "compressed-tensors" and quantization.get("version"):
+        names = [f"compressed-tensors:{quantization['version']}"]
+    return ", ".join(str(name)[:60] for name in names) or "unknown"
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

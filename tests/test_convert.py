@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit convert`: the same integers in another format, what is refused, and what rounding again costs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from quantkit.convert import ConvertRequest, convert
+from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError, SchemeError
+from quantkit.formats import FORMATS, QuantizedLayer
+from quantkit.formats.reading import unpack
+from quantkit.reverify import VerifyRequest, verify_files
+from quantkit.runs import Request, quantize
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from tests.conftest import make_qwen2, make_tokenizer
+from tests.tiny import load_whole
+
+QUIET = Console(quiet=True)
+W4 = Scheme(4, 32, False)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
+    fixed = {"method": "rtn", "group_size": 32, "offline": True, "verify": False, "max_ppl_increase": 9.0}
+    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
+
+
+def to(folder: Path, target: str, out: Path, **said: Any) -> dict[str, Any]:
+    command = f"quantkit convert {folder} --to {target}"
+    return convert(ConvertRequest(folder=folder, to=target, command=command, out=out, **said), QUIET)[0]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
+    )
+
+
+# ---------------------------------------------------------------- checkpoints of other tools
+
+
+Change = Callable[[str, QuantizedTensor], QuantizedTensor]
+
+
+def foreign(
+    folder: Path,
+    fmt: str = "awq",
+    scheme: Scheme = W4,
+    *,
+    config: dict[str, Any] | None = None,
+    change: Change = lambda name, quantized: quantized,
+    schemes: dict[str, Scheme] | None = None,
+    kept: tuple[str, ...] = (),
+    head: bool = False,
+    **sizes: Any,
+) -> dict[str, QuantizedTensor]:
+    """A checkpoint with random integers and no trace of quantkit; what its linears hold."""
+    make_qwen2(folder, **sizes)
+    model = load_whole(folder)
+    state = {name: tensor.bfloat16() for name, tensor in tensors(folder).items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    generator = torch.Generator().manual_seed(3)
+    held: dict[str, QuantizedTensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (head or name != "lm_head") and name not in kept:
+            own = (schemes or {}).get(name.rpartition(".")[2], scheme)
+            shape = tuple(module.weight.shape)
+            groups = (shape[0], own.groups(shape[1]))
+            codes = torch.randint(0, own.max_code + 1, shape, generator=generator, dtype=torch.uint8)
+            zeros = torch.randint(1, own.max_code + 1, groups, generator=generator, dtype=torch.uint8)
+            zeros = torch.full_like(zeros, own.middle) if own.symmetric else zeros
+            scales = (0.001 + 0.01 * torch.rand(groups, generator=generator)).half()
+            held[name] = change(name, QuantizedTensor(codes, scales, zeros, own))
+            state.pop(f"{name}.weight")
+            state |= {f"{name}.{key}": tensor for key, tensor in FORMATS[fmt].pack(held[name]).items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    layers = [QuantizedLayer(name, quantized.scheme) for name, quantized in held.items()]
+    said = config or FORMATS[fmt].config(layers, [*kept, *([] if head else ["lm_head"])])
+    if fmt.startswith("gptq") and any(quantized.g_idx is not None for quantized in held.values()):
+        said["desc_act"] = True
+    edit(folder, lambda raw: raw.update(quantization_config=said))
+    return held
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    change(raw)
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = tensors(folder)
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def unpacked(folder: Path, name: str, fmt: str, scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+    packed = {k.removeprefix(f"{name}."): t for k, t in tensors(folder).items() if k.startswith(f"{name}.")}
+    return unpack(FORMATS[fmt], packed, scheme, shape)
+
+
+def assert_held(folder: Path, fmt: str, held: dict[str, QuantizedTensor]) -> None:
+    """Every linear of the folder, unpacked, is what is expected."""
+    for name, expected in held.items():
+        found = unpacked(folder, name, fmt, expected.scheme, (expected.out_features, expected.in_features))
+        for key in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(found, key), getattr(expected, key)), (name, key)
+        if expected.g_idx is None:
+            assert found.g_idx is None
+        else:
+            assert found.g_idx is not None
+            assert torch.equal(found.g_idx, expected.g_idx.int())
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("group_size", [128, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_around_and_back_gives_the_same_files(tmp_path: Path, tied: bool, group_size: int, symmetric: bool) -> None:
+    model = make_qwen2(tmp_path / "model", hidden_size=128, intermediate_size=256, tie_word_embeddings=tied)
+    first = tmp_path / "awq"
+    run(model, first, group_size=group_size, symmetric=symmetric)
+    folder = first
+    for target in ("compressed-tensors", "gptq_v2", "awq"):
+        result = to(folder, target, tmp_path / f"to-{target}")
+        assert result["converted"]["lossless"]
+        assert result["converted"]["equal"] == 14
+        folder = tmp_path / f"to-{target}"
+    assert same(tensors(first), tensors(folder))
+    for path in (*first.glob("*.safetensors"), first / "config.json", first / "model.safetensors.index.json"):
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    weights = json.loads((tmp_path / "to-compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert weights["config_groups"]["group_0"]["weights"]["symmetric"] is symmetric
+
+
+def test_symmetric_gptq_around_and_back(tmp_path: Path, qwen2: Path) -> None:
+    run(qwen2, tmp_path / "gptq", symmetric=True, format="gptq")
+    to(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
+    to(tmp_path / "ct", "awq", tmp_path / "awq")
+    to(tmp_path / "awq", "gptq", tmp_path / "again")
+    assert same(tensors(tmp_path / "gptq"), tensors(tmp_path / "again"))
+    said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (said["sym"], said["desc_act"]) == (True, False)
+    assert json.loads((tmp_path / "again" / "quantize_config.json").read_text()) == said
+
+
+def test_mixed_bits_and_kept_layers(tmp_path: Path, qwen2: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(
+        "rules:\n  - {kind: down_proj, bits: 8, group_size: 64}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n"
+    )
+    run(qwen2, tmp_path / "ct", format="compressed-tensors", recipe=recipe, symmetric=True)
+    to(tmp_path / "ct", "gptq", tmp_path / "gptq")
+    to(tmp_path / "gptq", "compressed-tensors", tmp_path / "again")
+    assert same(tensors(tmp_path / "ct"), tensors(tmp_path / "again"))
+    first, last = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ct", "again"))
+    assert first == last
+
+
+def test_what_was_measured_is_carried_over(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    before = run(qwen2, tmp_path / "awq", verify=True, evaluation=str(ids))
+    after = to(tmp_path / "awq", "gptq_v2", tmp_path / "gptq")
+    for key in ("perplexity", "kl_divergence", "top1_agreement", "eval", "limits", "verdict"):
+        assert after["verification"][key] == before["verification"][key], key
+    assert after["verification"]["fit"]["weights"] != before["verification"]["fit"]["weights"]  # g_idx
+    assert any("measured before it was converted" in note for note in after["fallbacks"])
+    assert [layer["loss"] for layer in after["layers"]] == [layer["loss"] for layer in before["layers"]]
+    again = verify_files(VerifyRequest(out=tmp_path / "gptq", command="quantkit verify", offline=True), QUIET)
+    assert again["verification"] == after["verification"]
+    names = {path.name for path in (tmp_path / "gptq").iterdir()}
+    assert {"tokenizer.json", "report.html", "README.md", "quantkit.json", "journal.jsonl"} <= names
+
+
+def test_a_changed_source_takes_its_measurements_with_it(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    run(qwen2, tmp_path / "awq", verify=True, evaluation=str(ids))
+    shard = tmp_path / "awq" / "model-00002-of-00004.safetensors"
+    state = load_file(shard)
+    state["model.layers.0.mlp.down_proj.qweight"][0, 0] ^= 1
+    save_file(state, shard, {"format": "pt"})
+    after = to(tmp_path / "awq", "gptq_v2", tmp_path / "gptq")
+    assert after["verification"] is None
+    assert any("is not the file that the run wrote" in note for note in after["fallbacks"])
+
+
+# ---------------------------------------------------------------- other tools' checkpoints
+
+
+def shuffled(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
+    """Act-order: each column in a group of its own choosing."""
+    generator = torch.Generator().manual_seed(len(name))
+    order = torch.randperm(quantized.in_features, generator=generator)
+    return replace(quantized, g_idx=(order // quantized.scheme.group_size).int())
+
+
+def exchanged(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
+    """The groups in another order, each still of neighbours."""
+    groups = quantized.scales.shape[1]
+    labels = torch.arange(groups).flip(0).repeat_interleave(quantized.scheme.group_size)
+    return replace(quantized, g_idx=labels.int())
+
+
+def test_act_order_stays_in_gptq(tmp_path: Path) -> None:
+    held = foreign(tmp_path / "gptq", "gptq", replace(W4, symmetric=True), change=shuffled)
+    to(tmp_path / "gptq", "gptq_v2", tmp_path / "v2")
+    assert_held(tmp_path / "v2", "gptq_v2", held)
+    assert json.loads((tmp_path / "v2" / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    with pytest.raises(SchemeError, match=r"(?s)13 other linears.*act-order.*--requantize"):
+        to(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
+    assert not (tmp_path / "ct").exists()
+
+
+def test_groups_of_neighbours_are_put_in_order(tmp_path: Path) -> None:
+    held = foreign(tmp_path / "gptq", "gptq_v2", change=exchanged)
+    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
+    assert result["converted"]["lossless"]
+    for name, quantized in held.items():
+        found = unpacked(tmp_path / "awq", name, "awq", W4, (quantized.out_features, quantized.in_features))
+        assert torch.equal(found.scales, quantized.scales.flip(1))
+        assert torch.equal(dequantize(found), dequantize(quantized))
+
+
+def test_padded_words_of_older_compressed_tensors(tmp_path: Path) -> None:
+    """3-bit words of 10 codes, as 0.17 wrote them, become the dense stream of 0.20; gptq has the same codes."""
+    scheme = Scheme(3, 32, False)
+    held = foreign(tmp_path / "ct", "compressed-tensors", scheme)
+
+    def pad(state: dict[str, Tensor]) -> None:
+        for name, quantized in held.items():
+            state[f"{name}.weight_packed"] = padded(quantized.codes, 3)
+            state[f"{name}.weight_zero_point"] = padded(quantized.zeros.t(), 3).t().contiguous()
+
+    rewrite(tmp_path / "ct", pad)
+    to(tmp_path / "ct", "compressed-tensors", tmp_path / "dense")
+    assert_held(tmp_path / "dense", "compressed-tensors", held)
+    name, quantized = next(iter(held.items()))
+    packed = tensors(tmp_path / "dense")[f"{name}.weight_packed"]
+    assert packed.shape == (quantized.out_features, math.ceil(quantized.in_features * 3 / 32))
+    to(tmp_path / "ct", "gptq_v2", tmp_path / "gptq")
+    assert_held(tmp_path / "gptq", "gptq_v2", held)
+
+
+def padded(codes: Tensor, bits: int) -> Tensor:
+    """[rows, n] -> int32 [rows, ceil(n / per word)], whole codes only, one by one."""
+    per_word = 32 // bits
+    words = torch.zeros(codes.shape[0], math.ceil(codes.shape[1] / per_word), dtype=torch.int64)
+    for column in range(codes.shape[1]):
+        words[:, column // per_word] |= codes[:, column].long() << bits * (column % per_word)
+    return words.where(words < 2**31, words - 2**32).int()
+
+
+def test_bfloat16_scales(tmp_path: Path) -> None:
+    """Those that float16 holds exactly go anywhere; others only where they are stored as they are."""
+    held = foreign(tmp_path / "ct", "compressed-tensors")
+
+    def round_scales(state: dict[str, Tensor], factor: float) -> None:
+        for name in held:
+            state[f"{name}.weight_scale"] = (state[f"{name}.weight_scale"].float() * factor).bfloat16()
+
+    rewrite(tmp_path / "ct", lambda state: round_scales(state, 1.0))
+    to(tmp_path / "ct", "awq", tmp_path / "awq")
+    scales = {name: tensors(tmp_path / "ct")[f"{name}.weight_scale"].half() for name in held}
+    assert_held(tmp_path / "awq", "awq", {n: replace(q, scales=scales[n]) for n, q in held.items()})
+
+    rewrite(tmp_path / "ct", lambda state: round_scales(state, 2.0**-14))  # float16 loses bits of these
+    with pytest.raises(SchemeError, match="scales in bfloat16 that float16 does not hold"):
+        to(tmp_path / "ct", "awq", tmp_path / "refused")
+    to(tmp_path / "ct", "compressed-tensors", tmp_path / "again")
+    assert same(tensors(tmp_path / "ct"), tensors(tmp_path / "again"))
+    result = to(tmp_path / "ct", "awq", tmp_path / "rounded", requantize=True)
+    assert 0 < result["converted"]["weight_error"]["worst"] < 0.05  # the codes are as they were
+    name, quantized = next(iter(held.items()))
+    found = unpacked(tmp_path / "rounded", name, "awq", W4, (quantized.out_features, quantized.in_features))
+    assert torch.equal(found.codes, quantized.codes)
+
+
+def test_stored_zero_points_in_the_middle_are_symmetric(tmp_path: Path) -> None:
+    def middle(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
+        return replace(quantized, zeros=torch.full_like(quantized.zeros, 8))
+
+    foreign(tmp_path / "awq", change=middle)
+    to(tmp_path / "awq", "gptq", tmp_path / "gptq")
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["sym"] is True
+
+
+def test_a_quantized_head(tmp_path: Path) -> None:
+    held = foreign(tmp_path / "gptq", "gptq_v2", head=True)
+    assert "lm_head" in held
+    to(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
+    assert_held(tmp_path / "ct", "compressed-tensors", held)
+    to(tmp_path / "ct", "gptq_v2", tmp_path / "again")
+    assert same(tensors(tmp_path / "gptq"), tensors(tmp_path / "again"))
+    with pytest.raises(SchemeError, match="lm_head"):
+        to(tmp_path / "gptq", "awq", tmp_path / "awq")
+
+
+def test_tensors_without_a_place(tmp_path: Path) -> None:
+    """AutoGPTQ writes a bias of zeros where there is none; anything else would be lost."""
+    held = foreign(tmp_path / "gptq", "gptq")
+    bias = "model.layers.0.mlp.down_proj.bias"
+    rewrite(tmp_path / "gptq", lambda state: state.update({bias: torch.zeros(64, dtype=torch.float16)}))
+    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
+    assert any(bias in note for note in result["fallbacks"])
+    assert_held(tmp_path / "awq", "awq", held)
+    rewrite(tmp_path / "gptq", lambda state: state.update({bias: torch.ones(64, dtype=torch.float16)}))
+    with pytest.raises(ModelError, match=r"down_proj\.bias"):
+        to(tmp_path / "gptq", "awq", tmp_path / "other")
+
+
+def test_who_made_it_is_kept(tmp_path: Path) -> None:
+    foreign(tmp_path / "gptq", "gptq")
+    edit(tmp_path / "gptq", lambda raw: raw["quantization_config"].update(meta={"quantizer": ["gptqmodel:7.7.0"]}))
+    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
+    assert result["converted"]["made_by"] == "gptqmodel:7.7.0"
+    assert result["converted"]["source"].keys() == {"config.json", "model.safetensors"}
+    assert result["verification"] is None
+    page = (tmp_path / "awq" / "README.md").read_text()
+    assert "converted from gptq, made by gptqmodel:7.7.0" in page
+
+
+# ---------------------------------------------------------------- refused, or rounded again
+
+
+@pytest.mark.parametrize(
+    ("fmt", "scheme", "target", "told"),
+    [
+        ("compressed-tensors", Scheme(3, 32, False), "awq", "4 bits only"),
+        ("compressed-tensors", Scheme(8, 32, True), "awq", "4 bits only"),
+        ("compressed-tensors", Scheme(5, 32, True), "gptq", "2, 3, 4 and 8 bits"),
+    ],
+)
+def test_bits_that_the_target_lacks(tmp_path: Path, fmt: str, scheme: Scheme, target: str, told: str) -> None:
+    held = foreign(tmp_path / "source", fmt, scheme)
+    with pytest.raises(SchemeError, match=told) as refused:
+        to(tmp_path / "source", target, tmp_path / "out")
+    assert "--requantize" in str(refused.value)
+    result = to(tmp_path / "source", target, tmp_path / "out", requantize=True)
+    assert not result["converted"]["lossless"]
+    assert result["converted"]["rounded"] == len(held)
+    layer = result["layers"][0]
+    found = unpacked(
+        tmp_path / "out",
+        layer["name"],
+        target,
+        Scheme(layer["bits"], layer["group_size"], target != "awq" and layer["symmetric"]),
+        (layer["out_features"], layer["in_features"]),
+    )
+    weight = dequantize(held[layer["name"]])
+    error = float((dequantize(found) - weight).norm() / weight.norm())
+    assert layer["weight_error"] == pytest.approx(error, rel=1e-5)
+    assert layer["loss"] is None
+    assert 0 < error < (0.2 if scheme.bits > layer["bits"] else 0.08)
+
+
+def test_a_zero_point_of_zero_is_refused_by_gptq_v1(tmp_path: Path) -> None:
+    def lower(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
+        zeros = quantized.zeros.clone()
+        zeros[0, 0] = 0 if "layers.1.mlp.down_proj" in name else 1
+        return replace(quantized, zeros=zeros)
+
+    held = foreign(tmp_path / "awq", change=lower)
+    with pytest.raises(SchemeError, match=r"layers\.1\.mlp\.down_proj: a zero point of 0"):
+        to(tmp_path / "awq", "gptq", tmp_path / "gptq")
+    to(tmp_path / "awq", "gptq_v2", tmp_path / "v2")
+    assert_held(tmp_path / "v2", "gptq_v2", held)
+    result = to(tmp_path / "awq", "gptq", tmp_path / "gptq", requantize=True)
+    assert [layer["name"] for layer in result["layers"] if not layer["equal"]] == ["model.layers.1.mlp.down_proj"]
+    zeros = unpacked(tmp_path / "gptq", "model.layers.1.mlp.down_proj", "gptq", W4, (64, 128)).zeros
+    assert zeros.min() >= 1
+
+
+def test_one_scheme_for_awq(tmp_path: Path) -> None:
+    wide = {"down_proj": Scheme(4, 64, False)}
+    foreign(tmp_path / "ct", "compressed-tensors", schemes=wide)
+    with pytest.raises(SchemeError, match="awq holds one scheme, W4 g32 asym here, and this is W4 g64 asym"):
+        to(tmp_path / "ct", "awq", tmp_path / "awq")
+    result = to(tmp_path / "ct", "awq", tmp_path / "awq", requantize=True)
+    assert {layer["kind"] for layer in result["layers"] if not layer["equal"]} == {"down_proj"}
+
+
+def test_act_order_rounded_again_is_measured_with_the_original(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    """KL of what comes out, by the machinery of verify, since the 16-bit model is at hand."""
+    before = run(qwen2, tmp_path / "ct", bits=8, format="compressed-tensors", verify=True, evaluation=str(ids))
+    after = to(tmp_path / "ct", "awq", tmp_path / "awq", requantize=True)
+    assert after["verification"]["kl_divergence"] > 4 * before["verification"]["kl_divergence"] > 0
+    assert after["verification"]["eval"]["sha256"] == before["verification"]["eval"]["sha256"]
+    assert json.loads((tmp_path / "awq" / "quantkit.json").read_text()) == after
+
+
+def test_fp16_is_what_the_integers_stand_for(tmp_path: Path) -> None:
+    held = foreign(tmp_path / "awq")
+    result = to(tmp_path / "awq", "fp16", tmp_path / "fp16")
+    state = tensors(tmp_path / "fp16")
+    for name, quantized in held.items():
+        assert torch.equal(state[f"{name}.weight"], dequantize(quantized, torch.float16)), name
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert 0 < result["converted"]["weight_error"]["worst"] < 2**-11
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp16", dtype=torch.float32)
+    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"].float())
+
+
+# ---------------------------------------------------------------- damage, and where it is written
+
+
+def test_damaged_sources(tmp_path: Path) -> None:
+    foreign(tmp_path / "gptq", "gptq")
+    rewrite(tmp_path / "gptq", lambda state: state["model.layers.1.mlp.up_proj.g_idx"].fill_(99))
+    with pytest.raises(ModelError, match=r"up_proj.*g_idx"):
+        to(tmp_path / "gptq", "gptq_v2", tmp_path / "out")
+    rewrite(tmp_path / "gptq", lambda state: state.pop("model.layers.1.mlp.up_proj.scales"))
+    with pytest.raises(ModelError, match=r"up_proj: scales is missing"):
+        to(tmp_path / "gptq", "gptq_v2", tmp_path / "out")
+    with pytest.raises(ModelError, match="no such folder"):
+        to(tmp_path / "nothing", "awq", tmp_path / "out")
+
+
+def test_infinite_scales_are_told_by_name(tmp_path: Path) -> None:
+    foreign(tmp_path / "awq")
+    rewrite(tmp_path / "awq", lambda state: state["model.layers.0.mlp.up_proj.scales"].fill_(float("inf")))
+    with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.up_proj: scales"):
+        to(tmp_path / "awq", "gptq_v2", tmp_path / "out")
+
+
+def test_the_source_is_never_written_to(tmp_path: Path, qwen2: Path) -> None:
+    run(qwen2, tmp_path / "awq")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "awq").iterdir()}
+    for said in ({}, {"fresh": True}):
+        with pytest.raises(InputError, match="is the checkpoint itself"):
+            to(tmp_path / "awq", "gptq_v2", tmp_path / "model" / ".." / "awq", **said)
+    to(tmp_path / "awq", "gptq_v2", tmp_path / "gptq")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "awq").iterdir()} == before
+    with pytest.raises(OutputError, match="other settings"):
+        to(tmp_path / "awq", "compressed-tensors", tmp_path / "gptq")
+    to(tmp_path / "awq", "compressed-tensors", tmp_path / "gptq", fresh=True)
+    assert not (tmp_path / "gptq" / "quantize_config.json").exists()
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "quantkit", "convert", *map(str, words)]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+    foreign(tmp_path / "awq", layers=6)
+    words = (tmp_path / "awq", "--to", "gptq_v2", "--out")
+    subprocess.run(command(*words, tmp_path / "whole"), env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
+    out, killed = tmp_path / "out", 0
+    for wanted in (1, 3, 6):
+        process = subprocess.Popen(command(*words, out), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if out.is_dir() and sum(p.name.startswith(("model-", ".model-")) for p in out.iterdir()) >= wanted:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+        process.wait()
+    first = out / "model-00002-of-00008.safetensors"
+    damaged = bytearray(first.read_bytes())
+    damaged[-1] ^= 1
+    first.write_bytes(bytes(damaged))
+    done = subprocess.run(command(*words, out), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert killed >= 2
+    for path in (tmp_path / "whole").iterdir():
+        if path.name not in ("quantkit.json", "report.html", "README.md"):  # these hold times and the command
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "fp16"])
+def test_peak_memory_is_that_of_a_layer(tmp_path: Path, target: str) -> None:
+    """A wide embedding passes in pieces: 4 x the layers and a table of 128 MiB add next to nothing."""
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "tie_word_embeddings": True}
+    peaks = []
+    for layers, vocabulary in ((2, 96), (8, 65536)):
+        folder = tmp_path / f"awq-{layers}"
+        foreign(folder, layers=layers, vocab_size=vocabulary, **wide)
+        out = tmp_path / f"out-{layers}"
+        done = subprocess.run(
+            command(folder, "--to", target, "--out", out), env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads((out / "quantkit.json").read_text())["peak_rss_bytes"])
+    assert peaks[1] - peaks[0] < 32 * 2**20, peaks  # pieces are of 4 MiB
+
+
+def test_refusals_are_one_line_and_exit_1(tmp_path: Path) -> None:
+    foreign(tmp_path / "ct", "compressed-tensors", Scheme(3, 32, True))
+    done = subprocess.run(
+        command(tmp_path / "ct", "--to", "awq", "--out", tmp_path / "out"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("quantkit: model.layers.0")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_16_bit_model_is_refused(tmp_path: Path, qwen2: Path) -> None:
+    with pytest.raises(QuantkitError, match="no quantization_config"):
+        to(qwen2, "awq", tmp_path / "out")
+
+
+def test_tokenizer_travels(tmp_path: Path) -> None:
+    foreign(tmp_path / "awq")
+    make_tokenizer(tmp_path / "awq")
+    to(tmp_path / "awq", "compressed-tensors", tmp_path / "ct")
+    assert (tmp_path / "ct" / "tokenizer.json").read_bytes() == (tmp_path / "awq" / "tokenizer.json").read_bytes()
