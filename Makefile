@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check interop format clean
+.PHONY: demo test check interop stacks format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,12 @@ check: .venv/installed ## what CI runs: format, lint, types, tests
 
 interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
 	$(BIN)/python -m interop.run
+
+CORE := streaming sites config_refusals formats reading scheme grid gptq awq checkpoint_reader checkpoint_writer journal pipeline verify_command convert inspection
+
+stacks: .venv/installed ## the core tests on the oldest transformers, in an environment of its own
+	$(BIN)/python -m interop.environments transformers-4.51
+	.interop/transformers-4.51/bin/python -m pytest -n auto -o filterwarnings=default $(CORE:%=tests/test_%.py)
 
 format: .venv/installed
 	$(BIN)/ruff format .

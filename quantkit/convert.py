@@ -26,13 +26,14 @@ from quantkit.errors import InputError, ModelError, QuantkitError
 from quantkit.fit import fit_checkpoint
 from quantkit.formats import FORMATS
 from quantkit.inspection import RESULT, read_result
+from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
 from quantkit.pipeline import DISK_MARGIN
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
 from quantkit.report import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
 from quantkit.runs import DEFAULT_CONTEXT, beside_weights, positions
-from quantkit.stored import OUTSIDE, quantization_of
+from quantkit.stored import OUTSIDE, quantization_of, writer
 from quantkit.verify import Limits, verification_block
 
 FP16 = "fp16"
@@ -43,7 +44,10 @@ NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verificati
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What the user asked for. against: the 16-bit model to measure with, where something is rounded again."""
+    """What the user asked for.
+
+    against: the 16-bit model to measure with, where something is rounded again; engine: one that must load the result
+    """
 
     folder: Path
     to: str
@@ -53,6 +57,7 @@ class ConvertRequest:
     fresh: bool = False
     against: str | None = None
     offline: bool = False
+    engine: str | None = None
 
 
 def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], Path]:
@@ -64,6 +69,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
 
     Raises:
         SchemeError: the target cannot hold the checkpoint as it is, and requantize is False.
+        EngineError: the engine would not load the result.
         QuantkitError: a source that is not supported or damaged, an output folder that cannot be written.
     """
     began = time.monotonic()
@@ -76,6 +82,8 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: is the checkpoint itself; choose another folder")
     conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
+    if request.engine is not None:
+        _require_engine(request.engine, conversion)
     _announce(console, request, conversion)
     hashes = fingerprint(source.checkpoint)
     missing = [shard.file_bytes for shard in conversion.shards if not (out / shard.file).exists()]
@@ -99,6 +107,17 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a quantized checkpoint")
     return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
+
+
+def _require_engine(engine: str, conversion: Conversion) -> None:
+    linears = [target.linear for target in conversion.targets if target.linear.layer != OUTSIDE or target.linear.scheme]
+    require_engine(
+        engine,
+        conversion.format.name if conversion.format else SIXTEEN_BIT,
+        linears,
+        heads_of(conversion.source.architecture.config),
+        act_order=bool(conversion.quantization_config.get("desc_act")),
+    )
 
 
 def _identity(request: ConvertRequest, conversion: Conversion, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -307,19 +326,6 @@ def _measured(
         result["fallbacks"].append(f"what the rounding costs was not measured: {error}")
         _write(out, result)
         return result
-
-
-def writer(raw: Mapping[str, Any]) -> str:
-    """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown"."""
-    quantization = quantization_of(raw)
-    meta = quantization.get("meta")
-    said = meta.get("quantizer") if isinstance(meta, dict) else None
-    names = said if isinstance(said, list) else [said] if said else []
-    if quantization.get("autoround_version"):
-        names = [f"auto-round:{quantization['autoround_version']}"]
-    if quantization.get("quant_method") == "compressed-tensors" and quantization.get("version"):
-        names = [f"compressed-tensors:{quantization['version']}"]
-    return ", ".join(str(name)[:60] for name in names) or "unknown"
 
 
 def _sha256(path: Path) -> str | None:

@@ -5,6 +5,7 @@ QuantkitError                 a problem the user can fix: the CLI prints its one
 ├── InputError                an option, recipe, or calibration source that cannot be used as given
 ├── ModelError                a model that is missing, damaged, or of a kind that is not supported
 ├── SchemeError               a scheme that a format, or the shape of a layer, cannot hold
+│   └── EngineError           what an engine that was asked for (`--for`) would not load, one line a reason
 ├── OutputError               an output folder that cannot be written, is busy, or belongs to another run
 └── NumericsError             values that are not finite where they must be
 
@@ -27,6 +28,10 @@ class ModelError(QuantkitError):
 
 class SchemeError(QuantkitError):
     """A scheme that a format, or the shape of a layer, cannot hold."""
+
+
+class EngineError(SchemeError):
+    """What an engine that was asked for would not load; each line of the message is one reason."""
 
 
 class OutputError(QuantkitError):

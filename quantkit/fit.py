@@ -41,7 +41,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError, ModelError, SchemeError
 from quantkit.formats.names import fused_name
 from quantkit.formats.reading import READERS
-from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, shard
+from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import STORED, LinearPlan, Plan
 from quantkit.stored import OUTSIDE, quantization_of, stored_linears
@@ -87,13 +87,17 @@ _KIND_OF_KEY = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint, planned or there: the bytes of its tensors by name, of its files, and what its linears are."""
+    """A checkpoint, planned or there: the bytes of its tensors by name, of its files, and what its linears are.
+
+    head: the lm_head, if it is quantized
+    """
 
     tensors: Mapping[str, int]
     file_bytes: int
     linears: tuple[LinearPlan, ...]
     format: str
     act_order: bool = False
+    head: tuple[LinearPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,12 @@ def fit(
     kv: str = "fp16",
     tensor_parallel: int = 1,
     calibration_tokens: int = 128 * 2048,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Memory of a checkpoint that does not exist yet, as a JSON-able document.
 
-    budget: bytes of one card; context: tokens of one sequence; kv: "fp16" or "fp8"; tensor_parallel: number of cards
+    budget: bytes of one card; context: tokens of one sequence; kv: "fp16" or "fp8"; tensor_parallel: number of cards;
+    engine: one that must load it
 
     weights: bytes by kind and "total"; weights_16bit; file_bytes; kv_bytes, kv_bytes_per_token (while no window is
     full), kv_layers; workspace: bytes by part and "total"; tensor_parallel: {cards, weights_bytes, kv_bytes,
@@ -131,15 +137,16 @@ def fit(
 
     Raises:
         InputError: a context, number of cards, or kind of cache that makes no sense.
+        EngineError: the engine would not load it.
     """
     tensors = {name: spec.nbytes for part in plan.shards for name, spec in part.tensors.items()}
     stored = Stored(tensors, plan.file_bytes, plan.linears, plan.format.name)
-    result = _serving(architecture, stored, budget, context, kv, tensor_parallel)
+    result = _serving(architecture, stored, budget, context, kv, tensor_parallel, engine)
     return result | _quantizing(architecture, plan, calibration_tokens)
 
 
 def fit_checkpoint(
-    out: Path, *, budget: int, context: int, kv: str = "fp16", tensor_parallel: int = 1
+    out: Path, *, budget: int, context: int, kv: str = "fp16", tensor_parallel: int = 1, engine: str | None = None
 ) -> dict[str, Any]:
     """The same for a checkpoint that is there, from its config.json and the headers of its files; see `fit`.
 
@@ -156,11 +163,12 @@ def fit_checkpoint(
     stored = Stored(
         tensors={name: entry.nbytes for name, entry in checkpoint.entries.items()},
         file_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
-        linears=linears,
+        linears=tuple(linear for linear in linears if linear.layer != OUTSIDE),
         format=format_name,
         act_order=bool(quantization.get("desc_act")),
+        head=tuple(linear for linear in linears if linear.layer == OUTSIDE and linear.scheme is not None),
     )
-    return _serving(architecture, stored, budget, context, kv, tensor_parallel)
+    return _serving(architecture, stored, budget, context, kv, tensor_parallel, engine)
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
@@ -185,7 +193,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _serving(
-    architecture: Architecture, stored: Stored, budget: int, context: int, kv: str, cards: int
+    architecture: Architecture, stored: Stored, budget: int, context: int, kv: str, cards: int, engine: str | None
 ) -> dict[str, Any]:
     if kv not in KV_BYTES:
         raise InputError(f"--kv: expected {' or '.join(KV_BYTES)}, got {kv!r}")
@@ -193,6 +201,9 @@ def _serving(
         if value < 1:
             raise InputError(f"{option}: expected at least 1, got {value}")
     heads = heads_of(architecture.config)
+    linears = (*stored.linears, *stored.head)
+    if engine is not None:
+        require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
     kinds = _kinds(architecture, stored)
     weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
     whole = _caches(architecture, heads.key_value, heads.dim, KV_BYTES[kv])
@@ -239,7 +250,7 @@ def _serving(
         "longest_context": min((n for n in (room, allowed) if n is not None), default=FARTHEST),
         "longest_context_in_memory": room,
         "max_position_embeddings": allowed,
-        "engines": engines(stored.format, stored.linears, heads, cards=cards, act_order=stored.act_order),
+        "engines": engines(stored.format, linears, heads, cards=cards, act_order=stored.act_order),
     }
 
 
@@ -460,11 +471,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _stored_linears(
     architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
 ) -> tuple[str, tuple[LinearPlan, ...]]:
-    """The format's name and the linears of the decoder layers; bytes are counted also where a format is not known."""
+    """The format's name and the linears, see `stored_linears`; bytes are counted also where a format is not known."""
     method = quantization.get("quant_method")
     if isinstance(method, str) and method in READERS:
         fmt, linears = stored_linears(architecture, checkpoint, quantization)
-        return fmt.name, tuple(linear for linear in linears if linear.layer != OUTSIDE)
+        return fmt.name, linears
     plain = tuple(
         LinearPlan(f"{architecture.layer_name(index)}.{local}", index, local, m.out_features, m.in_features, None)
         for index, layer in enumerate(architecture.layers)

@@ -34,6 +34,7 @@ class FitRequest:
     kv: str
     tensor_parallel: int
     offline: bool
+    engine: str | None = None
 
 
 def fit_request(request: FitRequest) -> dict[str, Any]:
@@ -47,7 +48,12 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
         limit = _positions(json.loads((out / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings"))
         context = request.context or min(DEFAULT_CONTEXT, limit)
         result = fit_checkpoint(
-            out, budget=request.budget, context=context, kv=request.kv, tensor_parallel=request.tensor_parallel
+            out,
+            budget=request.budget,
+            context=context,
+            kv=request.kv,
+            tensor_parallel=request.tensor_parallel,
+            engine=request.engine,
         )
         return {"name": out.resolve().name, "scheme": "as stored"} | result
     architecture = _architecture(request)
@@ -64,6 +70,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
         context=request.context or min(DEFAULT_CONTEXT, limit),
         kv=request.kv,
         tensor_parallel=request.tensor_parallel,
+        engine=request.engine,
     )
     return {"name": request.model, "scheme": f"{scheme}, stored as {fmt.name}"} | result
 

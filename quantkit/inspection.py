@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished folder says of itself."""
+"""What is inside a folder: what a run wrote down, or what config.json and the headers of another tool's files say."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,14 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from quantkit.errors import OutputError
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.errors import ModelError, OutputError
+from quantkit.fit import config_from_dict
+from quantkit.formats import Format
+from quantkit.model.streaming import build
+from quantkit.plan import LinearPlan
+from quantkit.scheme import Scheme
+from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
 from quantkit.units import format_bytes
 
 RESULT = "quantkit.json"
@@ -35,6 +42,59 @@ def read_result(out: Path) -> dict[str, Any]:
     return document
 
 
+def inspect_folder(out: Path) -> dict[str, Any]:
+    """The result document of a finished run; of another tool's checkpoint what its files say, under the same names.
+
+    For those: out, model (its architecture), format, made_by, act_order, layers (method and loss are None), kept (full
+    names of the linears in 16 bit), bits_per_weight, total_bytes, tensor_bytes.
+
+    Raises:
+        OutputError: see `read_result`. ModelError: see `stored.stored_linears`.
+    """
+    if not out.is_dir():
+        raise ModelError(f"{out}: no such folder; expected a quantized checkpoint")
+    if (out / RESULT).is_file() or (out / "journal.jsonl").is_file():
+        return read_result(out)
+    raw = read_config(out)
+    quantization = quantization_of(raw)
+    if not quantization:
+        raise ModelError(
+            f"{out}: config.json has no quantization_config, and there is no {RESULT}; nothing is quantized"
+        )
+    checkpoint = open_checkpoint(out)
+    fmt, linears = stored_linears(build(config_from_dict(raw)), checkpoint, quantization)
+    layers = [_layer(checkpoint, fmt, linear, linear.scheme) for linear in linears if linear.scheme is not None]
+    weights = sum(layer["out_features"] * layer["in_features"] for layer in layers)
+    return {
+        "out": str(out),
+        "model": raw["model_type"],
+        "format": fmt.name,
+        "made_by": writer(raw),
+        "act_order": bool(quantization.get("desc_act")),
+        "layers": layers,
+        "kept": [linear.name for linear in linears if linear.scheme is None],
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else 16.0,
+        "total_bytes": sum((out / name).stat().st_size for name in checkpoint.files),
+        "tensor_bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
+    }
+
+
+def _layer(checkpoint: Checkpoint, fmt: Format, linear: LinearPlan, scheme: Scheme) -> dict[str, Any]:
+    return {
+        "name": linear.name,
+        "layer": linear.layer,
+        "kind": linear.local.rpartition(".")[2],
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "method": None,
+        "loss": None,
+        "bytes": sum(checkpoint.entries[name].nbytes for name in packed_names(fmt, linear)),
+        "out_features": linear.out_features,
+        "in_features": linear.in_features,
+    }
+
+
 def inspect_table(result: dict[str, Any]) -> Group:
     """Per kind of linear and scheme: how many, bits, group, method, bytes, mean and worst error; then the totals."""
     table = Table("linears", "layers", "bits", "group", "zero point", "method", "bytes", "error", "worst", box=None)
@@ -43,17 +103,17 @@ def inspect_table(result: dict[str, Any]) -> Group:
         key = (layer["kind"], layer["bits"], layer["group_size"], layer["symmetric"], layer["method"])
         groups.setdefault(key, []).append(layer)
     for (kind, bits, group, symmetric, method), members in groups.items():
-        losses = [member["loss"] for member in members]
+        losses = [member["loss"] for member in members if member["loss"] is not None]
         table.add_row(
             kind,
-            _ranges(sorted(member["layer"] for member in members)),
+            _ranges(sorted(member["layer"] for member in members)) if members[0]["layer"] >= 0 else "",
             str(bits),
             "rows" if group == -1 else str(group),
             "middle" if symmetric else "per group",
-            method,
+            method or "",
             format_bytes(sum(member["bytes"] for member in members)),
-            f"{sum(losses) / len(losses):.3%}",
-            f"{max(losses):.3%}",
+            f"{sum(losses) / len(losses):.3%}" if losses else "",
+            f"{max(losses):.3%}" if losses else "",
         )
     totals = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     totals.add_row("model", str(result["model"]))
@@ -61,12 +121,22 @@ def inspect_table(result: dict[str, Any]) -> Group:
     totals.add_row(
         "size", f"{format_bytes(result['total_bytes'])}, {result['bits_per_weight']:.3f} bits per quantized weight"
     )
+    if result.get("kept"):
+        totals.add_row("in 16 bit", ", ".join(result["kept"][:4]) + (" ..." if len(result["kept"]) > 4 else ""))
+    if result.get("act_order"):
+        totals.add_row("act-order", "columns that share a scale are not side by side (desc_act)")
     if result.get("verification"):
         measured = result["verification"]
         kl = measured["kl_divergence"]
         figure = "not measured" if kl is None else f"{kl:.5f} nats"
         totals.add_row("KL divergence", f"{figure}, verdict {measured['verdict']}")
-    totals.add_row("made by", f"quantkit {result['quantkit_version']}: {result['command']}")
+    if result.get("converted"):
+        source = result["converted"]
+        totals.add_row("converted from", f"{source['from_format']}, made by {source['made_by']}: {source['from']}")
+    ours = "quantkit_version" in result
+    totals.add_row(
+        "made by", f"quantkit {result['quantkit_version']}: {result['command']}" if ours else result["made_by"]
+    )
     return Group(table, totals)
 
 

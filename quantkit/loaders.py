@@ -6,13 +6,13 @@ the question can be asked before any work. The table was read in, and where a CP
 `VERSIONS`; newer ones may take more.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.errors import InputError, SchemeError
+from quantkit.errors import EngineError, InputError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.names import fused_name
+from quantkit.formats.names import fused_name, is_lm_head
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 
@@ -70,11 +70,17 @@ BLOCKS = _kernel("blocks", "4 5 6 8", "4 5 6 8", 16)
 
 @dataclass(frozen=True)
 class Loader:
-    """How an engine reads a format: kernels, fastest first; whether linears may differ in scheme; `desc_act`."""
+    """How an engine reads a format.
+
+    kernels: fastest first; mixed: whether linears may differ in scheme; act_order: whether it reads `desc_act`;
+    head: whether a quantized lm_head is read right; hint: what helps where no kernel takes a scheme
+    """
 
     kernels: tuple[Kernel, ...]
     mixed: bool = False
     act_order: bool = False
+    head: bool = False
+    hint: str = ""
 
 
 # A text in place of a loader says why the engine does not read the format at all.
@@ -97,13 +103,14 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
         "awq": Loader((AWQ_TRANSFORMERS,)),
         "gptq": Loader((GPTQ_TORCH,), act_order=True),  # ignores `dynamic`, so one scheme
         "gptq_v2": Loader((GPTQ_TORCH,), act_order=True),
-        "compressed-tensors": Loader((DECOMPRESSED,), mixed=True),  # asymmetric: 5.19 to 5.22 only
+        "compressed-tensors": Loader((DECOMPRESSED,), mixed=True, hint="5.22.2 loads asymmetric ones"),
         "gguf": Loader((BLOCKS,), mixed=True),
     },
     "gptqmodel": {
         "awq": Loader((AWQ_TORCH,)),
-        "gptq": Loader((GPTQ_TORCH_SYMMETRIC,), mixed=True, act_order=True),  # trusts its own asymmetric v1 only
-        "gptq_v2": Loader((GPTQ_TORCH,), mixed=True, act_order=True),
+        # of asymmetric v1 files it trusts its own only
+        "gptq": Loader((GPTQ_TORCH_SYMMETRIC,), mixed=True, act_order=True, head=True),
+        "gptq_v2": Loader((GPTQ_TORCH,), mixed=True, act_order=True, head=True),
         "compressed-tensors": "does not read compressed-tensors",
         "gguf": "does not read gguf",
     },
@@ -213,7 +220,24 @@ def why_not(
 ) -> str | None:
     """None if the engine loads the checkpoint, else one line: why not, and the nearest that it would load.
 
-    linears: those of the decoder layers; scheme None is 16 bit, which every engine loads
+    The first of `reasons`, which see.
+    """
+    found = reasons(engine, format_name, linears, heads, cards=cards, act_order=act_order)
+    return found[0] if found else None
+
+
+def reasons(
+    engine: str,
+    format_name: str,
+    linears: Iterable[LinearPlan],
+    heads: Heads,
+    *,
+    cards: int = 1,
+    act_order: bool = False,
+) -> list[str]:
+    """Every reason why the engine does not load the checkpoint, one line each; the first says what it would load.
+
+    linears: those of the decoder layers, and a quantized lm_head; scheme None is 16 bit, which every engine loads
     cards: over how many each linear is cut (tensor parallel), for the engines that do so
     act_order: whether the file has a g_idx that is not in order (`desc_act`)
 
@@ -225,12 +249,32 @@ def why_not(
     kinds = _kinds(linears)
     if all(linear.scheme is None for linear in kinds):  # a 16-bit model, or a format whose tensors say nothing to us
         known = format_name in (SIXTEEN_BIT, *LOADERS[engine])
-        return None if known else f"{VERSIONS[engine]} is not known to read {format_name}"
-    reason = _refusal(engine, format_name, kinds, heads, cards, act_order)
-    if reason is None:
-        return None
-    other = _instead(engine, format_name, kinds, heads, cards)
-    return f"{VERSIONS[engine]} {reason}" + (f"; {other} would load" if other else "")
+        return [] if known else [f"{VERSIONS[engine]} is not known to read {format_name}"]
+    found = [
+        f"{VERSIONS[engine]} {reason}" for reason in _refusals(engine, format_name, kinds, heads, cards, act_order)
+    ]
+    if found and (other := _instead(engine, format_name, kinds, heads, cards)):
+        found[0] += f"; {other} would load"
+    return found
+
+
+def require_engine(
+    engine: str,
+    format_name: str,
+    linears: Iterable[LinearPlan],
+    heads: Heads,
+    *,
+    cards: int = 1,
+    act_order: bool = False,
+) -> None:
+    """Refuse what `--for ENGINE` would not load; see `reasons`. The command line writes llama.cpp without the dot.
+
+    Raises:
+        EngineError: one line a reason.
+    """
+    name = {"llamacpp": "llama.cpp"}.get(engine, engine)
+    if found := reasons(name, format_name, linears, heads, cards=cards, act_order=act_order):
+        raise EngineError("\n".join(found))
 
 
 def _kinds(linears: Iterable[LinearPlan]) -> list[LinearPlan]:
@@ -244,24 +288,29 @@ def _kinds(linears: Iterable[LinearPlan]) -> list[LinearPlan]:
     return [linear for layer in alike.values() for linear in layer]
 
 
-def _refusal(
+def _refusals(
     engine: str, format_name: str, kinds: Sequence[LinearPlan], heads: Heads, cards: int, act_order: bool
-) -> str | None:
+) -> Iterator[str]:
     loader = LOADERS[engine].get(format_name, f"is not known to read {format_name}")
     if isinstance(loader, str):
-        return loader
+        yield loader
+        return
     schemes = {linear.scheme for linear in kinds if linear.scheme is not None}
     if len(schemes) > 1 and not loader.mixed:
-        return f"takes one scheme in a {format_name} checkpoint, got {', '.join(sorted(map(str, schemes)))}"
+        yield f"takes one scheme in a {format_name} checkpoint, got {', '.join(sorted(map(str, schemes)))}"
     if act_order and not loader.act_order:
-        return f"takes {format_name} without act-order (desc_act) only"
+        yield f"takes {format_name} without act-order (desc_act) only"
+    if not loader.head and any(linear.scheme and is_lm_head(linear.name) for linear in kinds):
+        yield f"is not known to read a quantized lm_head in {format_name}; keep it in 16 bit"
     if engine in SERVING and (differing := _differing(kinds)):
-        return f"fuses {differing}, which must have one scheme"
+        yield f"fuses {differing}, which must have one scheme"
+    told: dict[str, list[str]] = {}
     for linear in kinds:
         reason = _refused(loader, format_name, linear, heads, cards if engine in SERVING else 1)
-        if reason:
-            return f"{reason} ({linear.local})"
-    return None
+        if reason and linear.local not in told.setdefault(reason, []):
+            told[reason].append(linear.local)
+    for reason, names in told.items():
+        yield f"{reason} ({names[0]}{f' and {len(names) - 1} more kinds' if len(names) > 1 else ''})"
 
 
 def _differing(kinds: Sequence[LinearPlan]) -> str | None:
@@ -292,7 +341,7 @@ def _refused(loader: Loader, format_name: str, linear: LinearPlan, heads: Heads,
     if None in reasons:
         return None
     told = "; ".join(f"{kernel.name} takes {reason}" for kernel, reason in zip(loader.kernels, reasons, strict=True))
-    return f"{where}has no kernel for {scheme} in {format_name}: {told}"
+    return f"{where}has no kernel for {scheme} in {format_name}: {told}" + (f" ({loader.hint})" if loader.hint else "")
 
 
 def _kernel_refuses(kernel: Kernel, scheme: Scheme, out_features: int, in_features: int) -> str | None:
@@ -322,7 +371,7 @@ def _instead(engine: str, format_name: str, kinds: Sequence[LinearPlan], heads: 
     base = next(linear.scheme for linear in kinds if linear.scheme is not None)
     for name, scheme in _candidates(format_name, base):
         changed = [replace(linear, scheme=scheme) if linear.scheme else linear for linear in kinds]
-        if _refusal(engine, name, _kinds(changed), heads, cards, False) is None:
+        if not any(_refusals(engine, name, _kinds(changed), heads, cards, False)):
             return str(scheme) if name == format_name else f"{name} {scheme}"
     return None
 

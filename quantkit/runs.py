@@ -67,6 +67,7 @@ class Request:
     offline: bool = False
     verify: bool = True
     place: str | None = None
+    engine: str | None = None
 
 
 def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
@@ -82,7 +83,8 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     directory = find_model(request.model, offline=request.offline)
     model = open_model(directory)
     plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
-    memory = fit(model, plan, budget=request.budget, context=_context(request, model.config), kv=request.kv)
+    context = _context(request, model.config)
+    memory = fit(model, plan, budget=request.budget, context=context, kv=request.kv, engine=request.engine)
     calibrated, evaluated = _tokens(request, recipe, model, directory)
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)

@@ -50,6 +50,19 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def writer(raw: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown"."""
+    quantization = quantization_of(raw)
+    meta = quantization.get("meta")
+    said = meta.get("quantizer") if isinstance(meta, dict) else None
+    names = said if isinstance(said, list) else [said] if said else []
+    if quantization.get("autoround_version"):
+        names = [f"auto-round:{quantization['autoround_version']}"]
+    if quantization.get("quant_method") == "compressed-tensors" and quantization.get("version"):
+        names = [f"compressed-tensors:{quantization['version']}"]
+    return ", ".join(str(name)[:60] for name in names) or "unknown"
+
+
 def stored_linears(
     architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
 ) -> tuple[Format, tuple[LinearPlan, ...]]:

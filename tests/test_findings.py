@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linter against what real clients did: results.json of the interop suite, pair by pair."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from interop.pairs import CASES, KEEP, KNOWN, MIXED, READERS, RESULTS, Case, outcome, reason
+from interop.tables import BEGIN, END, README, TABLE, render, summary, unexpected
+from quantkit.fit import config_from_dict
+from quantkit.formats import FORMATS
+from quantkit.loaders import heads_of, reasons
+from quantkit.model.streaming import build
+from quantkit.plan import make_plan
+from quantkit.recipe import read_recipe, resolver
+from quantkit.scheme import Scheme
+
+FOUND = json.loads(RESULTS.read_text(encoding="utf-8"))
+ENGINES = {  # the clients that the linter speaks of
+    "transformers + gptqmodel": "transformers",
+    "transformers + compressed-tensors": "transformers",
+    "GPTQModel": "gptqmodel",
+    "vLLM (CPU)": "vllm",
+}
+# What is ok for the client and not for the linter, or the other way, with the reason.
+DIFFERENT = {
+    ("transformers + gptqmodel", "gptq W2 g64 sym (demo)"): "read right, in float16 and no more",
+}
+DEMO = Path(__file__).parents[1] / "quantkit" / "demo" / "config.json"
+
+
+def linted(case: Case, engine: str, tmp_path: Path) -> list[str]:
+    bits, group = (int(case.command[case.command.index(word) + 1]) for word in ("--w-bit", "--group"))
+    (tmp_path / "recipe.yaml").write_text(case.recipe or "{}")
+    scheme = Scheme(bits, group, "--sym" in case.command)
+    raw = json.loads(DEMO.read_text())
+    model = build(config_from_dict(raw))
+    plan = make_plan(model, resolver(read_recipe(tmp_path / "recipe.yaml"), scheme), FORMATS[case.format])
+    return reasons(engine, case.format, plan.linears, heads_of(model.config))
+
+
+PAIRS = [(case, reader) for case in CASES for reader in READERS if reader.name in ENGINES and case.model == "demo"]
+
+
+@pytest.mark.parametrize(("case", "client"), [(case, reader.name) for case, reader in PAIRS], ids=str)
+def test_the_linter_says_what_the_client_did(case: Case, client: str, tmp_path: Path) -> None:
+    result = FOUND.get(f"{case.name} < {client}")
+    if case.format not in FORMATS or result is None or result.get("not_runnable"):
+        pytest.skip("not run")
+    if client == "vLLM (CPU)":
+        pytest.skip("the linter speaks of vLLM's kernels for GPUs, which take less than those for CPUs")
+    if (client, case.name) in DIFFERENT:
+        pytest.skip(DIFFERENT[client, case.name])
+    loads = outcome("", result).startswith("ok")
+    assert bool(linted(case, ENGINES[client], tmp_path)) != loads
+
+
+def test_everything_is_as_known() -> None:
+    assert unexpected(FOUND) == []
+
+
+def test_every_known_failure_is_of_a_pair_that_exists() -> None:
+    pairs = {f"{case.name} < {reader.name}" for case in CASES for reader in READERS if case.format in reader.formats}
+    for known in KNOWN:
+        assert any(known.is_about(pair) for pair in pairs), known
+    assert reason("awq W4 g128 asym (demo) < GPTQModel") is None
+    assert {case.recipe for case in CASES} == {None, KEEP, MIXED}
+
+
+def test_the_tables_are_made_from_the_results() -> None:
+    assert TABLE.read_text(encoding="utf-8") == render(FOUND)
+    page = README.read_text(encoding="utf-8")
+    assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{summary(FOUND)}"

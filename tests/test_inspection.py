@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit inspect`: what runs wrote down, and what other tools' files say."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from quantkit.errors import ModelError, OutputError
+from quantkit.inspection import inspect_folder, inspect_table
+from quantkit.scheme import Scheme
+from tests.test_convert import edit, foreign, run, shuffled, tensors, to
+
+W4 = Scheme(4, 32, True)
+
+
+def shown(result: dict[str, object]) -> str:
+    text = io.StringIO()
+    Console(width=250, file=text).print(inspect_table(result))
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("fmt", ["awq", "gptq", "gptq_v2", "compressed-tensors"])
+def test_other_tools_files(tmp_path: Path, fmt: str) -> None:
+    schemes = {"down_proj": Scheme(8, 64, True)} if fmt != "awq" else {}
+    scheme = Scheme(4, 32, fmt != "awq")
+    kept = ("model.layers.1.self_attn.o_proj",)
+    held = foreign(tmp_path / "out", fmt, scheme, schemes=schemes, kept=kept)
+    result = inspect_folder(tmp_path / "out")
+    state = tensors(tmp_path / "out")
+    found = {x["name"]: (x["bits"], x["group_size"], x["symmetric"]) for x in result["layers"]}
+    assert found == {n: (q.scheme.bits, q.scheme.group_size, q.scheme.symmetric) for n, q in held.items()}
+    for layer in result["layers"]:
+        own = [t for n, t in state.items() if n.startswith(f"{layer['name']}.") and not n.endswith(".bias")]
+        assert layer["bytes"] == sum(t.numel() * t.element_size() for t in own)
+    assert result["kept"] == [*kept, "lm_head"]
+    assert result["format"] == fmt
+    assert result["tensor_bytes"] == sum(t.numel() * t.element_size() for t in state.values())
+    json.dumps(result)
+    assert "model.layers.1.self_attn.o_proj" in shown(result)
+
+
+def test_who_made_it_and_act_order(tmp_path: Path) -> None:
+    foreign(tmp_path / "out", "gptq", W4, change=shuffled)
+    edit(tmp_path / "out", lambda raw: raw["quantization_config"].update(meta={"quantizer": "gptqmodel:7.7.0"}))
+    result = inspect_folder(tmp_path / "out")
+    assert (result["made_by"], result["act_order"]) == ("gptqmodel:7.7.0", True)
+    assert "gptqmodel:7.7.0" in shown(result)
+    assert "desc_act" in shown(result)
+
+
+def test_our_own_and_converted_folders(tmp_path: Path, qwen2: Path) -> None:
+    written = run(qwen2, tmp_path / "awq")
+    assert inspect_folder(tmp_path / "awq") == written
+    foreign(tmp_path / "theirs")
+    to(tmp_path / "theirs", "gptq_v2", tmp_path / "gptq")
+    text = shown(inspect_folder(tmp_path / "gptq"))
+    assert "converted from" in text
+    assert "awq, made by" in text
+    to(tmp_path / "theirs", "fp16", tmp_path / "fp16")
+    assert "fp16" in shown(inspect_folder(tmp_path / "fp16"))
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, qwen2: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        inspect_folder(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="nothing is quantized"):
+        inspect_folder(qwen2)
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(OutputError, match="unfinished"):
+        inspect_folder(tmp_path)
