@@ -6,7 +6,7 @@ it fits there, else in RAM, else in a memory-mapped file in the output folder. T
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 
-TOKENS_AT_ONCE = 4096  # a micro-batch on a CPU; fixed, so that memory does not decide how sums are split
+TOKENS_AT_ONCE = 4096  # a micro-batch
 TOKENS_AT_ONCE_GPU = 8192
+TOKENS_PER_SUM = 4096  # that a Gram matrix takes at once: fixed, so that memory does not decide how sums are split
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
 
@@ -38,6 +39,25 @@ class Stream:
 def micro_batch(seqlen: int, device: torch.device) -> int:
     """Samples per micro-batch."""
     return max(1, (TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_GPU) // seqlen)
+
+
+def samples_per_sum(seqlen: int) -> int:
+    """Samples that are added to a Gram matrix at once, whatever the micro-batch."""
+    return max(1, TOKENS_PER_SUM // seqlen)
+
+
+def regrouped(tensors: Iterable[Tensor], samples: int) -> Iterator[Tensor]:
+    """The same samples in the same order, so many in each tensor but the last; tensors are cut along dimension 0."""
+    waiting: list[Tensor] = []
+    for tensor in tensors:
+        waiting.append(tensor)
+        while sum(map(len, waiting)) >= samples:
+            together = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+            yield together[:samples]
+            waiting = [together[samples:]] if len(together) > samples else []
+            del together
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def open_stream(

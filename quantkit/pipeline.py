@@ -10,7 +10,7 @@ A finished layer is a finished shard, hashed and entered in the journal. A run t
 from the disk and only runs them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.activations import Stream, choose_place
+from quantkit.activations import Stream, choose_place, regrouped, samples_per_sum
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
@@ -55,7 +55,7 @@ from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
-from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
+from quantkit.stats import SiteStats, collect, require_finite_stats
 from quantkit.stored import read_dequantized
 
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
@@ -366,11 +366,16 @@ def _site_input(
 
 def _collect(job: Job, index: int, site: Site, calibration: Stream) -> SiteStats:
     in_features = _weight(job.model.layers[index], site.linears[0]).shape[1]
-    stats = empty_stats(in_features, job.device)
+    inputs = regrouped(_inputs(job, index, site, calibration), samples_per_sum(calibration.states.shape[1]))
+    return collect(inputs, in_features, job.device)
+
+
+def _inputs(job: Job, index: int, site: Site, calibration: Stream) -> Iterator[Tensor]:
+    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time."""
     for batch in calibration.batches():
-        hidden = calibration.states[batch].to(job.device)
-        run_to(job.model, index, hidden, site.linears[0], lambda inputs: add_inputs(stats, inputs))
-    return stats
+        seen: list[Tensor] = []
+        run_to(job.model, index, calibration.states[batch].to(job.device), site.linears[0], seen.append)
+        yield seen[0]
 
 
 def _fold(

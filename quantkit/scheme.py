@@ -10,7 +10,8 @@ Symmetric schemes fix z = 2**(bits - 1). Their scales may be negative: the code 
 above it, and a negative scale puts the longer side where the larger weight is.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +87,12 @@ class QuantizedTensor:
     @property
     def in_features(self) -> int:
         return self.codes.shape[1]
+
+
+def split_rows(quantized: QuantizedTensor, rows: Sequence[int]) -> list[QuantizedTensor]:
+    """Cut a tensor into tensors of so many rows each, in order."""
+    parts = (x.split(list(rows)) for x in (quantized.codes, quantized.scales, quantized.zeros))
+    return [replace(quantized, codes=c, scales=s, zeros=z) for c, s, z in zip(*parts, strict=True)]
 
 
 def expand(per_group: Tensor, columns: int) -> Tensor:

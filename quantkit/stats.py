@@ -8,12 +8,14 @@ For inputs X [tokens, in_features] and a rounding Q of W, the squared error of t
 so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.products import accumulate_gram_, mirror_, product
 
 
 @dataclass
@@ -36,23 +38,26 @@ class SiteStats:
         return self.abs_sum / max(self.tokens, 1)
 
 
-def empty_stats(in_features: int, device: torch.device) -> SiteStats:
-    return SiteStats(
+def collect(inputs: Iterable[Tensor], in_features: int, device: torch.device) -> SiteStats:
+    """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
+
+    How the inputs are cut into tensors decides how the sums are split, and so their last bits.
+    """
+    stats = SiteStats(
         torch.zeros(in_features, in_features, device=device),
         torch.zeros(in_features, device=device),
         torch.zeros((), device=device),
     )
-
-
-def add_inputs(stats: SiteStats, inputs: Tensor) -> None:
-    """Add inputs [..., in_features] to the sums, in place, accumulating in float32."""
-    x = inputs.reshape(-1, inputs.shape[-1])
-    magnitude = x.abs()
-    stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
-    stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
-    x = x.float()
-    stats.gram.addmm_(x.T, x)
-    stats.tokens += x.shape[0]
+    for tensor in inputs:
+        x = tensor.reshape(-1, in_features)
+        magnitude = x.abs()
+        stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
+        stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
+        del magnitude
+        accumulate_gram_(stats.gram, x)
+        stats.tokens += len(x)
+    mirror_(stats.gram)
+    return stats
 
 
 def require_finite_stats(stats: SiteStats, name: str) -> None:
@@ -78,7 +83,10 @@ def rescale_(gram: Tensor, scale: Tensor) -> Tensor:
     return gram.mul_(inverse.unsqueeze(0)).mul_(inverse.unsqueeze(1))
 
 
-def output_error(difference: Tensor, gram: Tensor) -> Tensor:
-    """tr(D H D^T) per output row, float32 [out], for D = W - Q [out, in]: the squared error of the output."""
+def output_error(difference: Tensor, gram: Tensor, *, exact: bool = True) -> Tensor:
+    """tr(D H D^T) per output row, float32 [out], for D = W - Q [out, in]: the squared error of the output.
+
+    exact: see `products`; False is enough to compare roundings.
+    """
     d = difference.float()
-    return ((d @ gram) * d).sum(1)
+    return product(d, gram, exact=exact).mul_(d).sum(1)

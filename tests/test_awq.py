@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.quantize import awq
-from quantkit.quantize.awq import candidate_scales, relative_magnitude, search_scale, site_error
+from quantkit.quantize.awq import candidate_scales, relative_magnitude, search_scale, site_errors
 from quantkit.quantize.grid import plain_grid
 from quantkit.quantize.methods import METHODS, Options, SiteInput
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
-from quantkit.stats import SiteStats, add_inputs, empty_stats
+from quantkit.stats import SiteStats, collect
 
 COLUMNS = 64
 
@@ -30,9 +30,7 @@ def linears(columns: int = COLUMNS, seed: int = 1) -> list[Tensor]:
 
 
 def stats_of(x: Tensor) -> SiteStats:
-    stats = empty_stats(x.shape[1], torch.device("cpu"))
-    add_inputs(stats, x)
-    return stats
+    return collect([x], x.shape[1], torch.device("cpu"))
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, min_zero: int = 0) -> Tensor:
@@ -65,7 +63,9 @@ def test_the_error_from_the_gram_matrix_is_that_of_running_the_linears(
     x, weights, schemes = inputs(seed=seed), linears(seed=seed + 1), [Scheme(bits, group, symmetric)] * 3
     scale = torch.exp(spread * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(seed + 2)))
     expected = loss_by_running(weights, schemes, x, scale, min_zero)
-    assert site_error(weights, schemes, stats_of(x).gram, scale, min_zero) == pytest.approx(expected, rel=1e-3)
+    assert float(site_errors(weights, schemes, stats_of(x).gram, scale[None], min_zero)) == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("scheme", [Scheme(b, 32, s) for b in (2, 3, 4) for s in (True, False)], ids=str)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.quantize import gptq, rtn
+from quantkit.quantize import columns, gptq, rtn
 from quantkit.quantize.gptq import Factor, factorize
 from quantkit.quantize.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
@@ -129,7 +129,7 @@ def test_damping_rises_when_the_factorisation_fails() -> None:
     gram.diagonal().clamp_(min=1e-6)
     factor = factorize(gram, damp=0.0)
     assert 1e-4 <= factor.damp <= 0.1
-    assert bool(torch.isfinite(factor.inverse).all())
+    assert bool(torch.isfinite(factor.feedback).all())
     found = gptq.quantize(weights(4, 64), Scheme(4, 32, True), factor, energy=gram.diagonal())
     expected = oracle(weights(4, 64), gram, found.scales, found.zeros, found.scheme, factor.damp, True)
     assert float((found.codes != expected).double().mean()) <= 0.02
@@ -156,14 +156,18 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(value: float, place: tuple[
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_the_factor_is_the_cholesky_factor_of_the_inverse(act_order: bool) -> None:
+def test_the_feedback_makes_the_gram_matrix_diagonal(act_order: bool) -> None:
     gram = gram_of(correlated(500, 80))
     factor = factorize(gram, damp=0.01, act_order=act_order)
     damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(80)
-    inverse = torch.linalg.inv(damped[factor.order][:, factor.order])
-    upper = factor.inverse.double()
+    damped = damped[factor.order][:, factor.order]
+    upper = factor.feedback.double()
     assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper.T @ upper, inverse, rtol=1e-3, atol=1e-5 * float(inverse.abs().max()))
+    assert bool((upper.diagonal() == 1).all())
+    inverse = torch.linalg.inv(upper)
+    diagonal = inverse @ damped @ inverse.T
+    scale = float(damped.diagonal().max())
+    torch.testing.assert_close(diagonal, torch.diag(diagonal.diagonal()), rtol=0, atol=1e-5 * scale)
     if act_order:
         diagonal = gram.diagonal()[factor.order]
         assert bool((diagonal[1:] <= diagonal[:-1]).all())
@@ -203,11 +207,15 @@ def test_a_grid_that_is_given_is_used() -> None:
     assert torch.equal(found.codes, oracle(weight, gram, *grid, scheme, 0.01, True))
 
 
+@pytest.mark.parametrize("wide", [1, 48, 1000])
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_the_width_of_blocks_changes_only_how_sums_are_split(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_width_of_blocks_changes_only_how_sums_are_split(
+    block: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, gram, scheme = weights(6, 160), gram_of(correlated(700, 160)), Scheme(4, 32, False)
     expected = by_gptq(weight, gram, scheme)
-    monkeypatch.setattr(gptq, "BLOCK", block)
+    monkeypatch.setattr(columns, "BLOCK", block)
+    monkeypatch.setattr(columns, "WIDE", {"cpu": wide})
     assert float((by_gptq(weight, gram, scheme).codes != expected.codes).double().mean()) <= 0.01
 
 

@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 ALLOWED: dict[str, str] = {
     "errors": "",
     # the words of the subject: numbers, sums, sizes
+    "products": "",
     "scheme": "errors",
-    "stats": "errors",
+    "stats": "errors products",
     "units": "errors",
     "resources": "errors",
     "machine": "errors",
     # pure functions on tensors; the two never meet
-    "quantize": "errors scheme stats",
+    "quantize": "errors products scheme stats",
     "formats": "errors scheme",
     # one concern each
     "checkpoint": "errors units",
@@ -93,7 +94,7 @@ LIBRARIES: dict[str, str] = {
 }
 
 # Pure parts: tensors in, tensors out.
-PURE = ("errors", "scheme", "stats", "units", "quantize", "formats")
+PURE = ("errors", "products", "scheme", "stats", "units", "quantize", "formats")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "safetensors", "mmap", "glob", "fcntl"}
 
 

@@ -7,16 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import NumericsError
-from quantkit.stats import SiteStats, add_inputs, empty_stats, output_error, require_finite_stats, rescale_
+from quantkit.stats import SiteStats, collect, output_error, require_finite_stats, rescale_
 
 CPU = torch.device("cpu")
 
 
 def collected(*batches: torch.Tensor) -> SiteStats:
-    stats = empty_stats(batches[0].shape[-1], CPU)
-    for batch in batches:
-        add_inputs(stats, batch)
-    return stats
+    return collect(batches, batches[0].shape[-1], CPU)
 
 
 @settings(max_examples=30, deadline=None)
@@ -47,7 +44,7 @@ def test_the_inputs_are_left_alone() -> None:
 
 
 def test_nothing_added_is_zero() -> None:
-    stats = empty_stats(4, CPU)
+    stats = collect([], 4, CPU)
     assert bool((stats.abs_mean == 0).all())
     require_finite_stats(stats, "site")
 

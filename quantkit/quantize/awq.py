@@ -23,6 +23,7 @@ from quantkit.stats import output_error
 
 POWERS = tuple(i / 20 for i in range(1, 20))
 RATIO_POWERS = tuple(i / 10 for i in range(10))
+AT_ONCE_GPU = 1 << 27  # scaled weights in temporaries at a time; on a CPU one candidate's are enough
 ROWS_JUDGED = 1024  # rows of a linear that speak for all of it: a scale belongs to columns, and every row costs in^2
 
 
@@ -58,19 +59,25 @@ def relative_magnitude(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> 
     return total / sum(len(weight) for weight in weights)
 
 
-def site_error(
-    weights: Sequence[Tensor], schemes: Sequence[Scheme], gram: Tensor, scale: Tensor, min_zero: int = 0
-) -> float:
-    """The squared output error of all the site's linears when rounded to nearest after scaling by s [in]."""
-    total = torch.zeros((), dtype=torch.float64, device=gram.device)
+def site_errors(
+    weights: Sequence[Tensor], schemes: Sequence[Scheme], gram: Tensor, scales: Tensor, min_zero: int = 0
+) -> Tensor:
+    """The squared output error of all the site's linears when rounded to nearest after scaling, for each of the scales.
+
+    scales: [candidates, in] -> float64 [candidates]
+    """
+    totals = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
     for weight, scheme in zip(weights, schemes, strict=True):
-        scaled = weight.float() * scale
-        scales, zeros = plain_grid(scaled, scheme, min_zero)
-        rounded = dequantize(QuantizedTensor(encode(scaled, scales, zeros, scheme), scales, zeros, scheme))
-        total += (
-            output_error((rounded - scaled) / scale, gram).double().sum()
-        )  # x / s meets the error as x meets error / s
-    return float(total)
+        at_once = 1 if gram.device.type == "cpu" else max(1, AT_ONCE_GPU // weight.numel())
+        for part, total in zip(scales.split(at_once), totals.split(at_once), strict=True):
+            scaled = (weight.float() * part.unsqueeze(1)).flatten(0, 1)  # [candidates * out, in]
+            grid = plain_grid(scaled, scheme, min_zero)
+            rounded = dequantize(QuantizedTensor(encode(scaled, *grid, scheme), *grid, scheme))
+            # x / s meets the error as x meets error / s
+            difference = rounded.sub_(scaled).unflatten(0, (len(part), -1)).div_(part.unsqueeze(1))
+            error = output_error(difference.flatten(0, 1), gram, exact=False)
+            total += error.unflatten(0, (len(part), -1)).double().sum(1)
+    return totals
 
 
 def search_scale(
@@ -96,6 +103,8 @@ def search_scale(
     candidates = candidate_scales(per_channel(abs_mean), per_channel(relative_magnitude(weights, schemes)))
     stride = max(1, max(map(len, weights)) // ROWS_JUDGED)
     judged = [weight[::stride] for weight in weights]
-    errors = {name: site_error(judged, schemes, gram, s[channel], min_zero) for name, s in candidates.items()}
+    scales = torch.stack([scale[channel] for scale in candidates.values()])
+    found = site_errors(judged, schemes, gram, scales, min_zero).tolist()
+    errors = dict(zip(candidates, found, strict=True))
     best = min(errors, key=errors.__getitem__)
     return ScaleSearch(candidates[best], best, errors[best], errors["1"])

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ (arXiv 2210.17323): round column by column, and let the columns not yet rounded make up for each error.
 
-With the Gram matrix H and the upper triangular U of H^-1 = U^T U, column j is rounded to q_j and the rest updated:
+GPTQ with the Gram matrix H is the same as LDLQ (QuIP, arXiv 2307.13304, theorem 6): with H = R R^T, R upper triangular,
+and E = W - Q, the error tr(E H E^T) = ||E R||^2 falls apart by columns, and column j is best at
 
-    e = (w_j - q_j) / U_jj            W[:, j:] -= e U[j, j:]
+    v_j = w_j + sum over k < j of e_k R_kj / R_jj
 
-U comes from one Cholesky factorisation of H with rows and columns reversed: if PHP = L L^T then H = R R^T with the
-upper triangular R = PLP, and U = R^-1. That saves the inverse and the second factorisation of the usual recipe.
+rounded to the grid. So one Cholesky factorisation is all that is needed: if P reverses rows and columns and
+P H P = L L^T, then R = P L P. The usual recipe inverts H and factorises once more, for the same codes.
 
 Columns are taken in order of falling diag(H) (`act_order`) on grids fixed beforehand from the original columns
 ("static groups"), so that groups stay consecutive in the file and no g_idx is needed. Left out on purpose: grids
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.products import accumulate_
+from quantkit.quantize.columns import round_run, wide
 from quantkit.quantize.grid import search_grid
-from quantkit.scheme import QuantizedTensor, Scheme, expand
+from quantkit.scheme import QuantizedTensor, Scheme
 
-BLOCK = 128
 MAX_DAMP = 10.0
 
 
@@ -31,13 +33,13 @@ class Factor:
     """What GPTQ needs of a Gram matrix: solved once for all the linears that share it.
 
     order:    int64 [in], the order in which columns are rounded
-    inverse:  float32 [in, in], the upper triangular U, in that order
+    feedback: float32 [in, in], upper triangular with a diagonal of ones, R_kj / R_jj, in that order
     dead:     bool [in], columns whose input was always zero
     damp:     the damping that was used, as a share of mean(diag(H)): more than asked for if the factorisation failed
     """
 
     order: Tensor
-    inverse: Tensor
+    feedback: Tensor
     dead: Tensor
     damp: float
 
@@ -64,11 +66,8 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Fa
         used = max(used * 10, 1e-4)
         if used > MAX_DAMP:
             raise NumericsError(f"the Gram matrix cannot be factorised, even with damping {MAX_DAMP}")
-    upper = lower.flip(0, 1)
-    del lower
-    inverse = torch.eye(len(gram), device=gram.device)
-    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
-    return Factor(order, inverse, dead, used)
+    feedback = lower.flip(0, 1)
+    return Factor(order, feedback.div_(feedback.diagonal().clone()), dead, used)
 
 
 def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tensor | None:
@@ -95,35 +94,24 @@ def quantize(
     """
     weight = weight.float().masked_fill(factor.dead, 0)  # before the grid: what is dead needs no range
     scales, zeros = grid or search_grid(weight, scheme, energy, min_zero)
-    columns = weight.shape[1] // scales.shape[1]
-    order = factor.order
-    scale = expand(scales.float(), columns)[:, order]
-    zero = expand(zeros.float(), columns)[:, order]
-    codes = solve(weight[:, order], scale, zero, factor.inverse, scheme.max_code)
+    group = factor.order // (weight.shape[1] // scales.shape[1])
+    per_group = scales.float().T.contiguous(), zeros.float().T.contiguous()
+    codes = solve(weight.T[factor.order].contiguous(), *per_group, group, factor.feedback, scheme.max_code)
     natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return QuantizedTensor(natural, scales, zeros, scheme)
+    natural[factor.order] = codes
+    return QuantizedTensor(natural.T.contiguous(), scales, zeros, scheme)
 
 
-def solve(work: Tensor, scale: Tensor, zero: Tensor, inverse: Tensor, max_code: int) -> Tensor:
-    """The column loop, in blocks; overwrites work.
+def solve(weight: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, feedback: Tensor, max_code: int) -> Tensor:
+    """The columns of a weight as rows, float32 [in, out] in rounding order -> codes, uint8 [in, out].
 
-    work, scale, zero: float32 [out, in] in rounding order; inverse: U [in, in] -> codes uint8 [out, in].
+    scales, zeros: float32 [groups, out]; group: int64 [in], the group of each column; feedback: as in `Factor`.
     """
-    out_features, in_features = work.shape
-    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=work.device)
-    for start in range(0, in_features, BLOCK):
-        end = min(start + BLOCK, in_features)
-        # Columns as rows: the loop then reads and writes contiguous memory.
-        block = work[:, start:end].T.contiguous()  # [columns, out]
-        block_scale, block_zero = scale[:, start:end].T.contiguous(), zero[:, start:end].T.contiguous()
-        local = inverse[start:end, start:end]
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            shifted = torch.round(block[j] / block_scale[j]).add_(block_zero[j]).clamp_(0, max_code)
-            codes[:, start + j] = shifted.to(torch.uint8)
-            error = (block[j] - (shifted - block_zero[j]) * block_scale[j]) / local[j, j]
-            block[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
-            errors[j] = error
-        work[:, end:].addmm_(errors.T, inverse[start:end, end:], alpha=-1)
+    work, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, len(weight), wide(weight.device)):
+        stop = min(start + wide(weight.device), len(weight))
+        part = slice(start, stop)
+        steps, errors = round_run(work[part], weight[part], scales, zeros, group[part], feedback[part, part], max_code)
+        codes[part] = steps.add_(zeros[group[part]]).to(torch.uint8)
+        accumulate_(work[stop:], feedback[part, stop:], errors)
     return codes

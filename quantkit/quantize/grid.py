@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.quantize import kernels
 from quantkit.scheme import Scheme
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
@@ -32,6 +33,11 @@ def to_float16(scales: Tensor) -> Tensor:
     """
     if not bool((scales.abs() <= 65504).all()):
         raise NumericsError("a group's scale is beyond float16 (65504): the weights are too large or not finite")
+    return nearest_float16(scales)
+
+
+def nearest_float16(scales: Tensor) -> Tensor:
+    """The same without looking at the values, for which a GPU would have to be waited for: infinite beyond float16."""
     sign = torch.where(scales < 0, -1.0, 1.0)
     return (scales.abs().clamp(min=SMALLEST_SCALE) * sign).to(torch.float16)
 
@@ -63,7 +69,9 @@ def search_grid(
     scales, zeros = [], []
     at_once = ROWS_AT_ONCE if weight.device.type == "cpu" else ROWS_AT_ONCE_GPU
     for rows in weight.split(max(1, at_once // weight.shape[1])):
-        scale, zero = _search(rows.float().unflatten(1, (groups, columns)), importance, scheme, min_zero)
+        grouped = rows.float().unflatten(1, (groups, columns))
+        search = kernels.search if kernels.usable(grouped) and columns <= kernels.WIDEST_GROUP else search_by_torch
+        scale, zero = search(grouped, importance, scheme, min_zero)
         scales.append(to_float16(scale))
         zeros.append(zero.to(torch.uint8))
     return torch.cat(scales), torch.cat(zeros)
@@ -85,17 +93,21 @@ def _spanning(w: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]
 
 def _codes(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """Codes minus their zero point, on the grid as it will be stored."""
-    stored = to_float16(scale).float().unsqueeze(2)
+    stored = nearest_float16(scale).float().unsqueeze(2)
     zero = zero.unsqueeze(2)
     return torch.round(w / stored).clamp_(min=-zero).clamp_(max=scheme.max_code - zero)
 
 
 def _error(w: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, scheme: Scheme) -> Tensor:
-    stored = to_float16(scale).float().unsqueeze(2)
+    stored = nearest_float16(scale).float().unsqueeze(2)
     return (_codes(w, scale, zero, scheme).mul_(stored).sub_(w).square_().mul_(importance)).sum(2)
 
 
-def _search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]:
+def search_by_torch(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]:
+    """The search: w float32 [out, groups, columns], importance [1, groups, columns] -> scale, zero [out, groups].
+
+    It is the oracle of `kernels.search`, and what runs without it.
+    """
     best_scale, best_zero = _spanning(w, scheme, min_zero)
     best_error = _error(w, best_scale, best_zero, importance, scheme)
 

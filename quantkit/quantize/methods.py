@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_
 
 
@@ -104,25 +105,35 @@ METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq"
 
 
 def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options: Options) -> SiteResult:
-    energy = gram.diagonal()
     factor = (
         gptq.factorize(gram, damp=options.damp, act_order=options.act_order) if options.rounding == "gptq" else None
     )
     quantized, records = {}, {}
-    for name, scheme in site.schemes.items():
+    for scheme in dict.fromkeys(site.schemes.values()):
         if scheme is None:
             continue
-        weight = weights[name].float()
-        if factor is None:
-            quantized[name] = rtn.quantize(weight, scheme, energy=energy, min_zero=site.min_zero)
-        else:
-            once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=site.min_zero)
-            quantized[name] = refine(weight, once, gram, factor.order, damp=factor.damp, rounds=options.refine)
-        error = output_error(dequantize(quantized[name]) - weight, gram).sum()
-        records[name] = {"loss": _share(error, output_error(weight, gram).sum())}
-        if factor is not None and factor.damp != options.damp:
-            records[name]["damp_raised_to"] = factor.damp
-    return SiteResult(quantized, None, records)
+        names = [name for name in site.schemes if site.schemes[name] == scheme]
+        rows = [len(weights[name]) for name in names]
+        weight = torch.cat([weights[name].float() for name in names])  # rows know nothing of each other
+        together = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
+        error = output_error(dequantize(together) - weight, gram).split(rows)
+        energy = output_error(weight, gram).split(rows)
+        for name, part, lost, whole in zip(names, split_rows(together, rows), error, energy, strict=True):
+            quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
+            if factor is not None and factor.damp != options.damp:
+                records[name]["damp_raised_to"] = factor.damp
+    in_order = [name for name in site.schemes if name in quantized]
+    return SiteResult({n: quantized[n] for n in in_order}, None, {n: records[n] for n in in_order})
+
+
+def _round_rows(
+    weight: Tensor, scheme: Scheme, gram: Tensor, factor: gptq.Factor | None, min_zero: int, options: Options
+) -> QuantizedTensor:
+    energy = gram.diagonal()
+    if factor is None:
+        return rtn.quantize(weight, scheme, energy=energy, min_zero=min_zero)
+    once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=min_zero)
+    return refine(weight, once, gram, factor.order, damp=factor.damp, rounds=options.refine)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

@@ -20,9 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.quantize.gptq import BLOCK
-from quantkit.quantize.grid import to_float16
-from quantkit.scheme import QuantizedTensor, expand
+from quantkit.products import accumulate_, product
+from quantkit.quantize.columns import round_run, wide
+from quantkit.quantize.grid import nearest_float16
+from quantkit.scheme import QuantizedTensor
 
 SWEEPS = 2  # coordinate descents between two refits
 SMALLEST_DAMP = 1e-6  # a column without any energy must still have one best value
@@ -40,45 +41,56 @@ def refine(
         return quantized
     diagonal = gram.diagonal()
     ridge = float(max(damp, SMALLEST_DAMP) * diagonal.mean().clamp(min=1e-30))
+    # Columns as rows, [in, out], so that a column is contiguous; scales and zeros [groups, out] likewise.
     weight = weight.float().masked_fill(diagonal <= 0, 0)  # dead columns stay at zero, as GPTQ left them
-    columns = quantized.in_features // quantized.scales.shape[1]
-    zeros = expand(quantized.zeros.float(), columns)
-    steps = quantized.codes.float() - zeros  # codes minus zero points, [out, in]
-    scales = quantized.scales.float()
-    difference = weight - steps * expand(scales, columns)
-    residual = torch.addmm(difference, difference, gram, beta=ridge)  # (W - Q)(H + ridge I)
+    zeros = quantized.zeros.float().T.contiguous()
+    scales = quantized.scales.float().T.contiguous()
+    columns = quantized.in_features // len(scales)
+    group = torch.arange(quantized.in_features, device=gram.device) // columns
+    steps = quantized.codes.T.contiguous().float().sub_(zeros[group])  # codes minus zero points
+    difference = weight.T.contiguous().addcmul_(steps, scales[group], value=-1)
+    residual = product(gram, difference).add_(difference, alpha=ridge)  # (H + ridge I)(W - Q)
+    del weight, difference
     for _ in range(rounds):
         _refit(steps, scales, residual, gram, ridge)
-        scale = expand(scales, columns)
         for _ in range(SWEEPS):
-            _descend(steps, scale, zeros, residual, gram, order, ridge, quantized.scheme.max_code)
+            _descend(steps, scales, zeros, group, residual, gram, order, ridge, quantized.scheme.max_code)
     _refit(steps, scales, residual, gram, ridge)
-    return replace(quantized, codes=(steps + zeros).to(torch.uint8), scales=scales.to(torch.float16))
+    codes = steps.add_(zeros[group]).to(torch.uint8).T.contiguous()
+    return replace(quantized, codes=codes, scales=scales.T.to(torch.float16).contiguous())
 
 
 def _refit(steps: Tensor, scales: Tensor, residual: Tensor, gram: Tensor, ridge: float) -> None:
     """Move each group's scale to the bottom of its parabola, group after group; in place."""
-    groups = scales.shape[1]
-    columns = steps.shape[1] // groups
-    for group in range(groups):
-        part = slice(group * columns, (group + 1) * columns)
-        x = steps[:, part]
-        slope = (x * residual[:, part]).sum(1)
-        curvature = torch.addmm(x, x, gram[part, part], beta=ridge).mul_(x).sum(1)
-        wanted = scales[:, group] + slope / curvature.clamp(min=1e-30)
-        # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
-        sound = (curvature > 0) & (wanted.sign() == scales[:, group].sign())
-        stored = torch.where(sound, to_float16(torch.where(sound, wanted, scales[:, group])).float(), scales[:, group])
-        change = (stored - scales[:, group]).unsqueeze(1) * x
-        scales[:, group] = stored
-        residual.addmm_(change, gram[part], alpha=-1)
-        residual[:, part].sub_(change, alpha=ridge)
+    columns = len(steps) // len(scales)
+    at_once = max(1, wide(steps.device) // columns)  # groups whose residuals are kept up to date by themselves
+    for first in range(0, len(scales), at_once):
+        start, stop = first * columns, min((first + at_once) * columns, len(steps))
+        local, pull = gram[start:stop, start:stop], residual[start:stop].clone()
+        errors = torch.empty_like(pull)
+        for group in range(first, stop // columns):
+            part = slice(group * columns - start, (group + 1) * columns - start)
+            x = steps[group * columns : (group + 1) * columns]
+            slope = (x * pull[part]).sum(0)
+            curvature = product(local[part, part], x).add_(x, alpha=ridge).mul_(x).sum(0)
+            old = scales[group]
+            wanted = old + slope / curvature.clamp(min=1e-30)
+            # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
+            stored = nearest_float16(wanted).float()
+            sound = (curvature > 0) & (stored.sign() == old.sign()) & stored.isfinite()
+            stored = torch.where(sound, stored, old)
+            torch.mul(x, old - stored, out=errors[part])
+            scales[group] = stored
+            accumulate_(pull[part.stop :], local[part, part.stop :], errors[part])
+        accumulate_(residual, gram[start:stop], errors)
+        residual[start:stop].add_(errors, alpha=ridge)
 
 
 def _descend(
     steps: Tensor,
-    scale: Tensor,
+    scales: Tensor,
     zeros: Tensor,
+    group: Tensor,
     residual: Tensor,
     gram: Tensor,
     order: Tensor,
@@ -86,21 +98,13 @@ def _descend(
     max_code: int,
 ) -> None:
     """Round every column once more, in order, given all the others; in place."""
-    for block in order.split(BLOCK):
-        # Columns as rows: the loop then reads and writes contiguous memory.
-        code = steps[:, block].T.contiguous()  # [columns, out]
-        block_scale, low = scale[:, block].T.contiguous(), -zeros[:, block].T
-        high = low + max_code
-        pull = residual[:, block].T.contiguous()
-        local = gram[block][:, block]
+    for block in order.split(wide(order.device)):
+        rows = gram[block]
+        local = rows[:, block]
         local.diagonal().add_(ridge)
-        before = code.clone()
-        for j in range(len(block)):
-            wanted = code[j] + pull[j] / (local[j, j] * block_scale[j])
-            moved = torch.round(wanted).clamp_(low[j], high[j])
-            pull.addr_(local[:, j], (moved - code[j]) * block_scale[j], alpha=-1)
-            code[j] = moved
-        change = ((code - before) * block_scale).T
-        steps[:, block] = code.T
-        residual.addmm_(change, gram[block], alpha=-1)
-        residual[:, block] -= ridge * change
+        energy = local.diagonal()
+        stands = steps[block] * scales[group[block]]  # what the codes stand for now
+        target = torch.addcdiv(stands, residual[block], energy.unsqueeze(1))
+        steps[block], errors = round_run(target, stands, scales, zeros, group[block], local / energy, max_code)
+        accumulate_(residual, rows, errors)
+        residual[block] += ridge * errors

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the PyTorch functions that they stand for, in Triton's interpreter where there is no GPU.
+
+Sums are taken in another order, so values may differ in the last bits (relative 1e-5), and a value that close to a tie
+may be rounded to the other side, which moves the columns after it: at most 1% of the codes may differ by one.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.quantize import columns, grid, kernels
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="runs on a GPU, and through test_in_the_interpreter"
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the one that runs the others")
+def test_in_the_interpreter() -> None:
+    """TRITON_INTERPRET must be set before Triton is imported: these tests run once more in another process."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def block_inputs(rows: int, width: int, groups: int, bits: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """target, base, scales, zeros, group, feedback of a random block; groups in mixed order, scales of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    base = random(width, rows, seed=seed)
+    scales = (0.05 + 0.2 * random(groups, rows, seed=seed + 1).abs()) * random(groups, rows, seed=seed + 2).sign()
+    zeros = torch.randint(0, 1 << bits, (groups, rows), generator=generator).float().to(DEVICE)
+    group = torch.randint(0, groups, (width,), generator=generator).to(DEVICE)
+    return base + 0.1 * random(width, rows, seed=3), base, scales, zeros, group, 0.3 * random(width, width, seed=4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("rows", "width", "groups"), [(1, 1, 1), (5, 7, 2), (16, 128, 1), (33, 128, 3), (17, 100, 4)])
+def test_a_block_is_rounded_as_by_torch(rows: int, width: int, groups: int, bits: int) -> None:
+    inputs = block_inputs(rows, width, groups, bits)
+    copies = [x.clone() for x in inputs]
+    max_code = (1 << bits) - 1
+    steps, errors = kernels.round_block(*inputs, max_code)
+    expected_steps, expected_errors = columns.round_block_by_torch(*inputs, max_code)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+    same = steps == expected_steps
+    assert float((~same).double().mean()) <= 0.01
+    torch.testing.assert_close(errors[same], expected_errors[same], rtol=1e-5, atol=1e-5)
+    zero = inputs[3][inputs[4]]
+    assert bool(((steps + zero >= 0) & (steps + zero <= max_code)).all())
+    assert torch.equal(steps, steps.round())
+
+
+@needs_kernels
+def test_ties_go_to_even_and_far_values_to_the_ends() -> None:
+    target = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e30, -1e30, 7.49999]], device=DEVICE)
+    scales, zeros = torch.ones(1, 8, device=DEVICE), torch.full((1, 8), 8.0, device=DEVICE)
+    group, feedback = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    steps, _ = kernels.round_block(target, target.clone(), scales, zeros, group, feedback, 15)
+    assert steps.tolist() == [[0, 2, 2, 0, -2, 7, -8, 7]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("min_zero", [0, 1])
+@pytest.mark.parametrize("scheme", [Scheme(b, g, s) for b in (2, 4) for g in (8, 24) for s in (True, False)], ids=str)
+def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -> None:
+    """A candidate that is better by less than rounding may be missed: errors agree to 1e-4, most grids are equal."""
+    weight, energy = random(9, 48, seed=5) * random(9, 1, seed=6).exp(), random(48, seed=7).exp()
+    weight[0, :8] = 0
+    importance = energy.view(1, -1, scheme.group_size)
+    grouped = weight.unflatten(1, (-1, scheme.group_size)).contiguous()
+    found = kernels.search(grouped, importance, scheme, min_zero)
+    expected = grid.search_by_torch(grouped, importance, scheme, min_zero)
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        scales, zeros = grid.to_float16(scale), zero.to(torch.uint8)
+        rounded = dequantize(QuantizedTensor(encode(weight, scales, zeros, scheme), scales, zeros, scheme))
+        return ((rounded - weight).square() * energy).unflatten(1, (-1, scheme.group_size)).sum(2)
+
+    torch.testing.assert_close(error(*found), error(*expected), rtol=1e-4, atol=1e-6)
+    assert float((found[1] != expected[1]).double().mean()) <= 0.05
