@@ -2,10 +2,16 @@
 """Where the hidden states of a token stream live while layers come and go.
 
 A stream is one tensor [samples, seqlen, hidden], updated in place one micro-batch at a time. It lives on the device if
-it fits there, else in RAM, else in a memory-mapped file in the output folder. The place does not change any value.
+it fits there, else in RAM, else in a memory-mapped file in the output folder (see `memory`). The place does not change
+any value.
+
+A CPU takes one sample at a time: what a product comes to in the last bit may depend on how many rows it has, and the
+result must not depend on memory. A GPU takes as many as fit.
 """
 
+import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +22,6 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 
-TOKENS_AT_ONCE = 4096  # a micro-batch
 TOKENS_AT_ONCE_GPU = 8192
 TOKENS_PER_SUM = 4096  # that a Gram matrix takes at once: fixed, so that memory does not decide how sums are split
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
@@ -24,21 +29,26 @@ SPARE = 0.5  # the share of free memory that streams may take: the layer and its
 
 @dataclass(frozen=True)
 class Stream:
-    """states: [samples, seqlen, hidden] in `place` ("device", "ram" or "file"); batch: samples per micro-batch."""
+    """states: [samples, seqlen, hidden] in `place` ("device", "ram" or "file"); batch: samples per micro-batch;
+    mapping: of the file.
+    """
 
     states: Tensor
     place: str
     batch: int
+    mapping: mmap.mmap | None = None
 
     def batches(self) -> Iterator[slice]:
         """The micro-batches, as slices of samples."""
         for start in range(0, len(self.states), self.batch):
             yield slice(start, min(start + self.batch, len(self.states)))
+            if self.mapping is not None:  # pages of a file that were touched count as this process's own
+                self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def micro_batch(seqlen: int, device: torch.device) -> int:
-    """Samples per micro-batch."""
-    return max(1, (TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_GPU) // seqlen)
+    """Samples per micro-batch, where memory sets no limit."""
+    return 1 if device.type == "cpu" else max(1, TOKENS_AT_ONCE_GPU // seqlen)
 
 
 def samples_per_sum(seqlen: int) -> int:
@@ -61,7 +71,12 @@ def regrouped(tensors: Iterable[Tensor], samples: int) -> Iterator[Tensor]:
 
 
 def open_stream(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, spill: Path, place: str | None = None
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    spill: Path,
+    place: str | None = None,
+    batch: int | None = None,
 ) -> Stream:
     """Room for hidden states [samples, seqlen, hidden]; `spill` is the file to map when no memory holds them.
 
@@ -70,15 +85,18 @@ def open_stream(
     samples, seqlen, hidden = shape
     nbytes = samples * seqlen * hidden * dtype.itemsize
     place = place or choose_place(nbytes, device)
-    batch = micro_batch(seqlen, device)
+    batch = batch or micro_batch(seqlen, device)
     if place == "device":
         return Stream(torch.empty(shape, dtype=dtype, device=device), place, batch)
     if place == "ram":
-        return Stream(torch.empty(shape, dtype=dtype), place, batch)
+        states = torch.empty(shape, dtype=dtype)
+        if device.type == "cuda":
+            _pin(states)
+        return Stream(states, place, batch)
     try:
-        with spill.open("wb") as file:
+        with spill.open("w+b") as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)  # a mapped file that the disk cannot hold kills the process
-        flat = torch.from_file(str(spill), shared=True, size=samples * seqlen * hidden, dtype=dtype)
+            mapping = mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         raise OutputError(
             f"{spill.parent}: hidden states of {nbytes / 2**30:.2f} GiB fit neither in memory nor on this disk "
@@ -86,7 +104,14 @@ def open_stream(
         ) from error
     finally:
         spill.unlink(missing_ok=True)
-    return Stream(flat.view(shape), place, batch)
+    return Stream(torch.frombuffer(mapping, dtype=dtype).view(shape), place, batch, mapping)
+
+
+def _pin(tensor: Tensor) -> None:
+    """Let a GPU copy from and to this memory directly; torch's own pinned memory comes in powers of two."""
+    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
+    if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)) == 0:
+        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
 def choose_place(nbytes: int, device: torch.device) -> str:

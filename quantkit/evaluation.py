@@ -61,9 +61,10 @@ def open_states(
     device: torch.device,
     spill: Path,
     place: str | None = None,
+    batch: int | None = None,
 ) -> Stream:
     """Room for the hidden states of a token set; see `activations.open_stream`."""
-    return open_stream((tokens.samples, tokens.seqlen, model.config.hidden_size), dtype, device, spill, place)
+    return open_stream((tokens.samples, tokens.seqlen, model.config.hidden_size), dtype, device, spill, place, batch)
 
 
 def embed_tokens(model: StreamedModel, tokens: TokenSet, stream: Stream, device: torch.device) -> None:

@@ -36,7 +36,6 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from quantkit.activations import TOKENS_AT_ONCE
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import InputError, ModelError, SchemeError
 from quantkit.formats.names import fused_name
@@ -51,6 +50,7 @@ MIB = 2**20
 KV_BYTES = {"fp16": 2, "fp8": 1}
 
 PREFILL_TOKENS = 2048
+TOKENS_AT_ONCE = 4096  # of a micro-batch while quantizing
 HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB

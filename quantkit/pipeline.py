@@ -2,9 +2,10 @@
 """The loop: one decoder layer at a time is read, calibrated, quantized, written, read back, and run.
 
 Token streams travel through the layers beside it: the calibration samples and the evaluation samples on the quantized
-model, and the evaluation samples once more on the original one. The quantized streams run on the weights unpacked from
-the shard just written, so every run tests the bytes that it leaves, later layers are calibrated on what they will
-really see, and at the end both models have been measured in the same pass over the original.
+model, and the evaluation samples once more on the original one. The quantized streams run on weights unpacked from the
+very tensors that the shard holds, so every run tests the bytes that it leaves, later layers are calibrated on what they
+will really see, and at the end both models have been measured in the same pass over the original. The next layer is
+read, and the last one's shard hashed and written, while a layer is computed.
 
 A finished layer is a finished shard, hashed and entered in the journal. A run that starts again takes finished shards
 from the disk and only runs them.
@@ -12,6 +13,7 @@ from the disk and only runs them.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from quantkit import __version__
 from quantkit.activations import Stream, choose_place, regrouped, samples_per_sum
+from quantkit.background import read_ahead, writer
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
@@ -56,7 +59,7 @@ from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, collect, require_finite_stats
-from quantkit.stored import read_dequantized
+from quantkit.stored import dequantized
 
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
 
@@ -66,7 +69,8 @@ class Job:
     """Everything that determines a run.
 
     method: a name in METHODS; calibration: None when the method needs none; evaluation: None to leave out verification;
-    device: where the layers run; place: where hidden states live ("device", "ram", "file"; None lets memory decide).
+    device: where the layers run; place: where hidden states live ("device", "ram", "file"; None lets memory decide);
+    batch: samples in a micro-batch (None: as many as are usual).
     """
 
     model: StreamedModel
@@ -78,6 +82,7 @@ class Job:
     out: Path
     device: torch.device
     place: str | None = None
+    batch: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,34 +173,39 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         _embed(job, job.calibration, calibration)
 
     layer_errors = []
-    for index in range(len(model.layers)):
-        progress.layer(index)
-        progress.stage("read")
-        source = read_layer(model, index)
-        assign(model.layers[index], _loaded(job, source))
-        if original:
-            progress.stage("run the original")
-            advance(model, index, original)
-        shard = shards[f"layer.{index}"]
-        reused = shard.unit in journal.finished
-        if not reused:
-            result = _quantize_layer(job, index, sites, calibration, progress)
-            progress.stage("write")
-            journal.append(_write_layer(job, index, shard, result, source))
-            del result
-        del source
-        assign(model.layers[index], _loaded(job, _unpack_layer(job, index, shard)))
-        progress.stage("run the quantized")
-        unfinished = any(f"layer.{later}" not in journal.finished for later in range(index + 1, len(model.layers)))
-        for stream in (quantized, calibration if unfinished else None):
-            if stream:
-                advance(model, index, stream)
-        drop(model.layers[index])
-        return_freed_memory()
-        if original and quantized:
-            layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
-        records = journal.finished[shard.unit].record["linears"]
-        progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
+    finished = set(journal.finished)  # when the run began
+    with read_ahead(lambda index: _read(job, index), len(model.layers)) as sources, writer() as writing:
+        for index in range(len(model.layers)):
+            progress.layer(index)
+            progress.stage("read")
+            source = sources.take()
+            assign(model.layers[index], _loaded(job, source))
+            if original:
+                progress.stage("run the original")
+                advance(model, index, original)
+            shard = shards[f"layer.{index}"]
+            reused = shard.unit in finished
+            if reused:
+                stored, records = _read_shard(job, shard), journal.finished[shard.unit].record["linears"]
+            else:
+                result = _quantize_layer(job, index, sites, calibration, progress)
+                progress.stage("write")
+                stored, records = _pack_layer(job, index, shard, result, source), result.records
+                writing.submit(partial(_write_layer, job, journal, shard, stored, records))
+                del result
+            del source
+            assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
+            del stored
+            progress.stage("run the quantized")
+            unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
+            for stream in (quantized, calibration if unfinished else None):
+                if stream:
+                    advance(model, index, stream)
+            drop(model.layers[index])
+            return_freed_memory()
+            if original and quantized:
+                layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
+            progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
 
     if "head" in shards:
         _copy_outside(job, journal, shards["head"])
@@ -245,7 +255,16 @@ def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
         journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
 
 
-def _write_layer(job: Job, index: int, shard: ShardPlan, result: LayerResult, source: Mapping[str, Tensor]) -> Unit:
+def _read(job: Job, index: int) -> dict[str, Tensor]:
+    """The layer as stored (names local to it); for a GPU in pinned memory, which it copies from fastest."""
+    tensors = read_layer(job.model, index)
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if job.device.type == "cuda" else tensors
+
+
+def _pack_layer(
+    job: Job, index: int, shard: ShardPlan, result: LayerResult, source: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the layer's shard by full name; packed ones are where they were computed."""
     prefix = job.model.layer_name(index)
     packed_weights = {f"{name}.weight" for name in result.quantized}
     kept = {name: result.changed.get(name, tensor) for name, tensor in source.items() if name not in packed_weights}
@@ -257,15 +276,25 @@ def _write_layer(job: Job, index: int, shard: ShardPlan, result: LayerResult, so
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if planned != found:
         raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(found)}")
-    return Unit(shard.unit, shard.file, write_shard(job.out / shard.file, tensors), {"linears": result.records})
+    return tensors
 
 
-def _unpack_layer(job: Job, index: int, shard: ShardPlan) -> dict[str, Tensor]:
-    """The layer's parameters as the written shard stands for them (names local to the layer)."""
-    prefix = f"{job.model.layer_name(index)}."
+def _write_layer(
+    job: Job, journal: Journal, shard: ShardPlan, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]
+) -> None:
+    sha256 = write_shard(job.out / shard.file, tensors)
+    journal.append(Unit(shard.unit, shard.file, sha256, {"linears": records}))
+
+
+def _read_shard(job: Job, shard: ShardPlan) -> dict[str, Tensor]:
     stored = open_file(job.out / shard.file)
-    linears = job.plan.layer(index).values()
-    tensors = read_dequantized(stored, stored.entries, linears, job.plan.format, job.device)
+    return stored.read_many(stored.entries, job.device)
+
+
+def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layer's parameters as the tensors of its shard stand for them (names local to the layer)."""
+    prefix = f"{job.model.layer_name(index)}."
+    tensors = dequantized(stored, job.plan.layer(index).values(), job.plan.format)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -281,7 +310,7 @@ def _place(job: Job) -> str:
 def _open(job: Job, tokens: TokenSet | None, name: str, place: str) -> Stream | None:
     if tokens is None:
         return None
-    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", place)
+    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", place, job.batch)
 
 
 def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:

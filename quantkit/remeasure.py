@@ -164,17 +164,18 @@ def measure(
     device: torch.device,
     progress: Progress,
     place: str | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """The figures of `verify.Comparison.result`, and "layer_errors"; see `pipeline`.
 
-    place: where hidden states live ("device", "ram", "file"; None lets memory decide)
+    place: where hidden states live ("device", "ram", "file"; None lets memory decide); batch: samples at a time
 
     Raises:
         ModelError, NumericsError: a damaged file; values that are not finite.
     """
     out = quantized.checkpoint.directory
     with TemporaryDirectory(prefix=".quantkit-", dir=out if os.access(out, os.W_OK) else None) as spill:
-        return _measure(original, quantized, evaluation, device, progress, Path(spill), place)
+        return _measure(original, quantized, evaluation, device, progress, Path(spill), place, batch)
 
 
 def _measure(
@@ -185,12 +186,13 @@ def _measure(
     progress: Progress,
     spill: Path,
     place: str | None,
+    batch: int | None,
 ) -> dict[str, Any]:
     model = original
     dtype = run_dtype(model, device, f"{quantized.linears[0].name}.weight")
     move_buffers(model.model, device)
-    reference = open_states(model, evaluation, dtype, device, spill / "original", place)
-    stream = open_states(model, evaluation, dtype, device, spill / "quantized", place)
+    reference = open_states(model, evaluation, dtype, device, spill / "original", place, batch)
+    stream = open_states(model, evaluation, dtype, device, spill / "quantized", place, batch)
     tokens = 2 * evaluation.samples * evaluation.seqlen
     progress.start(len(model.layers), tokens, {"evaluation": reference.place})
     with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):

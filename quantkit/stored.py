@@ -124,7 +124,12 @@ def read_dequantized(
     Raises:
         ModelError, NumericsError: with the linear's name, see the formats.
     """
-    tensors = checkpoint.read_many(names, on)
+    return dequantized(checkpoint.read_many(names, on), linears, fmt)
+
+
+def dequantized(stored: Mapping[str, Tensor], linears: Iterable[LinearPlan], fmt: Format) -> dict[str, Tensor]:
+    """The same for tensors that are in memory already, which are left as they are."""
+    tensors = dict(stored)
     for linear in linears:
         if linear.scheme is not None:
             packed = {name.removeprefix(f"{linear.name}."): tensors.pop(name) for name in packed_names(fmt, linear)}

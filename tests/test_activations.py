@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit import activations
-from quantkit.activations import Stream, choose_place, micro_batch, open_stream
+from quantkit.activations import Stream, choose_place, micro_batch, open_stream, regrouped
 
 CPU = torch.device("cpu")
 SHAPE = (5, 7, 6)
@@ -61,10 +61,20 @@ def test_batches_cover_every_sample_once_in_order(samples: int, batch: int) -> N
     assert all(part.stop - part.start <= batch for part in stream.batches())
 
 
-def test_micro_batches_hold_about_the_same_tokens_whatever_the_length() -> None:
-    assert micro_batch(512, CPU) * 512 == micro_batch(2048, CPU) * 2048 == activations.TOKENS_AT_ONCE
-    assert micro_batch(10 * activations.TOKENS_AT_ONCE, CPU) == 1
-    assert micro_batch(512, torch.device("cuda")) > micro_batch(512, CPU)
+def test_micro_batches_are_single_samples_on_a_cpu_and_as_many_tokens_on_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    assert micro_batch(512, CPU) == 1
+    assert micro_batch(512, gpu) * 512 == micro_batch(2048, gpu) * 2048 == activations.TOKENS_AT_ONCE_GPU
+    assert micro_batch(10 * activations.TOKENS_AT_ONCE_GPU, gpu) == 1
+
+
+@pytest.mark.parametrize("cuts", [[10], [1] * 10, [3, 3, 3, 1], [4, 6], [9, 1]])
+@pytest.mark.parametrize("samples", [1, 3, 4, 10, 11])
+def test_samples_are_summed_in_the_same_groups_however_they_come(cuts: list[int], samples: int) -> None:
+    rows = torch.arange(20).view(10, 2)
+    found = list(regrouped(rows.split(cuts), samples))
+    assert [len(group) for group in found] == [len(group) for group in rows.split(samples)]
+    assert torch.equal(torch.cat(found), rows)
 
 
 def test_what_does_not_fit_in_memory_goes_to_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

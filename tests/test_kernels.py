@@ -55,8 +55,9 @@ def test_a_block_is_rounded_as_by_torch(rows: int, width: int, groups: int, bits
     inputs = block_inputs(rows, width, groups, bits)
     copies = [x.clone() for x in inputs]
     max_code = (1 << bits) - 1
-    steps, errors = kernels.round_block(*inputs, max_code)
-    expected_steps, expected_errors = columns.round_block_by_torch(*inputs, max_code)
+    steps, errors, expected_steps, expected_errors = (torch.empty(width, rows, device=DEVICE) for _ in range(4))
+    kernels.round_block(*inputs, max_code, steps, errors)
+    columns.round_block_by_torch(*inputs, max_code, expected_steps, expected_errors)
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
     same = steps == expected_steps
     assert float((~same).double().mean()) <= 0.01
@@ -71,7 +72,8 @@ def test_ties_go_to_even_and_far_values_to_the_ends() -> None:
     target = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 1e30, -1e30, 7.49999]], device=DEVICE)
     scales, zeros = torch.ones(1, 8, device=DEVICE), torch.full((1, 8), 8.0, device=DEVICE)
     group, feedback = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
-    steps, _ = kernels.round_block(target, target.clone(), scales, zeros, group, feedback, 15)
+    steps, errors = torch.empty_like(target), torch.empty_like(target)
+    kernels.round_block(target, target.clone(), scales, zeros, group, feedback, 15, steps, errors)
     assert steps.tolist() == [[0, 2, 2, 0, -2, 7, -8, 7]]
 
 
@@ -94,3 +96,19 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
 
     torch.testing.assert_close(error(*found), error(*expected), rtol=1e-4, atol=1e-6)
     assert float((found[1] != expected[1]).double().mean()) <= 0.05
+
+
+@needs_kernels
+@pytest.mark.parametrize(("columns_", "rows"), [(1, 1), (7, 33), (128, 40)])
+def test_a_group_is_refitted_as_by_torch(columns_: int, rows: int) -> None:
+    x, pull = random(columns_, rows, seed=1).mul(4).round(), random(columns_, rows, seed=2)
+    curvature, scale = random(rows, seed=3).abs() * 20, random(rows, seed=4)
+    curvature[0], pull[:, 1:2] = 0, 1e9  # a group of zeros; a scale beyond float16
+    found, expected = scale.clone(), scale.clone()
+    errors, expected_errors = torch.empty_like(x), torch.empty_like(x)
+    kernels.refit_group(x, pull, curvature, found, errors)
+    columns.refit_group_by_torch(x, pull, curvature, expected, expected_errors)
+    assert float(found[0]) == float(scale[0])
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # to the next float16
+    torch.testing.assert_close(errors, x * (scale - found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-2, atol=1e-3 * float(scale.abs().max()) * 16)

@@ -27,6 +27,7 @@ ALLOWED: dict[str, str] = {
     "checkpoint": "errors units",
     "calibration": "errors units resources",
     "activations": "errors",
+    "background": "",
     "verify": "errors units",
     "recipe": "errors units scheme formats resources",
     "model": "errors checkpoint",
@@ -34,12 +35,13 @@ ALLOWED: dict[str, str] = {
     "loaders": "errors scheme formats plan",
     "stored": "errors scheme formats checkpoint model plan",
     "fit": "errors units scheme formats checkpoint model recipe plan loaders activations stored",
+    "memory": "errors units formats activations model plan",
     "library": "errors units checkpoint recipe resources",
     # the loop
     "evaluation": "errors calibration activations verify model",
     "pipeline": (
-        "errors scheme stats machine formats quantize checkpoint calibration activations verify model plan stored"
-        " evaluation"
+        "errors scheme stats machine background formats quantize checkpoint calibration activations verify model plan"
+        " stored evaluation"
     ),
     "remeasure": "errors machine formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people

@@ -14,8 +14,8 @@ matrix hears of them in one large product, which is where the time goes.
 import torch
 from torch import Tensor
 
-from quantkit.products import accumulate_
 from quantkit.quantize import kernels
+from quantkit.quantize.grid import nearest_float16
 
 BLOCK = 128  # columns that the loop itself goes over; the errors of a block reach the next ones in one product
 WIDE = {"cpu": 128}
@@ -39,17 +39,27 @@ def round_run(
     """Round columns in order; overwrites target.
 
     target, base: float32 [columns, out]; scales, zeros: float32 [groups, out]; group: int64 [columns], the row of
-    scales and zeros of each column; feedback: float32 [columns, columns], of which the upper triangle counts
+    scales and zeros of each column; feedback: float32 [columns, columns], f_kj in row j; its lower triangle counts
     -> steps (codes minus zero points) and errors (base minus what the codes stand for), float32 [columns, out]
     """
     round_block = kernels.round_block if kernels.usable(target) else round_block_by_torch
     steps, errors = torch.empty_like(target), torch.empty_like(target)
     for start in range(0, len(target), BLOCK):
-        part = slice(start, start + BLOCK)
-        steps[part], errors[part] = round_block(
-            target[part], base[part], scales, zeros, group[part], feedback[part, part].contiguous(), max_code
+        stop = min(start + BLOCK, len(target))
+        part = slice(start, stop)
+        round_block(
+            target[part],
+            base[part],
+            scales,
+            zeros,
+            group[part],
+            feedback[part, part],
+            max_code,
+            steps[part],
+            errors[part],
         )
-        accumulate_(target[start + BLOCK :], feedback[part, start + BLOCK :], errors[part])
+        if stop < len(target):
+            target[stop:].addmm_(feedback[stop:, part], errors[part])
     return steps, errors
 
 
@@ -61,13 +71,39 @@ def round_block_by_torch(
     group: Tensor,
     feedback: Tensor,
     max_code: int,
-) -> tuple[Tensor, Tensor]:
-    """The loop itself, for one block, as `round_run`; the oracle of `kernels.round_block`, and what runs without it."""
+    steps: Tensor,
+    errors: Tensor,
+) -> None:
+    """The loop itself, for one block: see `round_run`; fills steps and errors.
+
+    It is the oracle of `kernels.round_block`, and what runs without it.
+    """
     scale, low = scales[group], -zeros[group]
     high = low + max_code
-    steps, errors = torch.empty_like(target), torch.empty_like(target)
     for j in range(len(target)):
-        value = torch.addmv(target[j], errors[:j].T, feedback[:j, j]) if j else target[j]
+        value = torch.addmv(target[j], errors[:j].T, feedback[j, :j]) if j else target[j]
         torch.clamp(torch.round(value / scale[j]), low[j], high[j], out=steps[j])
         torch.addcmul(base[j], steps[j], scale[j], value=-1, out=errors[j])
-    return steps, errors
+
+
+def refit_group(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+    """Move the scale of one group to the bottom of its parabola, in place, as float16 holds it; see `refine`.
+
+    x: steps, pull: (H + ridge I)(W - Q), float32 [columns, out]; curvature: x^T (H + ridge I) x, scale: float32 [out]
+    -> errors [columns, out], filled with what Q has lost by that
+    """
+    if kernels.usable(x):
+        kernels.refit_group(x, pull, curvature, scale, errors)
+    else:
+        refit_group_by_torch(x, pull, curvature, scale, errors)
+
+
+def refit_group_by_torch(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+    """The oracle of `kernels.refit_group`, and what runs without it."""
+    wanted = scale + (x * pull).sum(0) / curvature.clamp(min=1e-30)
+    stored = nearest_float16(wanted).float()
+    # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
+    sound = (curvature > 0) & (stored.sign() == scale.sign()) & stored.isfinite()
+    stored = torch.where(sound, stored, scale)
+    torch.mul(x, scale - stored, out=errors)
+    scale.copy_(stored)

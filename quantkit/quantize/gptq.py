@@ -33,7 +33,7 @@ class Factor:
     """What GPTQ needs of a Gram matrix: solved once for all the linears that share it.
 
     order:    int64 [in], the order in which columns are rounded
-    feedback: float32 [in, in], upper triangular with a diagonal of ones, R_kj / R_jj, in that order
+    feedback: float32 [in, in], R_kj / R_jj in row j, lower triangular with a diagonal of ones, in that order
     dead:     bool [in], columns whose input was always zero
     damp:     the damping that was used, as a share of mean(diag(H)): more than asked for if the factorisation failed
     """
@@ -66,8 +66,8 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Fa
         used = max(used * 10, 1e-4)
         if used > MAX_DAMP:
             raise NumericsError(f"the Gram matrix cannot be factorised, even with damping {MAX_DAMP}")
-    feedback = lower.flip(0, 1)
-    return Factor(order, feedback.div_(feedback.diagonal().clone()), dead, used)
+    feedback = lower.T.flip(0, 1)
+    return Factor(order, feedback.div_(feedback.diagonal().clone().unsqueeze(1)), dead, used)
 
 
 def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tensor | None:
@@ -113,5 +113,5 @@ def solve(weight: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, feedback
         part = slice(start, stop)
         steps, errors = round_run(work[part], weight[part], scales, zeros, group[part], feedback[part, part], max_code)
         codes[part] = steps.add_(zeros[group[part]]).to(torch.uint8)
-        accumulate_(work[stop:], feedback[part, stop:], errors)
+        accumulate_(work[stop:], feedback[stop:, part].T, errors)
     return codes

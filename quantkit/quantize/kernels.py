@@ -3,10 +3,8 @@
 
 Each does what a PyTorch function beside its caller does, named in its docstring; that function is the oracle of the
 tests and runs where Triton or a GPU is missing. Sums are taken in another order, so a value within rounding of a tie
-may go to the other side of it.
+may go to the other side of it. The kernels themselves carry no type hints: Triton reads them as code.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,8 @@ try:
 except ImportError:  # no Triton for this machine
     triton = None
 
-ROWS = 16  # of a weight, in one program
+ROWS = 8  # of a weight, in one program
+WIDEST = 128  # columns of a block: their errors lie in registers
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
 
@@ -41,15 +40,41 @@ def round_block(
     group: Tensor,
     feedback: Tensor,
     max_code: int,
-) -> tuple[Tensor, Tensor]:
-    """`columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. At most 128 columns."""
+    steps: Tensor,
+    errors: Tensor,
+) -> None:
+    """`columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. At most WIDEST columns."""
     columns, rows = target.shape
-    assert all(x.is_contiguous() for x in (target, base, scales, zeros, group))
-    steps, errors = torch.empty_like(target), torch.empty_like(target)
+    assert columns <= WIDEST
+    assert all(x.is_contiguous() for x in (target, base, scales, zeros, group, steps, errors))
+    assert feedback.stride(1) == 1
     _round_block[(triton.cdiv(rows, ROWS),)](
-        target, base, scales, zeros, group, feedback.T.contiguous(), steps, errors, rows, columns, max_code, 128, ROWS
+        target,
+        base,
+        scales,
+        zeros,
+        group,
+        feedback,
+        steps,
+        errors,
+        rows,
+        columns,
+        feedback.stride(0),
+        max_code,
+        WIDEST,
+        ROWS,
+        num_warps=1,  # no step waits for another warp
+        enable_fp_fusion=True,
     )
-    return steps, errors
+
+
+def refit_group(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+    """`columns.refit_group_by_torch` in one launch."""
+    columns, rows = x.shape
+    assert all(t.is_contiguous() for t in (x, pull, curvature, scale, errors))
+    _refit_group[(triton.cdiv(rows, 32),)](
+        x, pull, curvature, scale, errors, rows, columns, 32, num_warps=1, enable_fp_fusion=True
+    )
 
 
 def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +82,7 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tupl
     out, groups, columns = w.shape
     scale, zero = (torch.empty(out, groups, device=w.device) for _ in range(2))
     width = triton.next_power_of_2(columns)
-    height = max(1, min(ROWS, 2048 // width))
+    height = max(1, min(16, 2048 // width))
     _search[(triton.cdiv(out, height), groups)](
         w.contiguous(),
         importance.contiguous(),
@@ -72,6 +97,7 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tupl
         scheme.symmetric,
         width,
         height,
+        enable_fp_fusion=True,
     )
     return scale, zero
 
@@ -79,65 +105,95 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tupl
 if triton is not None:
 
     @triton.jit
-    def _rounded(x: Any) -> Any:
+    def _rounded(x):
         return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
 
     @triton.jit
     def _round_block(
-        target: Any,
-        base: Any,
-        scales: Any,
-        zeros: Any,
-        group: Any,
-        feedback: Any,  # transposed: row j holds what moves column j
-        steps: Any,
-        errors: Any,
-        rows: Any,
-        columns: Any,
-        max_code: Any,
+        target,
+        base,
+        scales,
+        zeros,
+        group,
+        feedback,
+        steps,
+        errors,
+        rows,
+        columns,
+        stride,
+        max_code,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         here = row < rows
         k = tl.arange(0, WIDTH)
         made = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)  # the errors so far
+        # What a column needs is loaded while the one before it is at work: memory is far, and each waits for the last.
+        in_group = tl.load(group) * rows + row
+        coming = tl.load(group + tl.minimum(1, columns - 1))
+        scale = tl.load(scales + in_group, mask=here, other=1.0)
+        zero = tl.load(zeros + in_group, mask=here, other=0.0)
+        wanted = tl.load(target + row, mask=here, other=0.0)
+        whole = tl.load(base + row, mask=here, other=0.0)
+        moves = tl.load(feedback + k, mask=k < 0, other=0.0)
         for j in range(columns):
-            moves = tl.load(feedback + j * columns + k, mask=k < j, other=0.0)
-            at = j * rows + row
-            in_group = tl.load(group + j) * rows + row
-            scale = tl.load(scales + in_group, mask=here, other=1.0)
-            low = -tl.load(zeros + in_group, mask=here, other=0.0)
-            value = tl.load(target + at, mask=here, other=0.0) + tl.sum(made * moves[None, :], 1)
-            bounded = tl.minimum(tl.maximum(tl.div_rn(value, scale), low), low + max_code)
-            step = _rounded(bounded)
-            error = tl.load(base + at, mask=here, other=0.0) - step * scale
-            tl.store(steps + at, step, mask=here)
-            tl.store(errors + at, error, mask=here)
+            after = tl.minimum(j + 1, columns - 1)
+            in_group = coming * rows + row
+            coming = tl.load(group + tl.minimum(j + 2, columns - 1))
+            next_scale = tl.load(scales + in_group, mask=here, other=1.0)
+            next_zero = tl.load(zeros + in_group, mask=here, other=0.0)
+            next_wanted = tl.load(target + after * rows + row, mask=here, other=0.0)
+            next_whole = tl.load(base + after * rows + row, mask=here, other=0.0)
+            next_moves = tl.load(feedback + after * stride + k, mask=k < after, other=0.0)
+            value = wanted + tl.sum(made * moves[None, :], 1)
+            step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
+            error = whole - step * scale
+            tl.store(steps + j * rows + row, step, mask=here)
+            tl.store(errors + j * rows + row, error, mask=here)
             made = tl.where((k == j)[None, :], error[:, None], made)
+            scale, zero, wanted, whole, moves = next_scale, next_zero, next_wanted, next_whole, next_moves
 
     @triton.jit
-    def _stored(scale: Any) -> Any:
-        """As `grid.nearest_float16`."""
+    def _stored(scale):
+        """As `grid.nearest_float16`, but for scales beyond float16."""
         sign = tl.where(scale < 0, -1.0, 1.0)
-        return (tl.maximum(tl.abs(scale), 5.9604644775390625e-08) * sign).to(tl.float16).to(tl.float32)
+        held = tl.minimum(tl.maximum(tl.abs(scale), 5.9604644775390625e-08), 65504.0)
+        return (held * sign).to(tl.float16).to(tl.float32)
 
     @triton.jit
-    def _grid_steps(w: Any, scale: Any, zero: Any, max_code: Any) -> Any:
+    def _refit_group(x, pull, curvature, scale, errors, rows, columns, HEIGHT: tl.constexpr):
+        row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+        here = row < rows
+        slope = tl.zeros([HEIGHT], dtype=tl.float32)
+        for j in range(columns):
+            at = j * rows + row
+            slope += tl.load(x + at, mask=here, other=0.0) * tl.load(pull + at, mask=here, other=0.0)
+        bend = tl.load(curvature + row, mask=here, other=0.0)
+        old = tl.load(scale + row, mask=here, other=1.0)
+        wanted = old + tl.div_rn(slope, tl.maximum(bend, 1e-30))
+        stored = _stored(wanted)
+        sound = (bend > 0) & ((stored < 0) == (old < 0)) & (tl.abs(wanted) < 65520.0)
+        stored = tl.where(sound, stored, old)
+        tl.store(scale + row, stored, mask=here)
+        for j in range(columns):
+            at = j * rows + row
+            tl.store(errors + at, tl.load(x + at, mask=here, other=0.0) * (old - stored), mask=here)
+
+    @triton.jit
+    def _grid_steps(w, scale, zero, max_code):
         """The codes minus zero points of w [rows, columns] on the grids of its rows."""
         low = -zero[:, None]
         ratio = tl.div_rn(w, tl.broadcast_to(_stored(scale)[:, None], w.shape))
         return _rounded(tl.minimum(tl.maximum(ratio, low), low + max_code))
 
     @triton.jit
-    def _grid_error(w: Any, importance: Any, scale: Any, zero: Any, max_code: Any) -> Any:
+    def _grid_error(w, importance, scale, zero, max_code):
         difference = _grid_steps(w, scale, zero, max_code) * _stored(scale)[:, None] - w
         return tl.sum(difference * difference * importance, 1)
 
     @triton.jit
-    def _better(
-        w: Any, importance: Any, max_code: Any, scale: Any, zero: Any, best: Any, at_scale: Any, at_zero: Any
-    ) -> Any:
+    def _better(w, importance, max_code, scale, zero, best, at_scale, at_zero):
         """The better of a candidate and the best so far: scale, zero and error."""
         error = _grid_error(w, importance, scale, zero, max_code)
         better = error < best
@@ -145,20 +201,20 @@ if triton is not None:
 
     @triton.jit
     def _search(
-        weights: Any,
-        importances: Any,
-        scales: Any,
-        zeros: Any,
-        out: Any,
-        groups: Any,
-        columns: Any,
-        max_code: Any,
-        middle: Any,
-        min_zero: Any,
+        weights,
+        importances,
+        scales,
+        zeros,
+        out,
+        groups,
+        columns,
+        max_code,
+        middle,
+        min_zero,
         SYMMETRIC: tl.constexpr,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         group = tl.program_id(1)
         k = tl.arange(0, WIDTH)

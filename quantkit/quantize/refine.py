@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.products import accumulate_, product
-from quantkit.quantize.columns import round_run, wide
-from quantkit.quantize.grid import nearest_float16
+from quantkit.quantize.columns import refit_group, round_run, wide
 from quantkit.scheme import QuantizedTensor
 
 SWEEPS = 2  # coordinate descents between two refits
@@ -65,25 +64,25 @@ def _refit(steps: Tensor, scales: Tensor, residual: Tensor, gram: Tensor, ridge:
     columns = len(steps) // len(scales)
     at_once = max(1, wide(steps.device) // columns)  # groups whose residuals are kept up to date by themselves
     for first in range(0, len(scales), at_once):
-        start, stop = first * columns, min((first + at_once) * columns, len(steps))
-        local, pull = gram[start:stop, start:stop], residual[start:stop].clone()
+        last = min(first + at_once, len(scales))
+        start, stop = first * columns, last * columns
+        local, pull, x = gram[start:stop, start:stop], residual[start:stop].clone(), steps[start:stop]
+        curvature = _curvature(local, x, ridge, columns)
         errors = torch.empty_like(pull)
-        for group in range(first, stop // columns):
+        for group in range(first, last):
             part = slice(group * columns - start, (group + 1) * columns - start)
-            x = steps[group * columns : (group + 1) * columns]
-            slope = (x * pull[part]).sum(0)
-            curvature = product(local[part, part], x).add_(x, alpha=ridge).mul_(x).sum(0)
-            old = scales[group]
-            wanted = old + slope / curvature.clamp(min=1e-30)
-            # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
-            stored = nearest_float16(wanted).float()
-            sound = (curvature > 0) & (stored.sign() == old.sign()) & stored.isfinite()
-            stored = torch.where(sound, stored, old)
-            torch.mul(x, old - stored, out=errors[part])
-            scales[group] = stored
-            accumulate_(pull[part.stop :], local[part, part.stop :], errors[part])
+            refit_group(x[part], pull[part], curvature[group - first], scales[group], errors[part])
+            if group + 1 < last:
+                pull[part.stop :].addmm_(local[part, part.stop :].T, errors[part])
         accumulate_(residual, gram[start:stop], errors)
         residual[start:stop].add_(errors, alpha=ridge)
+
+
+def _curvature(local: Tensor, x: Tensor, ridge: float, columns: int) -> Tensor:
+    """x_g^T (H_gg + ridge I) x_g for each group of `columns` columns of x [columns, out]: [groups, out]."""
+    blocks = torch.stack([local[i : i + columns, i : i + columns] for i in range(0, len(local), columns)])
+    grouped = x.unflatten(0, (-1, columns))
+    return torch.baddbmm(grouped, blocks, grouped, beta=ridge).mul_(grouped).sum(1)
 
 
 def _descend(
@@ -105,6 +104,7 @@ def _descend(
         energy = local.diagonal()
         stands = steps[block] * scales[group[block]]  # what the codes stand for now
         target = torch.addcdiv(stands, residual[block], energy.unsqueeze(1))
-        steps[block], errors = round_run(target, stands, scales, zeros, group[block], local / energy, max_code)
+        feedback = local / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
+        steps[block], errors = round_run(target, stands, scales, zeros, group[block], feedback, max_code)
         accumulate_(residual, rows, errors)
         residual[block] += ridge * errors

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done beside the main thread: the next thing is read, the last one written, while this one is computed.
+
+One thread each, one call at a time, in order: what is read and written, and when, does not depend on timing. What a
+call raises is raised in the main thread, where its result is asked for.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Results of read(0), read(1), ... in order; the next one is on its way while one is in use."""
+
+    def __init__(self, read: Callable[[int], T], count: int, thread: ThreadPoolExecutor) -> None:
+        self._read, self._count, self._thread, self._next = read, count, thread, 0
+        self._coming: Future[T] | None = None
+
+    def take(self) -> T:
+        """The next result; raises what reading it raised."""
+        coming = self._coming or self._submit()
+        result = coming.result()
+        self._coming = self._submit() if self._next < self._count else None
+        return result
+
+    def _submit(self) -> Future[T]:
+        self._next += 1
+        return self._thread.submit(self._read, self._next - 1)
+
+
+class Writer:
+    """Calls made one after the other; at most one is waiting or at work."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Have it called once the call before it is done; raises what that one raised."""
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Until all calls are done; raises what the last one raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+@contextmanager
+def read_ahead(read: Callable[[int], T], count: int) -> Iterator[ReadAhead[T]]:
+    """A `ReadAhead` whose thread ends with the context."""
+    with ThreadPoolExecutor(1, "read") as thread:
+        yield ReadAhead(read, count, thread)
+
+
+@contextmanager
+def writer() -> Iterator[Writer]:
+    """A `Writer`; leaving the context waits for it, and raises what its last call raised unless something else did."""
+    with ThreadPoolExecutor(1, "write") as thread:
+        writing = Writer(thread)
+        yield writing
+        writing.wait()

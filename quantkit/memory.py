@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run may take of a GPU's memory and of RAM, and how it keeps to that.
+
+Bytes are counted before any work, from shapes alone. Hidden states lie on the GPU if they fit beside everything else,
+else in RAM, else in a mapped file in the output folder; a GPU takes as large a micro-batch as fits, a CPU one sample.
+Neither changes what is computed on a CPU, bit for bit. What cannot be kept is refused, with what it would take.
+
+At its peak a run holds one of these, and what is said beside each of PARTS:
+
+    begin   the input embedding as stored and as it runs
+    layer   the layer as it runs and what has been quantized of it; for the site that needs most, GRAM_COPIES of its
+            Gram matrix and WEIGHT_COPIES of the weights that are rounded together; the activations of a micro-batch.
+            In RAM also the layer as stored, the next one that is being read, and the shard that is being written
+    end     everything outside the layers twice (the model's and the written one, where they differ), and the logits of
+            both for a micro-batch
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from quantkit.activations import TOKENS_AT_ONCE_GPU, samples_per_sum
+from quantkit.errors import InputError
+from quantkit.formats.names import fused_name
+from quantkit.model.streaming import Architecture
+from quantkit.plan import LinearPlan, Plan
+from quantkit.units import format_bytes
+
+MIB = 2**20
+PROCESS_BYTES = 640 * MIB  # of RAM: Python, torch and transformers, tokenizer and tokens
+CUDA_PROCESS_BYTES = 3 * 2**30  # of RAM with CUDA's libraries loaded
+CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
+GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed
+WEIGHT_COPIES = 7  # as read, scaled, together, steps, residual, a product, one at work
+WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
+HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
+SPARE = 0.9  # of what is free, where no limit is given
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things go, and the most that will be held.
+
+    place: of hidden states, "device", "ram" or "file"; batch: samples in a micro-batch; states_bytes: of hidden states;
+    device_bytes, ram_bytes: at the peak, as counted; device_limit, ram_limit: what was asked for, or None
+    """
+
+    place: str
+    batch: int
+    states_bytes: int
+    device_bytes: int
+    ram_bytes: int
+    device_limit: int | None
+    ram_limit: int | None
+
+    def record(self) -> dict[str, Any]:
+        """For the result document."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        where = {"device": "on the GPU", "ram": "in RAM", "file": "in a mapped file"}[self.place]
+        parts = [f"{format_bytes(self.states_bytes)} of hidden states {where}, {self.batch} samples at a time"]
+        if self.device_bytes:
+            parts.append(f"at most {format_bytes(self.device_bytes)} of GPU memory{_of(self.device_limit)}")
+        return "; ".join([*parts, f"at most {format_bytes(self.ram_bytes)} of RAM{_of(self.ram_limit)}"])
+
+
+def _of(limit: int | None) -> str:
+    return "" if limit is None else f" ({format_bytes(limit)} allowed)"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The token streams of a run: (samples, seqlen) of each, and whether the two models are compared at the end."""
+
+    shapes: Sequence[tuple[int, int]]
+    compared: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(samples * seqlen for samples, seqlen in self.shapes)
+
+    @property
+    def longest(self) -> int:
+        return max((seqlen for _, seqlen in self.shapes), default=1)
+
+
+def lay_out(
+    architecture: Architecture,
+    plan: Plan,
+    streams: Streams,
+    device: torch.device,
+    itemsize: int,
+    *,
+    calibrated: bool = True,
+    vram: int | None = None,
+    ram: int | None = None,
+    place: str | None = None,
+) -> Layout:
+    """Choose a layout within the limits; where none is given, within what is free, and then nothing is refused.
+
+    itemsize: bytes of a number while running; calibrated: whether Gram matrices are made; vram, ram: limits in bytes;
+    place: of hidden states, if that has been chosen
+
+    Raises:
+        InputError: a limit that the smallest layout does not keep, with what it needs.
+    """
+    on_gpu = device.type == "cuda"
+    if vram is not None and not on_gpu:
+        raise InputError(f"--vram: layers run on the {device.type}; use --ram, or --device cuda")
+    states = streams.tokens * architecture.config.hidden_size * itemsize
+    device_room = vram or (int(SPARE * torch.cuda.mem_get_info(device)[0]) if on_gpu else 0)
+    ram_room = ram or int(SPARE * psutil.virtual_memory().available)
+    batches = _batches(streams) if on_gpu else [1]
+    places = [place] if place else (["device"] if on_gpu else []) + ["ram", "file"]
+    found = []
+    for where in places:
+        for batch in batches:
+            needs = _needs(architecture, plan, streams, on_gpu, itemsize, batch, calibrated)
+            device_bytes = needs["device"] + (states if where == "device" else 0)
+            ram_bytes = needs["ram"] + (states if where == "ram" else 0)
+            found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram))
+    fitting = [x for x in found if x.device_bytes <= device_room and x.ram_bytes <= ram_room]
+    smallest = found[-1]
+    if not fitting:
+        _refuse(smallest, on_gpu)
+    return (fitting or [smallest])[0]
+
+
+def _batches(streams: Streams) -> list[int]:
+    """The micro-batches to try, the largest first."""
+    batch = max(1, TOKENS_AT_ONCE_GPU // streams.longest)
+    return [max(1, batch >> halvings) for halvings in range(batch.bit_length())]
+
+
+def _refuse(smallest: Layout, on_gpu: bool) -> None:
+    for option, limit, needed in (
+        ("--vram", smallest.device_limit, smallest.device_bytes),
+        ("--ram", smallest.ram_limit, smallest.ram_bytes),
+    ):
+        if limit is not None and needed > limit:
+            why = "one layer, its Gram matrices and what is at work on them"
+            raise InputError(
+                f"{option} {format_bytes(limit)}: {format_bytes(needed)} needed for {why}, with hidden states in "
+                f"{'RAM' if smallest.place == 'ram' else 'a file'}; allow more, or quantize a smaller model here"
+            )
+
+
+def _needs(
+    architecture: Architecture, plan: Plan, streams: Streams, on_gpu: bool, itemsize: int, batch: int, calibrated: bool
+) -> dict[str, int]:
+    """The most of device memory and of RAM that is held beside hidden states."""
+    layers = [_count(architecture.layer_shapes(index)) for index in range(len(architecture.layers))]
+    largest = max(layers)
+    stored = 2 * largest  # checkpoints of 16 bit
+    before, outside = _count(architecture.before_layers()), _count(architecture.outside())
+    vocabulary = int(architecture.config.vocab_size)
+    tokens = batch * streams.longest
+    logits = 2 * tokens * vocabulary * (itemsize + 4) if streams.compared else 0
+    at_work = _solving(plan, calibrated) + _activations(plan, architecture, tokens, itemsize, streams)
+    working = {
+        "begin": before * itemsize,
+        "layer": largest * (itemsize + 1) + at_work,
+        "end": (2 if streams.compared else 0) * outside * itemsize + logits,
+    }
+    files = {"begin": 2 * before, "layer": 2 * stored + largest, "end": (4 if streams.compared else 2) * outside}
+    if on_gpu:
+        return {
+            "device": CUDA_BYTES + WIDE_BYTES + max(working.values()),
+            "ram": CUDA_PROCESS_BYTES + max(files.values()),
+        }
+    return {"device": 0, "ram": PROCESS_BYTES + max(working[moment] + files[moment] for moment in working)}
+
+
+def _solving(plan: Plan, calibrated: bool) -> int:
+    """The Gram matrices and weights of the site that needs most."""
+    sites: dict[tuple[int, str], list[LinearPlan]] = {}
+    for linear in plan.linears:
+        sites.setdefault((linear.layer, _reads(linear)), []).append(linear)
+    needs = [0]
+    for linears in sites.values():
+        width = linears[0].in_features
+        weight = 4 * width * sum(linear.out_features for linear in linears)
+        needs.append(WEIGHT_COPIES * weight + GRAM_COPIES * 4 * width**2 if calibrated else 4 * weight)
+    return max(needs)
+
+
+def _reads(linear: LinearPlan) -> str:
+    """Linears with the same word read the same inputs, as far as their names tell."""
+    return fused_name(linear.local) or linear.local
+
+
+def _activations(plan: Plan, architecture: Architecture, tokens: int, itemsize: int, streams: Streams) -> int:
+    widest_in = max(linear.in_features for linear in plan.linears)
+    widest_out = 2 * max(linear.out_features for linear in plan.linears)  # gate and up
+    summed = samples_per_sum(streams.longest) * streams.longest * widest_in  # inputs waiting for their sum
+    hidden = HIDDEN_COPIES * int(architecture.config.hidden_size)
+    return itemsize * (tokens * (hidden + widest_in + widest_out) + 2 * summed)
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(int(torch.Size(shape).numel()) for shape in shapes.values())
