@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.layers: list[float] = []
-        self.stages: dict[str, float] = {}
+        self.stages: list[dict[str, float]] = []  # of each layer
         self.last: tuple[str, float] | None = None
         self.begun = 0.0
 
@@ -45,14 +45,15 @@ class Clock:
     def layer(self, index: int) -> None:
         """A layer begins."""
         self.begun = time.perf_counter()
+        self.stages.append({})
 
     def stage(self, name: str) -> None:
         """A stage begins: the one before it ends."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if self.last:
-            self.stages[self.last[0]] = self.stages.get(self.last[0], 0.0) + now - self.last[1]
+        if self.last and self.stages:
+            self.stages[-1][self.last[0]] = self.stages[-1].get(self.last[0], 0.0) + now - self.last[1]
         self.last = (name, now)
 
     def finished(self, index: int, loss: float, reused: bool) -> None:

@@ -117,7 +117,7 @@ def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options
         weight = torch.cat([weights[name].float() for name in names])  # rows know nothing of each other
         together = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
         error = output_error(dequantize(together) - weight, gram).split(rows)
-        energy = output_error(weight, gram).split(rows)
+        energy = output_error(weight, gram, exact=False).split(rows)
         for name, part, lost, whole in zip(names, split_rows(together, rows), error, energy, strict=True):
             quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
             if factor is not None and factor.damp != options.damp:
