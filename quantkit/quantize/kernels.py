@@ -17,7 +17,7 @@ try:
 except ImportError:  # no Triton for this machine
     triton = None
 
-ROWS = 32  # of a weight, in one program: one for each thread of a warp
+ROWS = 8  # of a weight, in one program
 WIDEST = 128  # columns of a block: their errors lie in registers
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
@@ -128,30 +128,31 @@ if triton is not None:
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         here = row < rows
         k = tl.arange(0, WIDTH)
-        made = tl.zeros([WIDTH, HEIGHT], dtype=tl.float32)  # the errors so far: a row's in the registers of one thread
+        made = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)  # the errors so far
         # What a column needs is loaded while the one before it is at work: memory is far, and each waits for the last.
-        in_group = tl.load(group).to(tl.int32) * rows + row
-        coming = tl.load(group + tl.minimum(1, columns - 1)).to(tl.int32)
+        in_group = tl.load(group) * rows + row
+        coming = tl.load(group + tl.minimum(1, columns - 1))
         scale = tl.load(scales + in_group, mask=here, other=1.0)
         zero = tl.load(zeros + in_group, mask=here, other=0.0)
         wanted = tl.load(target + row, mask=here, other=0.0)
         whole = tl.load(base + row, mask=here, other=0.0)
+        moves = tl.load(feedback + k, mask=k < 0, other=0.0)
         for j in range(columns):
             after = tl.minimum(j + 1, columns - 1)
             in_group = coming * rows + row
-            coming = tl.load(group + tl.minimum(j + 2, columns - 1)).to(tl.int32)
+            coming = tl.load(group + tl.minimum(j + 2, columns - 1))
             next_scale = tl.load(scales + in_group, mask=here, other=1.0)
             next_zero = tl.load(zeros + in_group, mask=here, other=0.0)
             next_wanted = tl.load(target + after * rows + row, mask=here, other=0.0)
             next_whole = tl.load(base + after * rows + row, mask=here, other=0.0)
-            moves = tl.load(feedback + j * stride + k, mask=k < columns, other=0.0)  # errors yet to be made are zero
-            value = wanted + tl.sum(made * moves[:, None], 0)
+            next_moves = tl.load(feedback + after * stride + k, mask=k < after, other=0.0)
+            value = wanted + tl.sum(made * moves[None, :], 1)
             step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
             error = whole - step * scale
             tl.store(steps + j * rows + row, step, mask=here)
             tl.store(errors + j * rows + row, error, mask=here)
-            made = tl.where((k == j)[:, None], error[None, :], made)
-            scale, zero, wanted, whole = next_scale, next_zero, next_wanted, next_whole
+            made = tl.where((k == j)[None, :], error[:, None], made)
+            scale, zero, wanted, whole, moves = next_scale, next_zero, next_wanted, next_whole, next_moves
 
     @triton.jit
     def _stored(scale):
