@@ -117,6 +117,10 @@ For = Annotated[
     Engine | None,
     typer.Option("--for", help="An engine that must load it; else every reason why not, before any work."),
 ]
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="The most GPU memory the run may take.  [default: what is free]")
+]
+Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may take.  [default: what is free]")]
 HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
 RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
 
@@ -148,6 +152,8 @@ def _add_method(method: str, help: str) -> None:
         context: Context = None,
         kv: KvOption = Kv.fp16,
         device: Device = "auto",
+        vram: Vram = None,
+        ram: Ram = None,
         out: Out = None,
         fresh: Fresh = False,
         offline: Offline = False,
@@ -241,6 +247,8 @@ def verify(
     context: Context = None,
     kv: Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache.  [default: as recorded]")] = None,
     device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
     offline: Offline = False,
     max_ppl_increase: MaxPpl = None,
     max_kl: MaxKl = None,
@@ -268,6 +276,8 @@ def verify(
             max_ppl_increase=parse_percent(max_ppl_increase) if max_ppl_increase else None,
             max_kl=max_kl,
             device=choose_device(device),
+            vram=parse_bytes(vram, "--vram") if vram else None,
+            ram=parse_bytes(ram, "--ram") if ram else None,
             offline=offline,
         )
         result = verify_files(request, _console())
@@ -424,6 +434,8 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             verify=not said["no_verify"],
             engine=said["engine"].value if said["engine"] else None,
             place=None if said["states"] is States.auto else said["states"].value,
+            vram=parse_bytes(said["vram"], "--vram") if said["vram"] else None,
+            ram=parse_bytes(said["ram"], "--ram") if said["ram"] else None,
         )
         result, out = quantize(request, _console())
         _console().print(summary(result, out), highlight=False)

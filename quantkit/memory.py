@@ -5,12 +5,12 @@ Bytes are counted before any work, from shapes alone. Hidden states lie on the G
 else in RAM, else in a mapped file in the output folder; a GPU takes as large a micro-batch as fits, a CPU one sample.
 Neither changes what is computed on a CPU, bit for bit. What cannot be kept is refused, with what it would take.
 
-At its peak a run holds one of these, and what is said beside each of PARTS:
+At its peak a run holds one of these, beside the process itself:
 
     begin   the input embedding as stored and as it runs
-    layer   the layer as it runs and what has been quantized of it; for the site that needs most, GRAM_COPIES of its
-            Gram matrix and WEIGHT_COPIES of the weights that are rounded together; the activations of a micro-batch.
-            In RAM also the layer as stored, the next one that is being read, and the shard that is being written
+    layer   the layer as it runs and what has been quantized of it; for the site that needs most, so many copies of its
+            Gram matrix and of the weights that are rounded together, see FACTORISING and REFINING; the activations
+            of a micro-batch. In RAM also the layer as stored, the next one being read, and the shard being written
     end     everything outside the layers twice (the model's and the written one, where they differ), and the logits of
             both for a micro-batch
 """
@@ -26,15 +26,18 @@ from quantkit.activations import TOKENS_AT_ONCE_GPU, samples_per_sum
 from quantkit.errors import InputError
 from quantkit.formats.names import fused_name
 from quantkit.model.streaming import Architecture
-from quantkit.plan import LinearPlan, Plan
+from quantkit.plan import LinearPlan
 from quantkit.units import format_bytes
 
 MIB = 2**20
 PROCESS_BYTES = 640 * MIB  # of RAM: Python, torch and transformers, tokenizer and tokens
 CUDA_PROCESS_BYTES = 3 * 2**30  # of RAM with CUDA's libraries loaded
 CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
-GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed
-WEIGHT_COPIES = 7  # as read, scaled, together, steps, residual, a product, one at work
+# Copies of the Gram matrix and of the weights: it, and two at a time of: damped, its factor, that reversed; beside the
+# weights scaled and together. Then it and the factor; weights scaled, together, steps, residual, a product, two at
+# work.
+FACTORISING = (3, 2)
+REFINING = (2, 7)
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
 HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 SPARE = 0.9  # of what is free, where no limit is given
@@ -90,7 +93,7 @@ class Streams:
 
 def lay_out(
     architecture: Architecture,
-    plan: Plan,
+    linears: Sequence[LinearPlan],
     streams: Streams,
     device: torch.device,
     itemsize: int,
@@ -119,7 +122,7 @@ def lay_out(
     found = []
     for where in places:
         for batch in batches:
-            needs = _needs(architecture, plan, streams, on_gpu, itemsize, batch, calibrated)
+            needs = _needs(architecture, linears, streams, on_gpu, itemsize, batch, calibrated)
             device_bytes = needs["device"] + (states if where == "device" else 0)
             ram_bytes = needs["ram"] + (states if where == "ram" else 0)
             found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram))
@@ -128,6 +131,13 @@ def lay_out(
     if not fitting:
         _refuse(smallest, on_gpu)
     return (fitting or [smallest])[0]
+
+
+def keep(layout: Layout, device: torch.device) -> None:
+    """Have the allocator of the GPU keep to the limit: it gives cached memory back, or fails, rather than go beyond."""
+    if layout.device_limit is not None:
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (layout.device_limit - CUDA_BYTES) / total), device)
 
 
 def _batches(streams: Streams) -> list[int]:
@@ -150,7 +160,13 @@ def _refuse(smallest: Layout, on_gpu: bool) -> None:
 
 
 def _needs(
-    architecture: Architecture, plan: Plan, streams: Streams, on_gpu: bool, itemsize: int, batch: int, calibrated: bool
+    architecture: Architecture,
+    linears: Sequence[LinearPlan],
+    streams: Streams,
+    on_gpu: bool,
+    itemsize: int,
+    batch: int,
+    calibrated: bool,
 ) -> dict[str, int]:
     """The most of device memory and of RAM that is held beside hidden states."""
     layers = [_count(architecture.layer_shapes(index)) for index in range(len(architecture.layers))]
@@ -160,7 +176,7 @@ def _needs(
     vocabulary = int(architecture.config.vocab_size)
     tokens = batch * streams.longest
     logits = 2 * tokens * vocabulary * (itemsize + 4) if streams.compared else 0
-    at_work = _solving(plan, calibrated) + _activations(plan, architecture, tokens, itemsize, streams)
+    at_work = _solving(linears, calibrated) + _activations(linears, architecture, tokens, itemsize, streams)
     working = {
         "begin": before * itemsize,
         "layer": largest * (itemsize + 1) + at_work,
@@ -175,16 +191,17 @@ def _needs(
     return {"device": 0, "ram": PROCESS_BYTES + max(working[moment] + files[moment] for moment in working)}
 
 
-def _solving(plan: Plan, calibrated: bool) -> int:
+def _solving(linears: Sequence[LinearPlan], calibrated: bool) -> int:
     """The Gram matrices and weights of the site that needs most."""
     sites: dict[tuple[int, str], list[LinearPlan]] = {}
-    for linear in plan.linears:
+    for linear in linears:
         sites.setdefault((linear.layer, _reads(linear)), []).append(linear)
     needs = [0]
-    for linears in sites.values():
-        width = linears[0].in_features
-        weight = 4 * width * sum(linear.out_features for linear in linears)
-        needs.append(WEIGHT_COPIES * weight + GRAM_COPIES * 4 * width**2 if calibrated else 4 * weight)
+    for site in sites.values():
+        width = site[0].in_features
+        weight = 4 * width * sum(linear.out_features for linear in site)
+        gram = 4 * width**2
+        needs += [g * gram + w * weight for g, w in (FACTORISING, REFINING)] if calibrated else [4 * weight]
     return max(needs)
 
 
@@ -193,9 +210,11 @@ def _reads(linear: LinearPlan) -> str:
     return fused_name(linear.local) or linear.local
 
 
-def _activations(plan: Plan, architecture: Architecture, tokens: int, itemsize: int, streams: Streams) -> int:
-    widest_in = max(linear.in_features for linear in plan.linears)
-    widest_out = 2 * max(linear.out_features for linear in plan.linears)  # gate and up
+def _activations(
+    linears: Sequence[LinearPlan], architecture: Architecture, tokens: int, itemsize: int, streams: Streams
+) -> int:
+    widest_in = max(linear.in_features for linear in linears)
+    widest_out = 2 * max(linear.out_features for linear in linears)  # gate and up
     summed = samples_per_sum(streams.longest) * streams.longest * widest_in  # inputs waiting for their sum
     hidden = HIDDEN_COPIES * int(architecture.config.hidden_size)
     return itemsize * (tokens * (hidden + widest_in + widest_out) + 2 * summed)

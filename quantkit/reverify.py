@@ -26,9 +26,11 @@ from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
 from quantkit.checkpoint.writer import write_json, write_text
 from quantkit.choices import find_model
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
+from quantkit.evaluation import run_dtype
 from quantkit.fit import fit_checkpoint
 from quantkit.inspection import RESULT, read_result
 from quantkit.machine import peak_rss_bytes, versions
+from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
@@ -65,6 +67,8 @@ class VerifyRequest:
     max_ppl_increase: float | None = None
     max_kl: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    vram: int | None = None
+    ram: int | None = None
     offline: bool = False
 
 
@@ -96,8 +100,13 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
     try:
         quantized = open_quantized(out, original)
         memory = _memory(request, recorded, original)
+        layout = _layout(request, original, quantized, tokens)
+        console.print(f"memory: {layout}", markup=False, highlight=False, soft_wrap=True)
+        keep(layout, request.device)
         with display(console, request.device) as progress:
-            measured = measure(original, quantized, tokens, request.device, progress)
+            measured = measure(
+                original, quantized, tokens, request.device, progress, place=layout.place, batch=layout.batch
+            )
     except (ModelError, NumericsError) as error:
         if not reasons:
             raise
@@ -107,6 +116,23 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
         return _write(out, recorded, verification)
     assert quantized is not None  # without a record nothing can have changed
     return _foreign_document(request, original, quantized, time.monotonic() - began) | {"verification": verification}
+
+
+def _layout(
+    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint, tokens: TokenSet
+) -> Layout:
+    streams = Streams([(tokens.samples, tokens.seqlen)] * 2, compared=True)
+    itemsize = run_dtype(original, request.device, f"{quantized.linears[0].name}.weight").itemsize
+    return lay_out(
+        original,
+        quantized.decoder,
+        streams,
+        request.device,
+        itemsize,
+        calibrated=False,
+        vram=request.vram,
+        ram=request.ram,
+    )
 
 
 # ---------------------------------------------------------------- what is there

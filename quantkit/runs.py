@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantkit.errors import InputError
 from quantkit.fit import fit
 from quantkit.formats import Format
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
+from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Job, Outcome, run
 from quantkit.plan import Plan, make_plan
@@ -68,6 +69,8 @@ class Request:
     verify: bool = True
     place: str | None = None
     engine: str | None = None
+    vram: int | None = None
+    ram: int | None = None
 
 
 def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
@@ -88,16 +91,36 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     calibrated, evaluated = _tokens(request, recipe, model, directory)
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
+    layout = _layout(request, job)
+    job = replace(job, place=layout.place, batch=layout.batch)
     _announce(console, request, plan, job)
+    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    keep(layout, job.device)
     finished: list[dict[str, Any]] = []
 
     def finish(outcome: Outcome) -> None:
         result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
-        finished.append(_finish(job, outcome, directory, result | {"seconds": time.monotonic() - began}))
+        measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
+        finished.append(_finish(job, outcome, directory, result | measured))
 
     with display(console, request.device) as progress:
         run(job, progress, fresh=request.fresh, finish=finish)
     return finished[0], out
+
+
+def _layout(request: Request, job: Job) -> Layout:
+    tokens = [t for t in (job.evaluation, job.evaluation, job.calibration) if t is not None]
+    return lay_out(
+        job.model,
+        job.plan.linears,
+        Streams([(t.samples, t.seqlen) for t in tokens], compared=job.evaluation is not None),
+        job.device,
+        job.dtype.itemsize,
+        calibrated=job.calibration is not None,
+        vram=request.vram,
+        ram=request.ram,
+        place=request.place,
+    )
 
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:

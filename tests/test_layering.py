@@ -57,11 +57,12 @@ ALLOWED: dict[str, str] = {
     "choices": "errors scheme formats checkpoint recipe library",
     "fitting": "errors checkpoint recipe model plan fit report choices",
     "runs": (
-        "errors units scheme quantize formats checkpoint calibration recipe model plan fit library pipeline machine"
-        " verify progress report card choices fitting"
+        "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
+        " machine verify progress report card choices fitting"
     ),
     "reverify": (
-        "errors checkpoint calibration model fit machine verify progress report card choices runs inspection remeasure"
+        "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
+        " inspection remeasure"
     ),
     "repack": "errors scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (

@@ -173,10 +173,14 @@ def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> 
     assert result["verification"]["kl_divergence"] < 2e-3
 
 
-def test_same_request_same_bytes_wherever_states_live(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    for name in ("ram", "file"):
-        done(*command("awq", qwen2, tmp_path / name, ids, "--states", name))
-    assert contents(tmp_path / "ram") == contents(tmp_path / "file")
+def test_same_request_same_bytes_whatever_memory_there_is(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    for name, words in (("ram", ["--states", "ram"]), ("file", ["--states", "file"]), ("limit", ["--ram", "4GiB"])):
+        told = done(*command("awq", qwen2, tmp_path / name, ids, *words)).stderr
+        assert ("in a mapped file" if name == "file" else "in RAM") in told
+    assert contents(tmp_path / "ram") == contents(tmp_path / "file") == contents(tmp_path / "limit")
+    memory = json.loads((tmp_path / "limit" / "quantkit.json").read_text())["memory"]
+    assert memory["ram_limit"] == 4 * 2**30
+    assert memory["ram_bytes"] <= memory["ram_limit"]
 
 
 def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, ids: Path) -> None:
@@ -327,6 +331,8 @@ def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, 
         (["--w-bit", "3", "--format", "awq"], "compressed-tensors"),
         (["--seqlen", "4096", "--calib", "mix"], "128 positions"),
         (["--device", "tpu"], "--device"),
+        (["--ram", "1MiB"], "--ram 1.00 MiB"),
+        (["--vram", "22GiB"], "--vram"),
         (["--budget", "22GB"], "--budget"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
     ],

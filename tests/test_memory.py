@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run may take of memory: chosen before it begins, never more than allowed, refused where it cannot be."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantkit.errors import InputError
+from quantkit.fit import config_from_dict
+from quantkit.formats import FORMATS
+from quantkit.memory import Layout, Streams, lay_out
+from quantkit.model.streaming import Architecture, build
+from quantkit.plan import Plan, make_plan
+from quantkit.recipe import Recipe, resolver, shipped
+from quantkit.scheme import Scheme
+
+GIB = 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CALIBRATION = Streams([(128, 2048)], compared=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Architecture:
+    """The 32B, from its recipe's sizes."""
+    config = shipped()["deepseek-r1-32b"].config
+    assert config is not None
+    return build(config_from_dict(config))
+
+
+@pytest.fixture(scope="module")
+def plan(model: Architecture) -> Plan:
+    return make_plan(model, resolver(Recipe(), Scheme(4, 128, False)), FORMATS["awq"])
+
+
+def on_gpu(model: Architecture, plan: Plan, vram: float, ram: float, streams: Streams = CALIBRATION) -> Layout:
+    return lay_out(model, plan.linears, streams, GPU, 2, vram=int(vram * GIB), ram=int(ram * GIB))
+
+
+def test_the_32b_fits_a_24_gb_card_and_24_gib_of_ram(model: Architecture, plan: Plan) -> None:
+    found = on_gpu(model, plan, 22, 24)
+    assert found.device_bytes <= 22 * GIB
+    assert found.ram_bytes <= 24 * GIB
+    assert found.states_bytes == 128 * 2048 * 5120 * 2
+
+
+def test_hidden_states_move_out_as_memory_shrinks(model: Architecture, plan: Plan) -> None:
+    three = Streams([(128, 2048)] * 3, compared=True)
+    places = [on_gpu(model, plan, vram, ram, three).place for vram, ram in ((80, 64), (18, 64), (18, 10))]
+    assert places == ["device", "ram", "file"]
+
+
+def test_micro_batches_shrink_before_anything_is_refused(model: Architecture, plan: Plan) -> None:
+    most = on_gpu(model, plan, 80, 64)
+    batches = {on_gpu(model, plan, vram / 4, 64).batch for vram in range(64, 120) if _fits(model, plan, vram / 4)}
+    assert most.batch == 4
+    assert max(batches) == most.batch
+
+
+def _fits(model: Architecture, plan: Plan, vram: float) -> bool:
+    try:
+        return on_gpu(model, plan, vram, 64).device_bytes <= vram * GIB
+    except InputError:
+        return False
+
+
+@pytest.mark.parametrize(("vram", "ram", "told"), [(8, 64, "--vram 8.00 GiB"), (22, 2, "--ram 2.00 GiB")])
+def test_a_limit_that_cannot_be_kept_is_refused_with_what_it_takes(
+    model: Architecture, plan: Plan, vram: float, ram: float, told: str
+) -> None:
+    with pytest.raises(InputError, match=f"{told}: .* GiB needed"):
+        on_gpu(model, plan, vram, ram)
+
+
+def test_no_limit_refuses_nothing(model: Architecture, plan: Plan) -> None:
+    endless = replace(CALIBRATION, shapes=[(10**9, 2048)])
+    assert lay_out(model, plan.linears, endless, CPU, 4).place == "file"
+
+
+def test_a_cpu_keeps_16_gib_and_refuses_vram(model: Architecture, plan: Plan) -> None:
+    found = lay_out(model, plan.linears, Streams([(4, 512)], compared=False), CPU, 4, ram=16 * GIB)
+    assert found.ram_bytes <= 16 * GIB
+    assert (found.batch, found.device_bytes) == (1, 0)
+    with pytest.raises(InputError, match="--vram"):
+        lay_out(model, plan.linears, CALIBRATION, CPU, 4, vram=GIB)
+
+
+def test_what_was_chosen_is_told(model: Architecture, plan: Plan) -> None:
+    text = str(on_gpu(model, plan, 22, 24))
+    assert "2.50 GiB of hidden states" in text
+    assert "(22.00 GiB allowed)" in text
