@@ -171,6 +171,11 @@ def fit_checkpoint(
     return _serving(architecture, stored, budget, context, kv, tensor_parallel, engine)
 
 
+def fit_stored(architecture: Architecture, stored: Stored, *, budget: int, context: int, kv: str) -> dict[str, Any]:
+    """The same for tensors that are described otherwise than by safetensors; see `fit`."""
+    return _serving(architecture, stored, budget, context, kv, 1)
+
+
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
     """The transformers config of a config.json's content, or of a recipe's `config`; how it is quantized is ignored.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,18 @@ SAME = (
 )
 
 
+class Measurable(Protocol):
+    """A quantized model on the disk, whatever holds it."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def linears(self) -> tuple[LinearPlan, ...]: ...
+    def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Parameters of the original architecture by their full names, dequantized."""
+        ...
+
+
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
     """A quantized checkpoint on the disk: its tensors, format, and linears (the head's layer is -1)."""
@@ -73,6 +85,14 @@ class QuantizedCheckpoint:
     checkpoint: Checkpoint
     format: Format
     linears: tuple[LinearPlan, ...]
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def files(self) -> list[str]:
+        return self.checkpoint.files
 
     @property
     def decoder(self) -> tuple[LinearPlan, ...]:
@@ -159,7 +179,7 @@ def _local(original: StreamedModel, index: int) -> list[str]:
 @torch.no_grad()
 def measure(
     original: StreamedModel,
-    quantized: QuantizedCheckpoint,
+    quantized: Measurable,
     evaluation: TokenSet,
     device: torch.device,
     progress: Progress,
@@ -173,14 +193,14 @@ def measure(
     Raises:
         ModelError, NumericsError: a damaged file; values that are not finite.
     """
-    out = quantized.checkpoint.directory
+    out = quantized.directory
     with TemporaryDirectory(prefix=".quantkit-", dir=out if os.access(out, os.W_OK) else None) as spill:
         return _measure(original, quantized, evaluation, device, progress, Path(spill), place, batch)
 
 
 def _measure(
     original: StreamedModel,
-    quantized: QuantizedCheckpoint,
+    quantized: Measurable,
     evaluation: TokenSet,
     device: torch.device,
     progress: Progress,

@@ -27,7 +27,8 @@ from quantkit.checkpoint.writer import write_json, write_text
 from quantkit.choices import find_model
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
 from quantkit.evaluation import run_dtype
-from quantkit.fit import fit_checkpoint
+from quantkit.fit import fit_checkpoint, fit_stored
+from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.inspection import RESULT, read_result
 from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
@@ -98,8 +99,8 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
     )
     memory, quantized, measured = None, None, NOT_MEASURED
     try:
-        quantized = open_quantized(out, original)
-        memory = _memory(request, recorded, original)
+        quantized = _open(out, original)
+        memory = _memory(request, recorded, original, quantized)
         layout = _layout(request, original, quantized, tokens)
         console.print(f"memory: {layout}", markup=False, highlight=False, soft_wrap=True)
         keep(layout, request.device)
@@ -119,7 +120,7 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
 
 
 def _layout(
-    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint, tokens: TokenSet
+    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel, tokens: TokenSet
 ) -> Layout:
     streams = Streams([(tokens.samples, tokens.seqlen)] * 2, compared=True)
     itemsize = run_dtype(original, request.device, f"{quantized.linears[0].name}.weight").itemsize
@@ -136,6 +137,12 @@ def _layout(
 
 
 # ---------------------------------------------------------------- what is there
+
+
+def _open(out: Path, original: StreamedModel) -> QuantizedCheckpoint | GGUFModel:
+    """The weights of a folder: safetensors, or where there are none of these, a GGUF file."""
+    gguf = find_gguf(out)
+    return open_quantized(out, original) if gguf is None else open_gguf_model(gguf, original)
 
 
 def _recorded(out: Path) -> dict[str, Any] | None:
@@ -259,16 +266,22 @@ def _noted(tokens: TokenSet, note: str) -> TokenSet:
     return replace(tokens, notes=(*tokens.notes, note))
 
 
-def _memory(request: VerifyRequest, recorded: Mapping[str, Any] | None, original: StreamedModel) -> dict[str, Any]:
+def _memory(
+    request: VerifyRequest,
+    recorded: Mapping[str, Any] | None,
+    original: StreamedModel,
+    quantized: QuantizedCheckpoint | GGUFModel,
+) -> dict[str, Any]:
     """What `fit` says of the files; what it said of the run itself is kept."""
     before = ((recorded or {}).get("verification") or {}).get("fit") or {}
     context = request.context or before.get("context")
-    now = fit_checkpoint(
-        request.out,
-        budget=request.budget or before.get("budget_bytes") or DEFAULT_BUDGET,
-        context=context or min(DEFAULT_CONTEXT, positions(original.config) or DEFAULT_CONTEXT),
-        kv=request.kv or before.get("kv") or "fp16",
-    )
+    budget = request.budget or before.get("budget_bytes") or DEFAULT_BUDGET
+    context = context or min(DEFAULT_CONTEXT, positions(original.config) or DEFAULT_CONTEXT)
+    kv = request.kv or before.get("kv") or "fp16"
+    if isinstance(quantized, GGUFModel):
+        now = fit_stored(original, quantized.stored(), budget=budget, context=context, kv=kv)
+    else:
+        now = fit_checkpoint(request.out, budget=budget, context=context, kv=kv)
     # The run knew what a config does not tell: that the zero points of an AWQ file are all in the middle.
     same = all(now[key] == before.get(key) for key in ("weights", "total_bytes", "budget_bytes", "context", "kv"))
     return before if same else before | now
@@ -305,7 +318,7 @@ def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) ->
 
 
 def _foreign_document(
-    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint, seconds: float
+    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel, seconds: float
 ) -> dict[str, Any]:
     schemes: dict[str, int] = {}
     for linear in quantized.decoder:
@@ -316,10 +329,10 @@ def _foreign_document(
         "command": request.command,
         "model": request.against or str(original.directory),
         "out": str(request.out),
-        "format": quantized.format.name,
+        "format": "gguf" if isinstance(quantized, GGUFModel) else quantized.format.name,
         "schemes": schemes,
         "bits_per_weight": quantized.bits_per_weight,
-        "total_bytes": sum((request.out / name).stat().st_size for name in quantized.checkpoint.files),
+        "total_bytes": sum((request.out / name).stat().st_size for name in quantized.files),
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "device": str(request.device),

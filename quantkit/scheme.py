@@ -118,3 +118,37 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -
     codes: Tensor = quantized.codes.float().unflatten(1, (-1, columns))
     weight = (codes - quantized.zeros.float().unsqueeze(2)) * quantized.scales.float().unsqueeze(2)
     return weight.flatten(1).to(dtype)
+
+
+@dataclass(frozen=True)
+class Superblocks:
+    """A weight with two levels of scales, as llama.cpp's K-quants have them; superblocks of 256 input columns.
+
+        w = d * scale * (code - zero) - dmin * low
+
+    codes:  uint8 [out_features, in_features]
+    scales: int16 [out_features, in_features / columns], whole numbers; lows: the same, all 0 when nothing is subtracted
+    d:      float16 [out_features, in_features / 256]; dmin: the same
+    zero:   what is taken off every code
+    """
+
+    codes: Tensor
+    scales: Tensor
+    lows: Tensor
+    d: Tensor
+    dmin: Tensor
+    zero: int
+
+
+def two_levels(blocks: Superblocks) -> tuple[Tensor, Tensor]:
+    """Each group's step and what is subtracted, float32 [out, groups]: the two levels of scales multiplied out."""
+    groups = blocks.scales.shape[1] // blocks.d.shape[1]
+    step = expand(blocks.d.float(), groups) * blocks.scales.float()
+    return step, expand(blocks.dmin.float(), groups) * blocks.lows.float()
+
+
+def dequantize_superblocks(blocks: Superblocks) -> Tensor:
+    """The weight float32 [out, in] that superblocks stand for."""
+    step, low = two_levels(blocks)
+    columns = blocks.codes.shape[1] // step.shape[1]
+    return (blocks.codes.float() - blocks.zero) * expand(step, columns) - expand(low, columns)

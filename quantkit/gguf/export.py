@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized checkpoint as one GGUF file, its integers as they are.
+
+One tensor is in memory at a time. Linears that are quantized keep their codes and scales (see `formats.gguf`); what is
+stored in 16 bit stays float16; norms and biases become float32, as llama.cpp wants them. What was measured of the
+checkpoint is then true of the file, but for the 8-bit activations that llama.cpp's CPU kernels round to.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
+from quantkit.errors import ModelError, NumericsError, SchemeError
+from quantkit.fit import config_from_dict
+from quantkit.formats import Format
+from quantkit.formats.gguf import (
+    INTEGER_TYPES,
+    TYPES,
+    dequantize_blocks,
+    inexact_lows,
+    pack,
+    pack_superblocks,
+    usual_type,
+    why_not,
+)
+from quantkit.formats.reading import unpack
+from quantkit.gguf.architecture import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    check_architecture,
+    hyperparameters,
+    permutation,
+    rope_factors,
+    tensor_name,
+)
+from quantkit.gguf.file import TensorInfo, Value, file_bytes, write_gguf
+from quantkit.gguf.tokenizer import tokenizer_metadata
+from quantkit.model.streaming import Architecture, build
+from quantkit.plan import LinearPlan
+from quantkit.quantize import kquants, rtn
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.stored import packed_names, quantization_of, stored_linears
+
+OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
+ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time
+QUANTIZATION_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to export: its architecture, config.json, tensors and quantized linears by name."""
+
+    directory: Path
+    architecture: Architecture
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    format: Format | None
+    linears: Mapping[str, LinearPlan]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The file before it exists: its metadata, its tensors in order, and where each comes from.
+
+    sources: name in the file -> name of the parameter ("" for what is computed)
+    """
+
+    metadata: dict[str, Value]
+    infos: tuple[TensorInfo, ...]
+    sources: Mapping[str, str]
+
+    @property
+    def file_bytes(self) -> int:
+        return file_bytes(self.metadata, self.infos)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. equal: linears whose integers went in as they are; rounded: names of those with a loss, and
+
+    the relative error of their weights, |W' - W| / |W|.
+    """
+
+    path: Path
+    sha256: str
+    nbytes: int
+    types: dict[str, str]
+    equal: int
+    rounded: dict[str, float]
+
+
+def open_source(directory: Path) -> Source:
+    """Read config and headers of a quantized checkpoint of any tool.
+
+    Raises:
+        ModelError: not a quantized checkpoint, one that is not supported, or an architecture without a row.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory}: no config.json; expected a quantized checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    quantization = quantization_of(raw)
+    if not quantization:
+        raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
+    architecture = build(config_from_dict(raw))
+    check_architecture(architecture.config)
+    checkpoint = open_checkpoint(directory)
+    fmt, linears = stored_linears(architecture, checkpoint, quantization)
+    return Source(directory, architecture, raw, checkpoint, fmt, {x.name: x for x in linears if x.scheme is not None})
+
+
+def export(
+    directory: Path,
+    destination: Path,
+    type: str | None = None,
+    *,
+    outside: str = "f16",
+    requantize: bool = False,
+    name: str | None = None,
+) -> Exported:
+    """Write a quantized checkpoint as one GGUF file.
+
+    type: of the quantized linears; None: the smallest that each one's integers fit
+    outside: of the embedding and the head where they are stored in 16 bit: f16, q8_0 or q6_k
+    requantize: accept what loses something (q4_1's rounding of -zero * scale, another type), and say how much
+
+    Raises:
+        SchemeError: integers that the type does not hold, before anything is written; a type that is not known.
+        ModelError: a checkpoint or tokenizer that is not supported. OutputError: the file cannot be written.
+    """
+    source = open_source(directory)
+    types = types_of(source, type, requantize)
+    if not requantize:
+        _require_exact(source, types)
+    made = layout(source.architecture, source.config, directory, types, outside, name)
+    exported = Exported(destination, "", made.file_bytes, types, 0, {})
+
+    def data() -> Iterator[tuple[str, Iterator[Tensor]]]:
+        for info in made.infos:
+            yield info.name, _pieces(source, made.sources[info.name], info, exported)
+
+    sha256 = write_gguf(destination, made.metadata, made.infos, data())
+    return replace(exported, sha256=sha256, equal=len(types) - len(exported.rounded))
+
+
+def layout(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    directory: Path,
+    types: Mapping[str, str],
+    outside: str,
+    name: str | None = None,
+) -> Layout:
+    """Plan the file of a model whose linears have these types (by full name; the others stay float16).
+
+    Raises:
+        SchemeError: a type that is not known, or whose blocks do not divide the rows.
+        ModelError: a parameter without a place in the file; a tokenizer that is not supported.
+    """
+    if outside not in OUTSIDE_TYPES:
+        raise SchemeError(f"type of the embedding and the head: expected {', '.join(OUTSIDE_TYPES)}, got {outside!r}")
+    settings = architecture.config
+    infos, sources = [], {}
+    factors = rope_factors(settings)
+    if factors is not None:
+        infos.append(TensorInfo(ROPE_FACTORS, "f32", tuple(factors.shape)))
+        sources[ROPE_FACTORS] = ""
+    for parameter, shape in _parameters(architecture).items():
+        kind = types.get(parameter.removesuffix(".weight"))
+        if kind is None:
+            wide = len(shape) > 1
+            inner = parameter.startswith(f"{architecture.layers_name}.")
+            kind = ("f16" if inner else outside) if wide else "f32"
+        if shape[-1] % TYPES[kind].columns:
+            raise SchemeError(f"{parameter}: rows of {shape[-1]} are no whole blocks of {kind}; use another type")
+        infos.append(TensorInfo(tensor_name(parameter), kind, shape))
+        sources[tensor_name(parameter)] = parameter
+    kinds = [types[linear] for linear in types]
+    most = max(sorted(set(kinds)), key=kinds.count)
+    metadata: dict[str, Value] = {
+        "general.architecture": ARCHITECTURES[settings.model_type],
+        "general.type": "model",
+        "general.name": name or directory.resolve().name,
+        "general.quantization_version": QUANTIZATION_VERSION,
+        "general.file_type": TYPES[most].file_type,
+        "general.quantized_by": "quantkit",
+    }
+    metadata |= hyperparameters(settings)
+    metadata |= tokenizer_metadata(directory, settings.vocab_size, config)
+    return Layout(metadata, tuple(infos), sources)
+
+
+def _parameters(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every parameter and its shape: the embedding, the layers in order, what comes after them."""
+    found = dict(architecture.before_layers())
+    for index in range(len(architecture.layers)):
+        prefix = architecture.layer_name(index)
+        found |= {f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()}
+    return found | architecture.after_layers()
+
+
+def types_of(source: Source, wanted: str | None, requantize: bool = False) -> dict[str, str]:
+    """The type that each quantized linear of a checkpoint gets; see `export`."""
+    return {linear.name: _type_of(linear, wanted, requantize) for linear in source.linears.values()}
+
+
+def _type_of(linear: LinearPlan, wanted: str | None, requantize: bool) -> str:
+    assert linear.scheme is not None
+    if wanted is not None and wanted not in TYPES:
+        raise SchemeError(f"--type: expected {', '.join(TYPES)}, got {wanted!r}")
+    try:
+        found = wanted or usual_type(linear.scheme)
+        reason = why_not(linear.scheme, linear.out_features, linear.in_features, found)
+    except SchemeError as error:
+        raise SchemeError(f"{linear.name}: {error}") from error
+    if reason is not None and not requantize:
+        more = "; from the 16-bit model it can be made without rounding twice" if found not in INTEGER_TYPES else ""
+        raise SchemeError(f"{linear.name}: {reason}{more}, or accept a loss with --requantize")
+    return found
+
+
+def _require_exact(source: Source, types: Mapping[str, str]) -> None:
+    """Before a byte is written: no q4_1 whose products of zero point and scale float16 does not hold."""
+    for linear in source.linears.values():
+        if types[linear.name] == "q4_1":
+            quantized = _read_quantized(source, linear)
+            count, groups = inexact_lows(quantized), quantized.scales.numel()
+            if count:
+                raise SchemeError(
+                    f"{linear.name}: q4_1 stores -zero * scale in float16, which is inexact in {count} of {groups} "
+                    "groups (by less than 2^-11 of it); --requantize accepts that, --type q8_0 holds the integers "
+                    "exactly, and a run with --format gguf makes scales that fit"
+                )
+
+
+def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
+    assert source.format is not None
+    assert linear.scheme is not None
+    names = packed_names(source.format, linear)
+    packed = {name.removeprefix(f"{linear.name}."): source.checkpoint.read(name) for name in names}
+    try:
+        found = unpack(source.format, packed, linear.scheme, (linear.out_features, linear.in_features))
+    except ModelError as error:
+        raise ModelError(f"{linear.name}: {error}") from error
+    if found.scales.dtype != torch.float16:
+        raise SchemeError(f"{linear.name}: scales in {found.scales.dtype}; gguf stores float16")
+    return found
+
+
+def _pieces(source: Source, parameter: str, info: TensorInfo, exported: Exported) -> Iterator[Tensor]:
+    """The bytes of one tensor of the file."""
+    settings = source.architecture.config
+    if not parameter:
+        factors = rope_factors(settings)
+        assert factors is not None
+        yield factors
+        return
+    linear = source.linears.get(parameter.removesuffix(".weight"))
+    order = permutation(settings, parameter, info.shape[0])
+    if linear is None or not parameter.endswith(".weight"):
+        for rows in read_rows(source.checkpoint, parameter):
+            require_finite(parameter, rows, source.directory)
+            yield encode_rows(parameter, rows if order is None else rows[order], info.type)
+        return
+    blocks = _linear_blocks(_read_quantized(source, linear), linear.name, info.type, exported)
+    yield blocks if order is None else blocks[order]
+
+
+def _linear_blocks(quantized: QuantizedTensor, name: str, kind: str, exported: Exported) -> Tensor:
+    assert quantized.scheme is not None
+    fits = why_not(quantized.scheme, quantized.out_features, quantized.in_features, kind) is None
+    if fits and quantized.g_idx is None and not (kind == "q4_1" and inexact_lows(quantized)):
+        return pack(quantized, kind)
+    weight = dequantize(quantized)
+    loses_little = fits and quantized.g_idx is None
+    blocks = pack(quantized, kind, exact=False) if loses_little else encode_rows(name, weight, kind)
+    difference = dequantize_blocks(blocks, kind) - weight
+    exported.rounded[name] = float(difference.norm() / weight.norm().clamp(min=1e-30))
+    return blocks
+
+
+def read_rows(checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A stored tensor, a number of rows at a time where it is wide; whole where its rows are few or are vectors."""
+    entry = checkpoint.entries.get(name)
+    if entry is None or len(entry.shape) < 2 or entry.nbytes <= 2 * ROWS_BYTES:
+        yield checkpoint.read(name)
+        return
+    row_bytes = entry.nbytes // entry.shape[0]
+    step = max(1, ROWS_BYTES // row_bytes)
+    for begin in range(0, entry.shape[0], step):
+        count = min(step, entry.shape[0] - begin)
+        offset, shape = entry.offset + begin * row_bytes, (count, *entry.shape[1:])
+        part = replace(entry, shape=shape, offset=offset, nbytes=count * row_bytes)
+        yield Checkpoint(checkpoint.directory, {name: part}).read(name)
+
+
+def encode_rows(name: str, rows: Tensor, kind: str) -> Tensor:
+    """Values as a type stores them; those of 4 to 8 bits rounded to the nearest, all columns alike.
+
+    Raises:
+        NumericsError: a value beyond float16.
+    """
+    if kind == "f32":
+        return rows.float()
+    if kind == "f16":
+        stored = rows.to(torch.float16)
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericsError(f"{name}: largest value {float(rows.abs().max()):.3g} is beyond float16 (65504)")
+        return stored
+    if kind in kquants.KINDS:
+        return pack_superblocks(kquants.quantize(rows, kind), kind)
+    scheme = Scheme(8 if kind == "q8_0" else 4, 32, kind != "q4_1")
+    return pack(rtn.quantize(rows, scheme, search=kind != "q8_0"), kind, exact=False)
