@@ -98,7 +98,7 @@ def _front_matter(result: Result) -> str:
     stored = result["format"].removesuffix("_v2")
     data: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
-        "library_name": "transformers",
+        "library_name": "gguf" if stored == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
         **({"license": wording.one_line(license_name)} if license_name else {}),
         "tags": list(dict.fromkeys([stored, *([result["method"]] if result["method"] in ("awq", "gptq") else [])]))
@@ -237,6 +237,8 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
         ),
         "transformers": ("python", _transformers(path)),
     }
+    if result["format"] == "gguf":
+        return [_llamacpp(result, path, fit)]
     shown = []
     for engine, name in ENGINES.items():
         why = refusals.get(engine)
@@ -249,6 +251,15 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
             {"name": name, "loads": not why, "note": note, "language": code[engine][0], "code": code[engine][1]}
         )
     return shown
+
+
+def _llamacpp(result: Result, path: str, fit: Result) -> dict[str, Any]:
+    """llama.cpp, and what is built on it, with the file in the folder."""
+    names = [str(file["name"]) for file in result.get("files") or [] if str(file["name"]).endswith(".gguf")]
+    file = f"{path}/{names[0]}" if names else path
+    code = _command(["llama-server", "--model", file, "--n-gpu-layers", "999"], fit, "--ctx-size {0}", "q8_0")
+    note = "also ollama, LM Studio, llama-cpp-python: whatever reads GGUF"
+    return {"name": "llama.cpp", "loads": True, "note": note, "language": "bash", "code": code.split(" --kv-cache")[0]}
 
 
 def _command(words: Sequence[str], fit: Result, context_flags: str, fp8: str) -> str:

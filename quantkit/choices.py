@@ -6,6 +6,7 @@ from pathlib import Path
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
+from quantkit.formats.gguf import BLOCK, GGUF
 from quantkit.library import model_of
 from quantkit.recipe import Recipe, read_recipe, shipped
 from quantkit.scheme import Scheme
@@ -31,10 +32,21 @@ def choose_recipe(file: Path | None, model: str) -> Recipe:
 
 
 def choose_scheme(
-    method: str, recipe: Recipe, bits: int | None, group_size: int | None, symmetric: bool | None
+    method: str,
+    recipe: Recipe,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    format: str | None = None,
 ) -> Scheme:
-    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128."""
+    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128.
+
+    gguf has groups of 32, and 8 bits only without zero points: there these are the defaults.
+    """
     default = recipe.default
+    if format == GGUF.name:
+        group_size = BLOCK if group_size is None else group_size
+        symmetric = True if symmetric is None and (bits or default.bits) == 8 else symmetric
     return Scheme(
         next(b for b in (bits, default.bits, 4) if b is not None),
         next(g for g in (group_size, default.group_size, 128) if g is not None),
@@ -48,9 +60,11 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
     Raises:
         InputError: no format of that name.
     """
+    if name == GGUF.name:
+        return GGUF
     if name is not None:
         if name not in FORMATS:
-            raise InputError(f"--format: expected {', '.join(FORMATS)}, got {name!r}")
+            raise InputError(f"--format: expected {', '.join(FORMATS)} or {GGUF.name}, got {name!r}")
         return FORMATS[name]
     usual = DEFAULT_FORMATS[method]
     if recipe.rules or (usual == "awq" and scheme.bits != 4):

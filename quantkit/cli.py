@@ -45,6 +45,7 @@ class TargetName(StrEnum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
     fp16 = "fp16"
 
 
@@ -54,6 +55,14 @@ class Bits(StrEnum):
 
 class Kv(StrEnum):
     fp16, fp8 = "fp16", "fp8"
+
+
+class BlockName(StrEnum):
+    q4_0, q4_1, q8_0, q4_k, q5_k, q6_k = "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"
+
+
+class OutsideName(StrEnum):
+    f16, q8_0, q6_k = "f16", "q8_0", "q6_k"
 
 
 class Quality(StrEnum):
@@ -290,7 +299,9 @@ def verify(
 
 @app.command()
 def convert(
-    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    out: Annotated[
+        Path, typer.Argument(help="A quantized checkpoint: AWQ, GPTQ or CT, whoever made it; to gguf also a MODEL.")
+    ],
     to: Annotated[TargetName, typer.Option("--to", help="The format of the result; fp16: not quantized.")],
     target: Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/OUT-FORMAT]")] = None,
     requantize: Annotated[
@@ -300,12 +311,30 @@ def convert(
         str | None, typer.Option("--against", help="The 16-bit MODEL to measure with.  [default: as recorded]")
     ] = None,
     engine: For = None,
+    type: Annotated[
+        BlockName | None,
+        typer.Option("--type", help="gguf: of the linears.  [default: as the integers are; MODEL: q4_k]"),
+    ] = None,
+    outside: Annotated[
+        OutsideName, typer.Option("--embeddings", help="gguf: type of the embedding and the head.")
+    ] = OutsideName.f16,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    rounding: Annotated[Rounding, typer.Option("--rounding", help="gguf of a MODEL: as of awq.")] = Rounding.gptq,
+    device: Device = "auto",
     fresh: Fresh = False,
     offline: Offline = False,
     json: Json = False,
 ) -> None:
     """The same integers in another format; exit 3 if a new measurement says FAIL."""
+    if to is TargetName.gguf:
+        _to_gguf(locals())
+        return
     with _told(resumes=True):
+        if type is not None:
+            raise InputError(f"--type {type.value}: a type of gguf's blocks; use it with --to gguf")
         from quantkit.convert import ConvertRequest
         from quantkit.convert import convert as convert_files
         from quantkit.summary import convert_summary
@@ -439,6 +468,42 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
         )
         result, out = quantize(request, _console())
         _console().print(summary(result, out), highlight=False)
+        if said["json"]:
+            _print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)
+
+
+def _to_gguf(said: dict[str, Any]) -> None:
+    with _told(resumes=True):
+        from quantkit.export_gguf import ExportRequest, to_gguf
+        from quantkit.machine import choose_device
+        from quantkit.summary import convert_summary, summary
+
+        quiet_libraries()
+        engine = said["engine"].value if said["engine"] else "llamacpp"
+        if engine not in ("llamacpp", "transformers"):
+            raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")
+        request = ExportRequest(
+            source=str(said["out"]),
+            command=_command(),
+            type=said["type"].value if said["type"] else None,
+            outside=said["outside"].value,
+            out=said["target"],
+            requantize=said["requantize"],
+            nearest=said["rounding"] is Rounding.nearest,
+            against=said["against"],
+            calib=said["calib"],
+            samples=said["samples"],
+            seqlen=said["seqlen"],
+            seed=said["seed"],
+            device=choose_device(said["device"]),
+            fresh=said["fresh"],
+            offline=said["offline"],
+        )
+        result, folder = to_gguf(request, _console())
+        shown = convert_summary if "converted" in result else summary
+        _console().print(shown(result, folder), highlight=False)
         if said["json"]:
             _print_json(result)
     if (result["verification"] or {}).get("verdict") == "fail":

@@ -132,21 +132,21 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
     written = open_gguf_model(out / unit.file, architecture)
     document = _document(request, recorded, written, unit, out, str(request.against or folder))
     document["layers"] = _layers(recorded, written, unit.record)
-    kept, rounded = unit.record["equal"], unit.record["rounded"]
+    equal, rounded = unit.record["equal"], unit.record["rounded"]
+    errors = list(rounded.values())
     document["converted"] = {
         "from": folder.name,
         "from_format": source.format.name if source.format else None,
         "lossless": not rounded,
-        "equal": kept,
-        "rounded": rounded,
+        "equal": equal,
+        "rounded": len(rounded),
+        "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else None,
     }
-    document["fallbacks"] += [f"{name}: rounded again, weights moved by {e:.2e}" for name, e in rounded.items()]
     document["seconds"] = time.monotonic() - began
-    _say(
-        console, out / unit.file, f"{kept} linears keep their integers" + (f", {len(rounded)} rounded" * bool(rounded))
-    )
-    carried = recorded.get("verification") if recorded and not rounded and request.outside == "f16" else None
-    return _finish(request, document, carried, out, console), out
+    _say(console, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
+    said = (recorded or {}).get("verification")
+    same = not rounded and request.outside == "f16"
+    return _finish(request, document, said if same else None, out, console, (said or {}).get("eval")), out
 
 
 def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -319,8 +319,13 @@ def _finish(
     carried: dict[str, Any] | None,
     out: Path,
     console: Console,
+    tokens: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept."""
+    """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept.
+
+    carried: a verification that is true of the file; tokens: what the source was measured on
+    """
+    tokens = tokens if tokens and request.evaluation is None else {}
     document["verification"] = carried
     write_json(out / RESULT, document)
     if request.verify:
@@ -328,9 +333,9 @@ def _finish(
             out=out,
             command=request.command,
             against=request.against,
-            evaluation=request.evaluation,
-            seqlen=request.seqlen if request.evaluation else None,
-            eval_samples=request.eval_samples,
+            evaluation=request.evaluation or tokens.get("source"),
+            seqlen=tokens.get("seqlen"),
+            eval_samples=request.eval_samples or tokens.get("samples"),
             budget=request.budget,
             context=request.context,
             device=request.device,

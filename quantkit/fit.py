@@ -173,7 +173,7 @@ def fit_checkpoint(
 
 def fit_stored(architecture: Architecture, stored: Stored, *, budget: int, context: int, kv: str) -> dict[str, Any]:
     """The same for tensors that are described otherwise than by safetensors; see `fit`."""
-    return _serving(architecture, stored, budget, context, kv, 1)
+    return _serving(architecture, stored, budget, context, kv, 1, None)
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:

@@ -59,7 +59,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     architecture = _architecture(request)
     recipe = choose_recipe(request.recipe, request.model)
     method = "gptq" if (request.format or "").startswith("gptq") else "awq"
-    scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric)
+    scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     plan = make_plan(architecture, resolver(recipe, scheme), fmt)
     limit = _positions(getattr(architecture.config, "max_position_embeddings", None))

@@ -21,6 +21,10 @@ from quantkit.choices import DEFAULT_FORMATS, choose_format, choose_recipe, choo
 from quantkit.errors import InputError
 from quantkit.fit import fit
 from quantkit.formats import Format
+from quantkit.formats.gguf import GGUF
+from quantkit.gguf.architecture import check_architecture
+from quantkit.gguf.export import export
+from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
@@ -81,10 +85,13 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     """
     began = time.monotonic()
     recipe = choose_recipe(request.recipe, request.model)
-    scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric)
+    scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
     model = open_model(directory)
+    if fmt is GGUF:
+        check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
+        tokenizer_metadata(directory, model.config.vocab_size, {})
     plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
     context = _context(request, model.config)
     memory = fit(model, plan, budget=request.budget, context=context, kv=request.kv, engine=request.engine)
@@ -126,10 +133,15 @@ def _layout(request: Request, job: Job) -> Layout:
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     """outputs/<model>-<method>-w<bits>-g<group>[-<format>]."""
     usual = fmt.name == DEFAULT_FORMATS[request.method]
-    name = Path(request.model).expanduser().resolve().name if Path(request.model).exists() else request.model
-    label = name.rpartition("/")[2]
+    label = _label(request.model)
     tail = "" if usual else f"-{fmt.name}"
     return Path("outputs") / f"{label}-{request.method}-w{scheme.bits}-g{scheme.group_size}{tail}"
+
+
+def _label(model: str) -> str:
+    """A model's name without what is before it."""
+    name = Path(model).expanduser().resolve().name if Path(model).exists() else model
+    return name.rpartition("/")[2]
 
 
 def _config_options(request: Request) -> dict[str, Any]:
@@ -243,6 +255,15 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
         files[name] = write_json(out / name, content)
     for path in beside_weights(directory):
         files[path.name] = copy_file(path, out / path.name)
+    if plan.format is GGUF:
+        exported = export(out, out / f"{out.resolve().name}.gguf", name=_label(result["model"]))
+        files[exported.path.name] = exported.sha256
+        result["gguf"] = {
+            "file": exported.path.name,
+            "bytes": exported.nbytes,
+            "types": sorted(set(exported.types.values())),
+            "equal": exported.equal,
+        }
     result["files"] = [
         {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
     ]

@@ -37,6 +37,10 @@ ALLOWED: dict[str, str] = {
     "fit": "errors units scheme formats checkpoint model recipe plan loaders activations stored",
     "memory": "errors units formats activations model plan",
     "library": "errors units checkpoint recipe resources",
+    "gguf": (
+        "errors scheme stats formats quantize machine checkpoint calibration activations model plan stored fit"
+        " evaluation"
+    ),
     # the loop
     "evaluation": "errors calibration activations verify model",
     "pipeline": (
@@ -58,20 +62,24 @@ ALLOWED: dict[str, str] = {
     "fitting": "errors checkpoint recipe model plan fit report choices",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
-        " machine verify progress report card choices fitting"
+        " machine verify progress report card choices fitting gguf"
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
-        " inspection remeasure"
+        " inspection remeasure gguf"
     ),
     "repack": "errors scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (
         "errors formats checkpoint fit loaders machine stored pipeline verify report card inspection runs reverify"
         " repack"
     ),
+    "export_gguf": (
+        "errors formats gguf checkpoint calibration choices model pipeline progress machine stored report card"
+        " inspection runs reverify"
+    ),
     "cli": (
         "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting"
-        " reverify convert"
+        " reverify convert export_gguf"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -90,10 +98,10 @@ LIBRARIES: dict[str, str] = {
     "socket": "",
     "subprocess": "",
     "pickle": "",
-    "transformers": "calibration model fit runs cli",
+    "transformers": "gguf calibration model fit runs cli",
     "accelerate": "model",
     "typer": "cli",
-    "rich": "progress cli runs reverify convert fit inspection library summary",
+    "rich": "export_gguf progress cli runs reverify convert fit inspection library summary",
 }
 
 # Pure parts: tensors in, tensors out.

@@ -21,7 +21,9 @@ CONTEXT = 1024
 
 
 def open_llama(path: Path) -> Llama:
-    return Llama(str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=1, logits_all=True, verbose=False)
+    return Llama(
+        str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False
+    )
 
 
 def load(path: Path) -> Forward:

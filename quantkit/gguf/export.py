@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
-from quantkit.errors import ModelError, NumericsError, SchemeError
+from quantkit.errors import ModelError, NumericsError, OutputError, SchemeError
 from quantkit.fit import config_from_dict
 from quantkit.formats import Format
 from quantkit.formats.gguf import (
@@ -39,7 +39,7 @@ from quantkit.gguf.architecture import (
     rope_factors,
     tensor_name,
 )
-from quantkit.gguf.file import TensorInfo, Value, file_bytes, write_gguf
+from quantkit.gguf.file import TensorInfo, Value, file_bytes, open_gguf, write_gguf
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import LinearPlan
@@ -149,6 +149,7 @@ def export(
             yield info.name, _pieces(source, made.sources[info.name], info, exported)
 
     sha256 = write_gguf(destination, made.metadata, made.infos, data())
+    _require_equal(source, destination, set(types) - set(exported.rounded))
     return replace(exported, sha256=sha256, equal=len(types) - len(exported.rounded))
 
 
@@ -240,6 +241,19 @@ def _require_exact(source: Source, types: Mapping[str, str]) -> None:
                     "groups (by less than 2^-11 of it); --requantize accepts that, --type q8_0 holds the integers "
                     "exactly, and a run with --format gguf makes scales that fit"
                 )
+
+
+def _require_equal(source: Source, path: Path, names: set[str]) -> None:
+    """Read the file back: the weights of linears that lost nothing are those of the checkpoint, bit for bit."""
+    written = open_gguf(path)
+    for name in sorted(names):
+        parameter = f"{name}.weight"
+        weight = dequantize(_read_quantized(source, source.linears[name]))
+        order = permutation(source.architecture.config, parameter, len(weight))
+        if not torch.equal(written.read(tensor_name(parameter)), weight if order is None else weight[order]):
+            raise OutputError(
+                f"{path}: {name}: read back, its weights are not those that were written; is the disk sound?"
+            )
 
 
 def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream
+from quantkit.activations import Stream, regrouped, samples_per_sum
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
@@ -41,7 +41,7 @@ from quantkit.model.streaming import (
 from quantkit.quantize import gptq, kquants, rtn
 from quantkit.quantize.refine import refine
 from quantkit.scheme import Scheme
-from quantkit.stats import SiteStats, add_inputs, empty_stats, output_error, require_finite_stats
+from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
 REFINEMENTS = 2
 
@@ -143,10 +143,16 @@ def _round_layer(
 def _collect(job: RoundJob, index: int, local: str, stream: Stream) -> SiteStats:
     weight = job.model.layers[index].get_submodule(local).weight
     assert isinstance(weight, Tensor)
-    stats = empty_stats(weight.shape[1], job.device)
+    inputs = regrouped(_inputs(job, index, local, stream), samples_per_sum(stream.states.shape[1]))
+    return collect(inputs, weight.shape[1], job.device)
+
+
+def _inputs(job: RoundJob, index: int, local: str, stream: Stream) -> Iterator[Tensor]:
+    """What the site's linears read, one micro-batch at a time."""
     for batch in stream.batches():
-        run_to(job.model, index, stream.states[batch].to(job.device), local, lambda x: add_inputs(stats, x))
-    return stats
+        seen: list[Tensor] = []
+        run_to(job.model, index, stream.states[batch].to(job.device), local, seen.append)
+        yield seen[0]
 
 
 def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | None) -> Tensor:

@@ -74,13 +74,14 @@ def weighted_error(weight: Tensor, blocks: Superblocks, energy: Tensor) -> float
 
 def _compensate(weight: Tensor, blocks: Superblocks, kind: Kind, factor: Factor) -> Superblocks:
     """GPTQ on a fixed grid: with the lows added to the weights, what is left is a step and whole numbers."""
-    step, low = (expand(part, kind.columns)[:, factor.order] for part in two_levels(blocks))
-    step = torch.where(step == 0, SMALLEST_SCALE, step)
+    step, low = two_levels(blocks)
+    step = torch.where(step == 0, SMALLEST_SCALE, step).T.contiguous()
+    shifted = (weight + expand(low, kind.columns)).T[factor.order].contiguous()
     zero = torch.full_like(step, kind.zero)
-    codes = solve(weight[:, factor.order] + low, step, zero, factor.inverse, kind.max_code)
+    codes = solve(shifted, step, zero, factor.order // kind.columns, factor.feedback, kind.max_code)
     natural = torch.empty_like(codes)
-    natural[:, factor.order] = codes
-    return replace(blocks, codes=natural)
+    natural[factor.order] = codes
+    return replace(blocks, codes=natural.T.contiguous())
 
 
 # ---------------------------------------------------------------- the search: [rows, superblocks, groups(, columns)]
