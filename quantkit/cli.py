@@ -38,6 +38,7 @@ class FormatName(StrEnum):
     gptq = "gptq"
     gptq_v2 = "gptq_v2"
     compressed_tensors = "compressed-tensors"
+    gguf = "gguf"
 
 
 class TargetName(StrEnum):
