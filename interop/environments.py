@@ -53,6 +53,12 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["transformers==4.57.6", "accelerate<1.9", "datasets", "sentencepiece", "gekko", "rouge", "peft<0.18"],
         ["--no-deps", "auto-gptq==0.7.1"],
     ],
+    # built from source, for any CPU with AVX2: by itself it takes what the CPU claims, which a virtual one may not run
+    "llamacpp": [
+        TORCH,
+        ["safetensors", "numpy", "-c", "constraints.txt"],
+        ["llama-cpp-python==0.3.36", *("-C", "cmake.define.GGML_NATIVE=OFF"), *("-C", "cmake.define.LLAVA_BUILD=OFF")],
+    ],
     # quantkit itself on the older stack: `make stacks`
     "transformers-4.51": [
         TORCH,

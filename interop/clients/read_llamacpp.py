@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp itself, through llama-cpp-python, on GGUF files.
+"""llama.cpp itself, through llama-cpp-python, on GGUF files; see client.py.
 
-python read_llamacpp.py IDS OUT FILE.gguf ...              the logits of each file, see client.py
-python read_llamacpp.py --generate N IDS OUT FILE.gguf ... N tokens after each sample, always the most likely one:
-                                                           OUT/NAME.safetensors gets "tokens" int64 [samples, N]
-python read_llamacpp.py --tokenize TEXTS OUT FILE.gguf ... OUT/NAME.json: the ids of each text of a JSON list
+OUT/prompts.safetensors   if it is there, "input_ids": OUT/NAME.tokens.safetensors gets "tokens" int64 [samples, NEW],
+                          after each prompt always the most likely token
+OUT/texts.json            if it is there, a list of texts: OUT/NAME.ids.json gets the ids of each
 """
 
 import json
@@ -17,17 +16,30 @@ from client import Forward, read
 from llama_cpp import Llama
 from safetensors.torch import load_file, save_file
 
-CONTEXT = 1024
-
-
-def open_llama(path: Path) -> Llama:
-    return Llama(
-        str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=1, logits_all=True, type_k=0, type_v=0, verbose=False
-    )
+CONTEXT, NEW = 1024, 64
+FLOAT32 = 0  # of the KV cache, which is no part of the file
 
 
 def load(path: Path) -> Forward:
-    llama = open_llama(path)
+    llama = Llama(
+        str(path),
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        n_threads=1,
+        logits_all=True,
+        type_k=FLOAT32,
+        type_v=FLOAT32,
+        verbose=False,
+    )
+    out = Path(sys.argv[2])
+    if (out / "prompts.safetensors").is_file():
+        prompts = load_file(out / "prompts.safetensors")["input_ids"].tolist()
+        tokens = torch.tensor([continued(llama, prompt) for prompt in prompts])
+        save_file({"tokens": tokens}, out / f"{path.name}.tokens.safetensors")
+    if (out / "texts.json").is_file():
+        texts = json.loads((out / "texts.json").read_text())
+        ids = [llama.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+        (out / f"{path.name}.ids.json").write_text(json.dumps(ids))
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         llama.reset()
@@ -37,30 +49,14 @@ def load(path: Path) -> Forward:
     return forward
 
 
-def generate(count: int, ids: Path, out: Path, path: Path) -> None:
-    llama, rows = open_llama(path), []
-    for sample in load_file(ids)["input_ids"].tolist():
-        llama.reset()
-        llama.eval(sample)
-        found: list[int] = []
-        while len(found) < count:
-            found.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
-            llama.eval(found[-1:])
-        rows.append(found)
-    save_file({"tokens": torch.tensor(rows)}, out / f"{path.stem}.safetensors")
+def continued(llama: Llama, prompt: list[int]) -> list[int]:
+    llama.reset()
+    llama.eval(prompt)
+    found: list[int] = []
+    while len(found) < NEW:
+        found.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
+        llama.eval(found[-1:])
+    return found
 
 
-def tokenize(texts: Path, out: Path, path: Path) -> None:
-    llama = Llama(str(path), vocab_only=True, verbose=False)
-    found = [llama.tokenize(text.encode(), add_bos=False, special=True) for text in json.loads(texts.read_text())]
-    (out / f"{path.stem}.json").write_text(json.dumps(found))
-
-
-if sys.argv[1] == "--generate":
-    for file in sys.argv[5:]:
-        generate(int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), Path(file))
-elif sys.argv[1] == "--tokenize":
-    for file in sys.argv[4:]:
-        tokenize(Path(sys.argv[2]), Path(sys.argv[3]), Path(file))
-else:
-    read(("llama-cpp-python",), load)
+read(("llama-cpp-python",), load)
