@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interop.pairs import MODELS
-from interop.run import WORK, client, figures, quantkit, token_files
+from interop.run import WORK, client, figures, token_files
+from quantkit.export_gguf import ExportRequest, to_gguf
 from quantkit.gguf.file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
+from quantkit.runs import Request, quantize
 
 TABLE = Path(__file__).parent / "GGUF.md"
 PROMPT, NEW = 48, 64
-SHORT = ("--samples", "32", "--seqlen", "512", "--offline", "--fresh", "--max-ppl-increase", "900%")
-FILES = {  # name -> the words of the command that makes it, less the model
-    "gptq W8 sym (q8_0)": ("gptq", "--w-bit", "8", "--format", "gguf"),
-    "gptq W4 sym (q4_0)": ("gptq", "--w-bit", "4", "--sym", "--format", "gguf"),
-    "awq W4 asym (q4_1)": ("awq", "--w-bit", "4", "--asym", "--format", "gguf"),
-    "from 16 bit (q4_k)": ("convert", "--to", "gguf", "--type", "q4_k"),
-    "from 16 bit (q6_k)": ("convert", "--to", "gguf", "--type", "q6_k"),
+QUIET = Console(quiet=True)
+CALIBRATION = {"samples": 32, "seqlen": 512, "offline": True, "verify": False}
+RUNS: dict[str, dict[str, Any]] = {  # name -> what is asked of a run
+    "gptq W8 sym (q8_0)": {"method": "gptq", "bits": 8},
+    "gptq W4 sym (q4_0)": {"method": "gptq", "bits": 4, "symmetric": True},
+    "awq W4 asym (q4_1)": {"method": "awq", "bits": 4, "symmetric": False},
 }
+BLOCKS = {"from 16 bit (q4_k)": "q4_k", "from 16 bit (q6_k)": "q6_k"}
 HEADER = f"""\
 # What llama.cpp makes of our GGUF files
 
@@ -57,11 +60,13 @@ TEXTS = [
 
 
 def make(name: str, model: str) -> Path:
-    """The GGUF file of a row, made unless it is there."""
+    """The GGUF file of a row."""
     folder = WORK / "gguf" / f"{model}-{name.partition('(')[2].strip(')')}"
-    if not (folder / "quantkit.json").is_file():
-        command, *rest = FILES[name]
-        quantkit(command, str(MODELS[model]), *rest, *SHORT[: 8 if command != "convert" else 6], "--out", str(folder))
+    if name in RUNS:
+        asked = Request(model=str(MODELS[model]), command=name, format="gguf", out=folder, **RUNS[name], **CALIBRATION)
+        quantize(asked, QUIET)
+    else:
+        to_gguf(ExportRequest(str(MODELS[model]), name, type=BLOCKS[name], out=folder, **CALIBRATION), QUIET)
     return next(folder.glob("*.gguf"))
 
 
@@ -116,7 +121,7 @@ def rows(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
     save_file({"input_ids": prompts}, out / "prompts.safetensors")
     (out / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(MODELS[model])
-    for name in FILES:
+    for name in (*RUNS, *BLOCKS):
         path = make(name, model)
         for file, label in ((path, name), (twin(path), f"{name}, its weights as float32")):
             client("llamacpp", "read_llamacpp.py", token_files(model).evaluation, out, str(file))
@@ -131,6 +136,7 @@ def rows(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def main() -> None:
     """Write the table."""
     torch.set_num_threads(1)
+    shutil.rmtree(WORK / "gguf", ignore_errors=True)
     lines = [HEADER]
     for model in (name for name, folder in MODELS.items() if folder.is_dir()):
         for label, found in rows(model):
@@ -140,7 +146,6 @@ def main() -> None:
                 f"| {found['perplexity']:.4f} | {found['top1']:.2%} | {found['greedy']:.2%} | {found['free']:.2%} |"
             )
     TABLE.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    shutil.rmtree(WORK / "gguf", ignore_errors=True)
 
 
 if __name__ == "__main__":

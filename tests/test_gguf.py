@@ -6,6 +6,7 @@ llama.cpp itself runs in the interop suite; `transformers` reads GGUF files too,
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import quantkit
+from quantkit import calibration
+from quantkit.calibration import TokenSet
+from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import InputError, ModelError, SchemeError
 from quantkit.export_gguf import ExportRequest, to_gguf
 from quantkit.formats.gguf import (
@@ -38,11 +43,13 @@ from quantkit.formats.gguf import (
     usual_type,
 )
 from quantkit.gguf.architecture import rope_factors
-from quantkit.gguf.export import export
+from quantkit.gguf.export import export, layout
 from quantkit.gguf.file import TensorInfo, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
+from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
-from quantkit.model.streaming import open_model
+from quantkit.model.sites import sites_of
+from quantkit.model.streaming import drop, open_model
 from quantkit.quantize import gptq, kquants
 from quantkit.remeasure import open_quantized
 from quantkit.reverify import VerifyRequest, verify_files
@@ -360,8 +367,6 @@ def test_an_export_is_atomic_repeatable_and_says_what_it_cannot_keep(tmp_path: P
 
 def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out, ids = tiny(tmp_path / "model", "qwen2"), tmp_path / "out", tmp_path / "ids.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"input_ids": IDS}, ids)
     asked = Request(method="rtn", model=str(folder), command="rtn", format="compressed-tensors", group_size=32,
                     bits=8, symmetric=True, out=out, offline=True, evaluation=str(ids))  # fmt: skip
@@ -383,10 +388,8 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     assert "out-Q8_0.gguf is not the file" in again["verification"]["reasons"][0]
 
 
-def test_a_16_bit_model_becomes_k_quants_and_resumes(tmp_path: Path) -> None:
+def test_a_16_bit_model_becomes_k_quants(tmp_path: Path) -> None:
     folder, ids = tiny(tmp_path / "model", "llama"), tmp_path / "ids.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"input_ids": IDS}, ids)
     common: dict[str, Any] = {"type": "q4_k", "calib": str(ids), "samples": 2, "seqlen": 24, "offline": True,
                               "evaluation": str(ids)}  # fmt: skip
@@ -407,6 +410,52 @@ def test_a_16_bit_model_becomes_k_quants_and_resumes(tmp_path: Path) -> None:
     assert len(whole) == path.stat().st_size
     with pytest.raises(InputError, match="--type"):
         to_gguf(ExportRequest(str(folder), "convert", type="q3_x", out=tmp_path / "c"), QUIET)
+
+
+class Watching:
+    """A progress that notes what was taken from the disk, and may stop the work before a layer."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop, self.reused = stop, [False, False]
+
+    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
+    def stage(self, name: str) -> None: ...
+    def ending(self, name: str) -> None: ...
+    def layer(self, index: int) -> None:
+        if index == self.stop:
+            raise KeyboardInterrupt
+
+    def finished(self, index: int, loss: float, reused: bool) -> None:
+        self.reused[index] = reused
+
+
+def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "model", "llama")
+    model = open_model(folder)
+    types = {f"{model.layer_name(i)}.{name}": "q4_k" for i in range(2) for s in sites_of(model) for name in s.linears}
+    made = layout(model, json.loads((folder / "config.json").read_text()), folder, types, "q8_0", "tiny")
+    tokens = load_calibration(tmp_path)
+    digests = []
+    for name, stop in (("whole", None), ("stopped", 1)):
+        job = RoundJob(model, made, types, tokens, torch.device("cpu"), tmp_path / name)
+        if stop is not None:
+            with open_journal(job.out, {"a": 1}, fresh=False) as journal, pytest.raises(KeyboardInterrupt):
+                round_layers(job, journal, Watching(stop))
+            drop(model.layers[1])
+        again = Watching()
+        with open_journal(job.out, {"a": 1}, fresh=False) as journal:
+            records = round_layers(job, journal, again)
+        assert len(records) == 14
+        assert again.reused == [stop is not None, False]
+        digests.append(assemble(job, job.out / "tiny.gguf"))
+    assert digests[0] == digests[1]
+    assert open_gguf(tmp_path / "whole" / "tiny.gguf").infos["token_embd.weight"].type == "q8_0"
+
+
+def load_calibration(folder: Path) -> TokenSet:
+    save_file({"input_ids": IDS}, folder / "ids.safetensors")
+    source = str(folder / "ids.safetensors")
+    return calibration.load(source, lambda: None, samples=2, seqlen=24, seed=0, vocab_size=4104)  # type: ignore[arg-type]
 
 
 def test_runs_refuse_groups_and_bits_that_gguf_would_only_repeat(tmp_path: Path) -> None:
