@@ -111,7 +111,7 @@ def settle(quantized: QuantizedTensor) -> QuantizedTensor:
     """The same codes with each scale moved to the nearest whose product with its zero point is a float16.
 
     A zero point with k binary digits, trailing zeros not counted, leaves the scale 11 - k of its 11: with 4 bits the
-    scale moves by at most 2^-8 of itself, by nothing where the zero point is 0, 1, 2, 4 or 8.
+    scale moves by at most 2^-7 of itself, by nothing where the zero point is 0, 1, 2, 4 or 8.
     """
     zero = quantized.zeros.to(torch.int32)
     odd = zero // (zero & -zero).clamp(min=1)
