@@ -36,7 +36,7 @@ from quantkit.remeasure import open_quantized
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"
 SAMPLES, SEQLEN = 8, 128
-NOT_HERE = re.compile(r"AVX512|cpu_gemm_wna16|not supported on this CPU", re.IGNORECASE)  # the machine's fault
+NOT_HERE = re.compile(r"AVX512|cpu_gemm_wna16|requires CUDA", re.IGNORECASE)  # the machine's fault
 # One thread for models this small; GPTQModel asks for two workers and by itself takes one on a machine of two cores.
 SETTINGS = os.environ | {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
 
@@ -85,7 +85,7 @@ def client(environment: str, script: str, ids: Path, out: Path, *arguments: str)
     create(environment)
     command = [str(python(environment)), str(CLIENTS / script), str(ids), str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=SETTINGS, cwd=WORK)
-    out.with_suffix(".log").write_text(done.stdout + done.stderr)
+    out.with_name(f"{out.name}.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(_said(done.stderr or done.stdout))
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -159,7 +159,7 @@ def read_ours(reader: Client, cases: Sequence[Case], tokens: Tokens) -> Iterator
         key = f"{case.name} < {reader.name}"
         if folder.name in answer["said"]:
             said = _line(answer["said"][folder.name])
-            yield key, {"said": said} | ({"not_runnable": True} if NOT_HERE.search(said) else {})
+            yield key, _refused(said)
             continue
         ours = our_logits(folder, MODELS[model], ids)
         theirs = load_file(out / f"{folder.name}.safetensors")["logits"]
@@ -169,6 +169,10 @@ def read_ours(reader: Client, cases: Sequence[Case], tokens: Tokens) -> Iterator
             continue
         error = float((ours - theirs).abs().max() / ours.abs().max())
         yield key, {"error": error, "versions": answer["versions"]}
+
+
+def _refused(said: str) -> dict[str, Any]:
+    return {"said": said} | ({"not_runnable": True} if NOT_HERE.search(said) else {})
 
 
 def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
         )
         measured = json.loads(quantkit(*words))["verification"]
     except RuntimeError as error:
-        return {"said": str(error)}
+        return _refused(str(error))
     ids = load_file(tokens.evaluation)["input_ids"]
     reference = _forward(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), ids)
     theirs = figures(reference, load_file(out / f"{folder.name}.safetensors")["logits"], ids)

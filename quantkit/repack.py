@@ -223,7 +223,7 @@ def obstacle(fmt: Format, held: Held, shape: tuple[int, int]) -> str | None:
     if reason := fmt.why_not(held.scheme, *shape):
         return reason
     if held.scattered and "g_idx" not in fmt.specs(held.scheme, *shape):
-        return f"act-order (g_idx): groups of columns that are not side by side, which {fmt.name} has no place for"
+        return "act-order (g_idx): groups of columns that are not side by side, which gptq and gptq_v2 hold"
     if held.smallest_zero < fmt.min_zero(held.scheme):
         return f"a zero point of {held.smallest_zero}, which {fmt.name} does not hold safely; gptq_v2 holds it"
     return _scale_obstacle(fmt, held)

