@@ -86,7 +86,9 @@ def test_asymmetric_compressed_tensors_in_transformers(tmp_path: Path, qwen2: Pa
     ours = decoded(tmp_path / "out", W4, "compressed-tensors", qwen2)
     tokens = load_file(ids)["input_ids"]
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)
+        expected, found = ours(tokens).logits, theirs(tokens).logits
+    # It rounds the weights that it unpacks to 16 bit; a zero point that is read wrong is 0.1 and more.
+    assert float((expected - found).abs().max() / expected.abs().max()) < 3e-3
 
 
 def test_the_linter_knows_it_and_what_loads_instead() -> None:
