@@ -152,6 +152,11 @@ class Known:
 
 KNOWN = [
     Known(
+        "compressed-tensors 0.17",
+        r"W3",
+        "its 3-bit words hold 10 codes, those of 0.20 are dense (5, 6 and 7 bits alike)",
+    ),
+    Known(
         "transformers + gptqmodel",
         r"^gptq W2",
         "runs in float16, which at 2 bits is 4.2e-3 from float32 with our weights, too",
