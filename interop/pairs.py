@@ -151,6 +151,8 @@ class Known:
 
 
 KNOWN = [
+    Known("vLLM (CPU)", r"W8 g128 sym|mixed", "its kernels for CPUs are of 4 bits; those for GPUs take 8 bits, too"),
+    Known("vLLM (CPU)", r"^gptq.* asym", "takes symmetric GPTQ only"),
     Known(
         "compressed-tensors 0.17",
         r"W3",

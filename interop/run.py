@@ -88,7 +88,10 @@ def client(environment: str, script: str, ids: Path, out: Path, *arguments: str)
     out.with_name(f"{out.name}.log").write_text(done.stdout + done.stderr)
     if done.returncode:
         raise RuntimeError(_said(done.stderr or done.stdout))
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    last = [line for line in done.stdout.splitlines() if line.startswith('{"versions"')][
+        -1
+    ]  # engines say more after it
+    answer: dict[str, Any] = json.loads(last)
     return answer
 
 
