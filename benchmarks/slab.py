@@ -19,9 +19,9 @@ import torch
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.writer import write_json, write_shard
 from quantkit.choices import choose_scheme
-from quantkit.fit import config_from_dict
 from quantkit.formats import FORMATS
 from quantkit.machine import choose_device, peak_device_bytes, peak_rss_bytes, versions
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline import Job, run
 from quantkit.plan import make_plan

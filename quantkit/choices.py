@@ -2,6 +2,7 @@
 """What a command means where the user has not said it: the model's folder, the recipe, the scheme, the format."""
 
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
@@ -11,6 +12,8 @@ from quantkit.library import model_of
 from quantkit.recipe import Recipe, read_recipe, shipped
 from quantkit.scheme import Scheme
 
+DEFAULT_BUDGET = 22 * 2**30  # bytes
+DEFAULT_CONTEXT = 8192  # tokens
 DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
 SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
 
@@ -70,3 +73,19 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
     if recipe.rules or (usual == "awq" and scheme.bits != 4):
         return FORMATS["compressed-tensors"]
     return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
+
+
+def choose_context(asked: int | None, limit: Any) -> int:
+    """The context that must fit: as asked, or 8k, or all that a smaller model allows.
+
+    limit: what the config says of it; anything but a positive number says nothing
+
+    Raises:
+        InputError: more than the model allows.
+    """
+    allowed = limit if isinstance(limit, int) and limit > 0 else None
+    if asked is None:
+        return min(DEFAULT_CONTEXT, allowed or DEFAULT_CONTEXT)
+    if allowed is not None and asked > allowed:
+        raise InputError(f"--context {asked}: the model allows {allowed} tokens; use --context {allowed} or less")
+    return asked

@@ -7,6 +7,7 @@ Heavy imports wait until a command runs, so that `--help` answers at once.
 
 import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -217,7 +218,7 @@ def fit(
         from quantkit.fitting import FitRequest, fit_page, fit_request
         from quantkit.units import parse_bytes, parse_tokens
 
-        quiet_libraries()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         request = FitRequest(
             model=model,
             bits=int(w_bit) if w_bit else None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.activations import Stream, open_stream
 from quantkit.calibration import TokenSet
+from quantkit.dtypes import torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
 from quantkit.verify import Comparison
@@ -31,7 +32,7 @@ class Progress(Protocol):
 
 def run_dtype(model: StreamedModel, device: torch.device, weight: str) -> torch.dtype:
     """Of hidden states and weights while running: as `weight` is stored, but 16-bit products are slow on CPUs."""
-    return torch.float32 if device.type == "cpu" else model.checkpoint.entries[weight].dtype
+    return torch.float32 if device.type == "cpu" else torch_dtype(model.checkpoint.entries[weight].dtype)
 
 
 def loaded(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ the memory of one card.
 What quantizing itself needs is a model of `pipeline`, see `_quantizing`.
 """
 
-import copy
-import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,18 +30,17 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.errors import InputError, ModelError, SchemeError
+from quantkit.dtypes import ITEMSIZE
+from quantkit.errors import InputError, SchemeError
 from quantkit.formats.names import fused_name
 from quantkit.formats.reading import READERS
+from quantkit.jsonfile import read_object
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
-from quantkit.model.streaming import Architecture, build
+from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import STORED, LinearPlan, Plan
-from quantkit.stored import OUTSIDE, quantization_of, stored_linears
+from quantkit.stored import OUTSIDE, quantization_of, sixteen_bit_linears, stored_linears
 from quantkit.units import format_bytes
 
 MIB = 2**20
@@ -55,6 +52,7 @@ HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
 
+TOKENS_AT_ONCE = 4096  # the micro-batch of `activations` on a CPU
 PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
 GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed, the inverse
 WEIGHT_COPIES = (
@@ -113,7 +111,7 @@ class Cache:
 
 
 def fit(
-    architecture: Architecture,
+    model: Shapes,
     plan: Plan,
     *,
     budget: int,
@@ -141,8 +139,8 @@ def fit(
     """
     tensors = {name: spec.nbytes for part in plan.shards for name, spec in part.tensors.items()}
     stored = Stored(tensors, plan.file_bytes, plan.linears, plan.format.name)
-    result = _serving(architecture, stored, budget, context, kv, tensor_parallel, engine)
-    return result | _quantizing(architecture, plan, calibration_tokens)
+    result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
+    return result | _quantizing(model, plan, calibration_tokens)
 
 
 def fit_checkpoint(
@@ -155,11 +153,11 @@ def fit_checkpoint(
     Raises:
         InputError: see `fit`. ModelError: a damaged checkpoint, or a model of a kind that is not supported.
     """
-    raw = _read_config(out / "config.json")
-    architecture = build(config_from_dict(raw))
+    raw = read_object(out / "config.json", "expected the folder of a checkpoint")
+    model = shapes_in(raw)
     checkpoint = open_checkpoint(out)
     quantization = quantization_of(raw)
-    format_name, linears = _stored_linears(architecture, checkpoint, quantization)
+    format_name, linears = _stored_linears(model, checkpoint, quantization)
     stored = Stored(
         tensors={name: entry.nbytes for name, entry in checkpoint.entries.items()},
         file_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
@@ -168,63 +166,61 @@ def fit_checkpoint(
         act_order=bool(quantization.get("desc_act")),
         head=tuple(linear for linear in linears if linear.layer == OUTSIDE and linear.scheme is not None),
     )
-    return _serving(architecture, stored, budget, context, kv, tensor_parallel, engine)
+    return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
 
 
-def fit_stored(architecture: Architecture, stored: Stored, *, budget: int, context: int, kv: str) -> dict[str, Any]:
+def fit_stored(model: Shapes, stored: Stored, *, budget: int, context: int, kv: str) -> dict[str, Any]:
     """The same for tensors that are described otherwise than by safetensors; see `fit`."""
-    return _serving(architecture, stored, budget, context, kv, 1, None)
+    return _serving(model, stored, budget, context, kv, 1, None)
 
 
-def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
-    """The transformers config of a config.json's content, or of a recipe's `config`; how it is quantized is ignored.
+def shapes_in(raw: Mapping[str, Any]) -> Shapes:
+    """What a config.json's content says of a model's tensors; how it is quantized is ignored.
 
     Raises:
-        ModelError: no model_type, not a causal language model, or values that transformers does not accept.
+        ModelError: see `model.config.config_from_dict` and `model.streaming.build`.
     """
-    values = {key: copy.deepcopy(value) for key, value in raw.items() if key != "quantization_config"}
-    kind = values.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
-    try:
-        config = AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"config: transformers does not accept it ({str(error).splitlines()[0][:200]})") from error
-    assert isinstance(config, PretrainedConfig)
-    return config
+    plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
+    known = shapes_of(plain)
+    if known is not None:
+        return known
+    from quantkit.model.config import config_from_dict  # takes seconds, and is seldom needed
+    from quantkit.model.streaming import build
+
+    return build(config_from_dict(plain))
 
 
 # ---------------------------------------------------------------- serving
 
 
 def _serving(
-    architecture: Architecture, stored: Stored, budget: int, context: int, kv: str, cards: int, engine: str | None
+    model: Shapes, stored: Stored, budget: int, context: int, kv: str, cards: int, engine: str | None
 ) -> dict[str, Any]:
     if kv not in KV_BYTES:
         raise InputError(f"--kv: expected {' or '.join(KV_BYTES)}, got {kv!r}")
     for option, value in (("--context", context), ("--tensor-parallel", cards), ("--budget", budget)):
         if value < 1:
             raise InputError(f"{option}: expected at least 1, got {value}")
-    heads = heads_of(architecture.config)
+    heads = heads_of(model.config)
     linears = (*stored.linears, *stored.head)
     if engine is not None:
         require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
-    kinds = _kinds(architecture, stored)
+    kinds = _kinds(model, stored)
     weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
-    whole = _caches(architecture, heads.key_value, heads.dim, KV_BYTES[kv])
+    whole = _caches(model, heads.key_value, heads.dim, KV_BYTES[kv])
     shards, problems = _shards(stored.linears, heads, cards)
-    here = _caches(architecture, _kept_heads(heads, cards), heads.dim, KV_BYTES[kv])
-    workspace = _workspace(architecture, stored.linears, cards)
+    here = _caches(model, _kept_heads(heads, cards), heads.dim, KV_BYTES[kv])
+    workspace = _workspace(model, stored.linears, cards)
     card_weights = _card_weights(stored, kinds, shards, cards)
 
     fixed = card_weights + workspace["total"]
     total = fixed + _cache_bytes(here, context)
     room = _longest(here, budget - fixed)
-    allowed = getattr(architecture.config, "max_position_embeddings", None)
+    allowed = getattr(model.config, "max_position_embeddings", None)
     return {
         "format": stored.format,
         "weights": weights | {"total": sum(stored.tensors.values())},
-        "weights_16bit": _bytes_16bit(architecture),
+        "weights_16bit": _bytes_16bit(model),
         "file_bytes": stored.file_bytes,
         "kv": kv,
         "kv_bytes_per_token": _cache_bytes(whole, 1),
@@ -259,33 +255,29 @@ def _serving(
     }
 
 
-def _kinds(architecture: Architecture, stored: Stored) -> dict[str, str]:
+def _kinds(model: Shapes, stored: Stored) -> dict[str, str]:
     """Tensor name -> a key of KINDS."""
-    modules = dict(architecture.model.named_modules())
     linears = {linear.name for linear in stored.linears}
-    head = architecture.head_name
+    head = model.head_name
 
     def kind(name: str) -> str:
         owner, _, key = name.rpartition(".")
-        module = modules.get(owner)
         if owner == head:
             return "lm_head"
-        if isinstance(module, nn.Embedding):
+        if owner in model.embeddings:
             return "embeddings"
         if key in _KIND_OF_KEY:
             return _KIND_OF_KEY[key]
         if owner in linears:
             return "linears_16bit"
-        return "norms" if "norm" in type(module).__name__.lower() else "other"
+        return "norms" if owner in model.norms else "other"
 
     return {name: kind(name) for name in stored.tensors}
 
 
-def _bytes_16bit(architecture: Architecture) -> int:
-    layers = [architecture.layer_shapes(index) for index in range(len(architecture.layers))]
-    return STORED.itemsize * sum(
-        _count(shape) for shapes in (architecture.outside(), *layers) for shape in shapes.values()
-    )
+def _bytes_16bit(model: Shapes) -> int:
+    layers = [model.layer_shapes(index) for index in range(len(model.layer_tensors))]
+    return ITEMSIZE[STORED] * sum(_count(shape) for shapes in (model.outside(), *layers) for shape in shapes.values())
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -298,13 +290,13 @@ def _count(shape: Sequence[int]) -> int:
 # ---------------------------------------------------------------- KV cache
 
 
-def _caches(architecture: Architecture, heads: int, dim: int, itemsize: int) -> list[Cache]:
+def _caches(model: Shapes, heads: int, dim: int, itemsize: int) -> list[Cache]:
     per_token = 2 * heads * dim * itemsize
-    windows = _windows(architecture.config, len(architecture.layers))
+    windows = _windows(model.config, len(model.layer_tensors))
     return [Cache(windows.count(window), per_token, window) for window in dict.fromkeys(windows)]
 
 
-def _windows(config: PretrainedConfig, layers: int) -> list[int | None]:
+def _windows(config: Any, layers: int) -> list[int | None]:
     """The sliding window of each layer, None where all of the context is kept."""
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
@@ -329,11 +321,11 @@ def _longest(caches: Sequence[Cache], room: int) -> int | None:
 # ---------------------------------------------------------------- workspace and cards
 
 
-def _workspace(architecture: Architecture, linears: Sequence[LinearPlan], cards: int) -> dict[str, int]:
-    config = architecture.config
+def _workspace(model: Shapes, linears: Sequence[LinearPlan], cards: int) -> dict[str, int]:
+    config = model.config
     width = HIDDEN_COPIES * config.hidden_size + (_widest_output(linears) + _widest_input(linears)) // cards
     parts = {
-        "activations": PREFILL_TOKENS * width * STORED.itemsize,
+        "activations": PREFILL_TOKENS * width * ITEMSIZE[STORED],
         "logits": config.vocab_size * 4,
         "engine": ENGINE_BYTES,
         "communication": COMMUNICATION_BYTES if cards > 1 else 0,
@@ -423,7 +415,7 @@ def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards:
 # ---------------------------------------------------------------- quantizing
 
 
-def _quantizing(architecture: Architecture, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+def _quantizing(model: Shapes, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     """What the run itself will need: a model of `pipeline`, for the method that needs most (AWQ with GPTQ's rounding).
 
     The largest of three moments, beside PROCESS_BYTES:
@@ -437,10 +429,10 @@ def _quantizing(architecture: Architecture, plan: Plan, calibration_tokens: int)
     On a GPU the layer lies in its memory (device_bytes), in bfloat16. Hidden states lie where they fit, and on the disk
     if nowhere: hidden_states_bytes for each stream of calibration_tokens in float32; they are not part of ram_bytes.
     """
-    layers = [sum(map(_count, architecture.layer_shapes(i).values())) for i in range(len(architecture.layers))]
-    outside = sum(map(_count, architecture.outside().values()))
-    embedding = sum(map(_count, architecture.before_layers().values()))
-    hidden, vocabulary = architecture.config.hidden_size, architecture.config.vocab_size
+    layers = [sum(map(_count, model.layer_shapes(i).values())) for i in range(len(model.layer_tensors))]
+    outside = sum(map(_count, model.outside().values()))
+    embedding = sum(map(_count, model.before_layers().values()))
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
     grams = GRAM_COPIES * 4 * _widest_input(plan.linears) ** 2
     weight = WEIGHT_COPIES * 4 * max(linear.out_features * linear.in_features for linear in plan.linears)
     width = HIDDEN_COPIES * hidden + _widest_output(plan.linears) + _widest_input(plan.linears)
@@ -461,33 +453,15 @@ def _quantizing(architecture: Architecture, plan: Plan, calibration_tokens: int)
 # ---------------------------------------------------------------- checkpoints that are there
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint's folder") from error
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return raw
-
-
 def _stored_linears(
-    architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
+    model: Shapes, checkpoint: Checkpoint, quantization: Mapping[str, Any]
 ) -> tuple[str, tuple[LinearPlan, ...]]:
     """The format's name and the linears, see `stored_linears`; bytes are counted also where a format is not known."""
     method = quantization.get("quant_method")
     if isinstance(method, str) and method in READERS:
-        fmt, linears = stored_linears(architecture, checkpoint, quantization)
+        fmt, linears = stored_linears(model, checkpoint, quantization)
         return fmt.name, linears
-    plain = tuple(
-        LinearPlan(f"{architecture.layer_name(index)}.{local}", index, local, m.out_features, m.in_features, None)
-        for index, layer in enumerate(architecture.layers)
-        for local, m in layer.named_modules()
-        if isinstance(m, nn.Linear)
-    )
-    return str(method or SIXTEEN_BIT), plain
+    return str(method or SIXTEEN_BIT), sixteen_bit_linears(model)
 
 
 # ---------------------------------------------------------------- shown

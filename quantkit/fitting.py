@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fit command: from a name to the document of `fit.fit`, for a model, a recipe, or a folder that is quantized."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.writer import write_text
-from quantkit.choices import choose_format, choose_recipe, choose_scheme, find_model
-from quantkit.errors import ModelError
-from quantkit.fit import config_from_dict, fit, fit_checkpoint
-from quantkit.model.config import load_config
-from quantkit.model.streaming import Architecture, build
+from quantkit.choices import choose_context, choose_format, choose_recipe, choose_scheme, find_model
+from quantkit.fit import fit, fit_checkpoint, shapes_in
+from quantkit.jsonfile import read_object
+from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import make_plan
 from quantkit.recipe import resolver, shipped
-from quantkit.report import render_fit
+from quantkit.stored import quantization_of
 
-DEFAULT_CONTEXT = 8192
+EXPECTED = "expected the folder of a model"
 
 
 @dataclass(frozen=True)
@@ -43,31 +41,29 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     Raises:
         QuantkitError: a model, scheme, format or recipe that cannot be.
     """
-    if _is_quantized(Path(request.model)):
-        out = Path(request.model)
-        limit = _positions(json.loads((out / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings"))
-        context = request.context or min(DEFAULT_CONTEXT, limit)
+    folder = Path(request.model)
+    raw = read_object(folder / "config.json", EXPECTED) if (folder / "config.json").is_file() else {}
+    if quantization_of(raw):
         result = fit_checkpoint(
-            out,
+            folder,
             budget=request.budget,
-            context=context,
+            context=choose_context(request.context, raw.get("max_position_embeddings")),
             kv=request.kv,
             tensor_parallel=request.tensor_parallel,
             engine=request.engine,
         )
-        return {"name": out.resolve().name, "scheme": "as stored"} | result
-    architecture = _architecture(request)
+        return {"name": folder.resolve().name, "scheme": "as stored"} | result
+    model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)
     method = "gptq" if (request.format or "").startswith("gptq") else "awq"
     scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
-    plan = make_plan(architecture, resolver(recipe, scheme), fmt)
-    limit = _positions(getattr(architecture.config, "max_position_embeddings", None))
+    plan = make_plan(model, resolver(recipe, scheme), fmt)
     result = fit(
-        architecture,
+        model,
         plan,
         budget=request.budget,
-        context=request.context or min(DEFAULT_CONTEXT, limit),
+        context=choose_context(request.context, getattr(model.config, "max_position_embeddings", None)),
         kv=request.kv,
         tensor_parallel=request.tensor_parallel,
         engine=request.engine,
@@ -77,27 +73,21 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
 
 def fit_page(result: dict[str, Any], path: Path) -> None:
     """Write the picture of memory against context as one HTML page."""
+    from quantkit.report import render_fit  # templates, which the table needs not
+
     write_text(path, render_fit(result, result["name"], result["scheme"]))
 
 
-def _positions(limit: Any) -> int:
-    return limit if isinstance(limit, int) and limit > 0 else DEFAULT_CONTEXT
+def _shapes(request: FitRequest) -> Shapes:
+    """From the recipe's own sizes, else from the model's config.json; nothing is downloaded for the first."""
+    recipe = shipped().get(request.model)
+    if recipe is not None and recipe.config is not None:
+        return shapes_in(recipe.config)
+    directory = find_model(request.model, offline=request.offline)
+    known = shapes_of(read_object(directory / "config.json", EXPECTED))
+    if known is not None:
+        return known
+    from quantkit.model.config import load_config  # takes seconds, and is seldom needed
+    from quantkit.model.streaming import build
 
-
-def _is_quantized(folder: Path) -> bool:
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(raw, dict) and bool(raw.get("quantization_config"))
-
-
-def _architecture(request: FitRequest) -> Architecture:
-    """From the model's config.json; from the recipe's own sizes when the model is not here."""
-    sizes = shipped()[request.model].config if request.model in shipped() else None
-    try:
-        return build(load_config(find_model(request.model, offline=request.offline or sizes is not None)))
-    except ModelError:
-        if sizes is None:
-            raise
-        return build(config_from_dict(sizes))
+    return build(load_config(directory))

@@ -13,7 +13,6 @@ Messages never hold the token, a signed address, or a server's text as it came; 
 import builtins
 import hashlib
 import html
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.checkpoint.source import HUB_ID
 from quantkit.errors import InputError, OutputError, QuantkitError
+from quantkit.jsonfile import read_object
 
 RESULT, CARD, JOURNAL = "quantkit.json", "README.md", "journal.jsonl"
 REQUIRED = ("config.json",)
@@ -233,13 +233,7 @@ def _result(out: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{path}: expected JSON ({type(error).__name__}); the run must write it again") from error
-    if not isinstance(value, dict):
-        raise OutputError(f"{path}: expected a JSON object, got {type(value).__name__}; the run must write it again")
-    return value
+    return read_object(path, "the run must write it again", OutputError)
 
 
 # ----------------------------------------------------------------------------------------------------------- the card

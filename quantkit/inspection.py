@@ -10,9 +10,8 @@ from rich.table import Table
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.errors import ModelError, OutputError
-from quantkit.fit import config_from_dict
+from quantkit.fit import shapes_in
 from quantkit.formats import Format
-from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
@@ -62,7 +61,7 @@ def inspect_folder(out: Path) -> dict[str, Any]:
             f"{out}: config.json has no quantization_config, and there is no {RESULT}; nothing is quantized"
         )
     checkpoint = open_checkpoint(out)
-    fmt, linears = stored_linears(build(config_from_dict(raw)), checkpoint, quantization)
+    fmt, linears = stored_linears(shapes_in(raw), checkpoint, quantization)
     layers = [_layer(checkpoint, fmt, linear, linear.scheme) for linear in linears if linear.scheme is not None]
     weights = sum(layer["out_features"] * layer["in_features"] for layer in layers)
     return {

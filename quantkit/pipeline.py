@@ -28,6 +28,7 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
+from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError, OutputError
 from quantkit.evaluation import (
     Progress,
@@ -242,7 +243,7 @@ def to_stored(name: str, tensor: Tensor) -> Tensor:
     Raises:
         NumericsError: a value beyond float16.
     """
-    stored = tensor.to(STORED)
+    stored = tensor.to(torch_dtype(STORED))
     if not bool(torch.isfinite(stored).all()):
         raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
     return stored
@@ -273,7 +274,7 @@ def _pack_layer(
         packed = job.plan.format.pack(quantized)
         tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in packed.items()}
     planned = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     if planned != found:
         raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(found)}")
     return tensors

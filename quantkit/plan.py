@@ -8,17 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from quantkit.checkpoint.writer import shard_bytes, shard_name
 from quantkit.errors import SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
-from quantkit.model.streaming import Architecture
+from quantkit.model.shapes import Shapes
 from quantkit.recipe import check_fused
 from quantkit.scheme import Scheme
 
-STORED = torch.float16  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
+STORED = "float16"  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
 
 
 @dataclass(frozen=True)
@@ -85,16 +82,14 @@ class Plan:
         return {linear.local: linear for linear in self.linears if linear.layer == index}
 
 
-def make_plan(
-    architecture: Architecture, resolve: Callable[[str, int], Scheme | None], fmt: Format, **config_options: Any
-) -> Plan:
+def make_plan(model: Shapes, resolve: Callable[[str, int], Scheme | None], fmt: Format, **config_options: Any) -> Plan:
     """Plan the output of a model in a format.
 
     Raises:
         SchemeError: a linear that the format cannot hold, with what would; linears that engines fuse with different
             schemes; several schemes in a format that has one.
     """
-    linears = [linear for index in range(len(architecture.layers)) for linear in _linears(architecture, resolve, index)]
+    linears = [linear for index in range(len(model.layer_linears)) for linear in _linears(model, resolve, index)]
     for linear in linears:
         if linear.scheme is not None:
             reason = fmt.why_not(linear.scheme, linear.out_features, linear.in_features)
@@ -102,17 +97,16 @@ def make_plan(
                 raise SchemeError(f"{linear.name}: {reason}")
     quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in linears if linear.scheme is not None]
     kept = [linear.name for linear in linears if linear.scheme is None]
-    head = architecture.head_name
+    head = model.head_name
     config = fmt.config(quantized, [*kept, *([head] if head else [])], **config_options)
-    return Plan(fmt, tuple(linears), _shards(architecture, linears, fmt), config)
+    return Plan(fmt, tuple(linears), _shards(model, linears, fmt), config)
 
 
-def _linears(architecture: Architecture, resolve: Callable[[str, int], Scheme | None], index: int) -> list[LinearPlan]:
-    prefix = architecture.layer_name(index)
+def _linears(model: Shapes, resolve: Callable[[str, int], Scheme | None], index: int) -> list[LinearPlan]:
+    prefix = model.layer_name(index)
     found = [
-        LinearPlan(f"{prefix}.{n}", index, n, m.out_features, m.in_features, resolve(f"{prefix}.{n}", index))
-        for n, m in architecture.layers[index].named_modules()
-        if isinstance(m, nn.Linear)
+        LinearPlan(f"{prefix}.{name}", index, name, *shape, resolve(f"{prefix}.{name}", index))
+        for name, shape in model.layer_linears[index].items()
     ]
     try:
         check_fused({linear.local: linear.scheme for linear in found})
@@ -121,21 +115,21 @@ def _linears(architecture: Architecture, resolve: Callable[[str, int], Scheme | 
     return found
 
 
-def _shards(architecture: Architecture, linears: list[LinearPlan], fmt: Format) -> tuple[ShardPlan, ...]:
+def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[ShardPlan, ...]:
     def plain(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
         return {name: TensorSpec(STORED, shape) for name, shape in shapes.items()}
 
-    contents: list[tuple[str, dict[str, TensorSpec]]] = [("embeddings", plain(architecture.before_layers()))]
-    for index in range(len(architecture.layers)):
-        prefix = architecture.layer_name(index)
-        tensors = plain({f"{prefix}.{n}": shape for n, shape in architecture.layer_shapes(index).items()})
+    contents: list[tuple[str, dict[str, TensorSpec]]] = [("embeddings", plain(model.before_layers()))]
+    for index in range(len(model.layer_tensors)):
+        prefix = model.layer_name(index)
+        tensors = plain({f"{prefix}.{n}": shape for n, shape in model.layer_shapes(index).items()})
         for linear in linears:
             if linear.layer == index and linear.scheme is not None:
                 del tensors[f"{linear.name}.weight"]
                 specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
                 tensors |= {f"{linear.name}.{key}": spec for key, spec in specs.items()}
         contents.append((f"layer.{index}", tensors))
-    after = plain(architecture.after_layers())
+    after = plain(model.after_layers())
     if after:
         contents.append(("head", after))
     return tuple(

@@ -31,6 +31,7 @@ from quantkit.evaluation import (
     run_dtype,
 )
 from quantkit.formats import Format
+from quantkit.jsonfile import read_object
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
@@ -123,7 +124,7 @@ def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpo
     Raises:
         ModelError: not quantized, a kind that is not supported, a damaged checkpoint, or one of another model.
     """
-    raw = read_config(directory)
+    raw = read_object(directory / "config.json", "expected the folder of a quantized checkpoint")
     quantization = quantization_of(raw)
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")

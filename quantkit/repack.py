@@ -23,13 +23,15 @@ from torch import Tensor
 from quantkit.checkpoint.journal import Unit
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, open_file, shorten
 from quantkit.checkpoint.writer import shard_name, write_pieces
+from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import ModelError, NumericsError, OutputError, QuantkitError, SchemeError
-from quantkit.fit import config_from_dict
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.awq import AWQ
+from quantkit.formats.base import SCALES
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.reading import CODES, read_schemes, unpack, unpack_zeros
 from quantkit.machine import return_freed_memory
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import STORED, LinearPlan, ShardPlan
 from quantkit.quantize import rtn
@@ -86,7 +88,7 @@ class Held:
     smallest_zero: int
     central: bool
     scattered: bool
-    scale_dtype: torch.dtype
+    scale_dtype: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Target:
     linear: LinearPlan
     before: LinearPlan
     obstacle: str | None = None
-    scale_dtype: torch.dtype = torch.float16
+    scale_dtype: str = STORED
     scales_only: bool = False
 
 
@@ -204,7 +206,7 @@ def _held(source: Source, linear: LinearPlan, scheme: Scheme) -> Held:
     exact = torch.equal(scales.to(torch.float16).float(), scales.float())
     scattered = "g_idx" in small and _blocks(small["g_idx"], scheme, linear.in_features) is None
     central = bool((zeros == scheme.middle).all())
-    return Held(scheme, int(zeros.min()), central, scattered, torch.float16 if exact else scales.dtype)
+    return Held(scheme, int(zeros.min()), central, scattered, STORED if exact else dtype_name(scales.dtype))
 
 
 def _blocks(g_idx: Tensor, scheme: Scheme, in_features: int) -> Tensor | None:
@@ -230,9 +232,9 @@ def obstacle(fmt: Format, held: Held, shape: tuple[int, int]) -> str | None:
 
 
 def _scale_obstacle(fmt: Format, held: Held) -> str | None:
-    if held.scale_dtype == torch.float16 or fmt is COMPRESSED_TENSORS:
+    if held.scale_dtype == STORED or fmt is COMPRESSED_TENSORS:
         return None
-    name = str(held.scale_dtype).removeprefix("torch.")
+    name = held.scale_dtype
     return f"scales in {name} that float16 does not hold exactly; compressed-tensors holds them"
 
 
@@ -380,7 +382,7 @@ def _shards(source: Source, fmt: Format | None, targets: tuple[Target, ...]) -> 
         if key != "weight" or target is None or target.linear.scheme is None:
             return {name: TensorSpec(source.checkpoint.entries[name].dtype, shapes[name])}
         return {
-            f"{owner}.{key}": replace(spec, dtype=target.scale_dtype) if spec.dtype.is_floating_point else spec
+            f"{owner}.{key}": replace(spec, dtype=target.scale_dtype) if spec.dtype == SCALES else spec
             for key, spec in fmt.specs(*_spec_arguments(target.linear)).items()
         }
 
@@ -425,9 +427,9 @@ def write_unit(conversion: Conversion, shard: ShardPlan) -> Unit:
     return Unit(shard.unit, shard.file, sha256, {"linears": records})
 
 
-def _copied(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+def _copied(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[Tensor]:
     for piece in checkpoint.pieces(name):
-        yield piece if piece.dtype == dtype else _in_float16(name, piece)
+        yield piece if dtype_name(piece.dtype) == dtype else _in_float16(name, piece)
 
 
 def _in_float16(name: str, values: Tensor) -> Tensor:
@@ -466,7 +468,7 @@ def _arranged(quantized: QuantizedTensor, fmt: Format, target: Target) -> Quanti
     assert scheme is not None
     quantized = replace(quantized, scheme=scheme)
     if target.obstacle is None:
-        quantized = replace(quantized, scales=quantized.scales.to(target.scale_dtype))
+        quantized = replace(quantized, scales=quantized.scales.to(torch_dtype(target.scale_dtype)))
     if quantized.g_idx is None or "g_idx" in fmt.specs(*_spec_arguments(target.linear)):
         return quantized
     order = _blocks(quantized.g_idx, scheme, quantized.in_features)

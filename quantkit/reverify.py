@@ -24,7 +24,7 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL
 from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
 from quantkit.checkpoint.writer import write_json, write_text
-from quantkit.choices import find_model
+from quantkit.choices import DEFAULT_BUDGET, choose_context, find_model
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
 from quantkit.evaluation import run_dtype
 from quantkit.fit import fit_checkpoint, fit_stored
@@ -36,11 +36,10 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.report import render_report
-from quantkit.runs import DEFAULT_CONTEXT, DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
+from quantkit.runs import DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
 from quantkit.verify import Limits, verification_block
 
 DEFAULT_EVAL = "eval"
-DEFAULT_BUDGET = 22 * 2**30
 NOT_MEASURED: dict[str, Any] = {
     "perplexity": None,
     "perplexity_fp16": None,
@@ -274,9 +273,8 @@ def _memory(
 ) -> dict[str, Any]:
     """What `fit` says of the files; what it said of the run itself is kept."""
     before = ((recorded or {}).get("verification") or {}).get("fit") or {}
-    context = request.context or before.get("context")
     budget = request.budget or before.get("budget_bytes") or DEFAULT_BUDGET
-    context = context or min(DEFAULT_CONTEXT, positions(original.config) or DEFAULT_CONTEXT)
+    context = choose_context(request.context or before.get("context"), positions(original.config))
     kv = request.kv or before.get("kv") or "fp16"
     if isinstance(quantized, GGUFModel):
         now = fit_stored(original, quantized.stored(), budget=budget, context=context, kv=kv)

@@ -17,7 +17,16 @@ from quantkit.calibration import TokenSet
 from quantkit.card import render_card
 from quantkit.checkpoint.journal import BESIDE_WEIGHTS
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
-from quantkit.choices import DEFAULT_FORMATS, choose_format, choose_recipe, choose_scheme, find_model, hub_id
+from quantkit.choices import (
+    DEFAULT_BUDGET,
+    DEFAULT_FORMATS,
+    choose_context,
+    choose_format,
+    choose_recipe,
+    choose_scheme,
+    find_model,
+    hub_id,
+)
 from quantkit.errors import InputError
 from quantkit.fit import fit
 from quantkit.formats import Format
@@ -38,7 +47,7 @@ from quantkit.scheme import Scheme
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
 
-DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_CONTEXT = 128, 2048, 8192
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
@@ -60,7 +69,7 @@ class Request:
     seed: int = 0
     evaluation: str | None = None
     eval_samples: int | None = None
-    budget: int = 22 * 2**30
+    budget: int = DEFAULT_BUDGET
     context: int | None = None
     kv: str = "fp16"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -93,7 +102,7 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
     plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
-    context = _context(request, model.config)
+    context = choose_context(request.context, positions(model.config))
     memory = fit(model, plan, budget=request.budget, context=context, kv=request.kv, engine=request.engine)
     calibrated, evaluated = _tokens(request, recipe, model, directory)
     out = request.out or default_out(request, scheme, fmt)
@@ -152,16 +161,6 @@ def _config_options(request: Request) -> dict[str, Any]:
 def positions(config: PretrainedConfig) -> int | None:
     """How many tokens of context the model allows, or None if its config does not say."""
     return getattr(config, "max_position_embeddings", None)
-
-
-def _context(request: Request, config: PretrainedConfig) -> int:
-    """The context that must fit: as asked, or 8k, or all that a smaller model allows."""
-    limit = positions(config)
-    if request.context is None:
-        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
-    if limit and request.context > limit:
-        raise InputError(f"--context {request.context}: the model allows {limit} tokens; use --context {limit} or less")
-    return request.context
 
 
 def _tokens(

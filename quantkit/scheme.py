@@ -10,13 +10,17 @@ Symmetric schemes fix z = 2**(bits - 1). Their scales may be negative: the code 
 above it, and a negative scale puts the longer side where the larger weight is.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.errors import SchemeError
+
+if TYPE_CHECKING:  # sizes are planned before torch is needed
+    import torch
+    from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -104,20 +108,20 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Ten
     """Round each weight [out, in] to the nearest code (uint8 [out, in]) on the given grid [out, groups]."""
     columns = weight.shape[1] // scales.shape[1]
     grouped = weight.float().unflatten(1, (-1, columns))  # [out, groups, columns]
-    codes = torch.round(grouped / scales.float().unsqueeze(2)) + zeros.float().unsqueeze(2)
-    return codes.clamp_(0, scheme.max_code).flatten(1).to(torch.uint8)
+    codes: Tensor = (grouped / scales.float().unsqueeze(2)).round_() + zeros.float().unsqueeze(2)
+    return codes.clamp_(0, scheme.max_code).flatten(1).byte()
 
 
-def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] that the codes stand for: (q - z) * s, computed in float32."""
+def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [out, in] that the codes stand for: (q - z) * s, computed in float32; dtype None keeps that."""
     if quantized.g_idx is not None:
         group = quantized.g_idx.long()
         scales, zeros = quantized.scales.float()[:, group], quantized.zeros.float()[:, group]
-        return ((quantized.codes.float() - zeros) * scales).to(dtype)
+        return ((quantized.codes.float() - zeros) * scales).to(dtype or scales.dtype)
     columns = quantized.in_features // quantized.scales.shape[1]
     codes: Tensor = quantized.codes.float().unflatten(1, (-1, columns))
     weight = (codes - quantized.zeros.float().unsqueeze(2)) * quantized.scales.float().unsqueeze(2)
-    return weight.flatten(1).to(dtype)
+    return weight.flatten(1).to(dtype or weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized checkpoint that is there, whoever wrote it: what its linears are, and the weights that they stand for."""
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor, device, nn
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ModelError
 from quantkit.formats import Format
 from quantkit.formats.reading import read_schemes, unpack
-from quantkit.model.streaming import Architecture
+from quantkit.jsonfile import read_object
+from quantkit.model.shapes import Shapes
 from quantkit.plan import LinearPlan
 from quantkit.scheme import dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 OUTSIDE = -1  # the layer number of the head
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
@@ -26,16 +30,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is not an object.
     """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory}: no config.json; expected the folder of a quantized checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({type(error).__name__})") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
+    return read_object(directory / "config.json", "expected the folder of a quantized checkpoint")
 
 
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,45 +59,50 @@ def writer(raw: Mapping[str, Any]) -> str:
 
 
 def stored_linears(
-    architecture: Architecture, checkpoint: Checkpoint, quantization: Mapping[str, Any]
+    model: Shapes, checkpoint: Checkpoint, quantization: Mapping[str, Any]
 ) -> tuple[Format, tuple[LinearPlan, ...]]:
     """The format, and the linears of the decoder layers in order; a head that is not tied comes last, of layer -1.
 
     Raises:
         ModelError: see `formats.reading.read_schemes`.
     """
-    places = [
-        (f"{architecture.layer_name(index)}.{local}", index, local, module)
-        for index, layer in enumerate(architecture.layers)
-        for local, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    head, module = architecture.head_name, architecture.model.get_output_embeddings()
-    if head and isinstance(module, nn.Linear) and not architecture.tied:
-        places.append((head, OUTSIDE, head, module))
-    shapes = {name: (module.out_features, module.in_features) for name, _, _, module in places}
+    linears = sixteen_bit_linears(model)
+    head = model.head_name
+    shape = model.outside().get(f"{head}.weight", ())
+    if head and len(shape) == 2:
+        linears = (*linears, LinearPlan(head, OUTSIDE, head, *shape, None))
+    shapes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
     try:
         fmt, schemes = read_schemes(quantization, shapes, checkpoint.entries)
     except ModelError as error:
         raise ModelError(f"{checkpoint.directory}: {error}") from error
-    return fmt, tuple(LinearPlan(name, index, local, *shapes[name], schemes[name]) for name, index, local, _ in places)
+    return fmt, tuple(replace(linear, scheme=schemes[linear.name]) for linear in linears)
 
 
-def parameters(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def sixteen_bit_linears(model: Shapes) -> tuple[LinearPlan, ...]:
+    """The linears of the decoder layers as the original has them."""
+    return tuple(
+        LinearPlan(f"{model.layer_name(index)}.{local}", index, local, *shape, None)
+        for index, linears in enumerate(model.layer_linears)
+        for local, shape in linears.items()
+    )
+
+
+def parameters(model: Shapes) -> dict[str, tuple[int, ...]]:
     """Every stored tensor of the 16-bit model, by full name, with its shape."""
     layers = {
-        f"{architecture.layer_name(index)}.{name}": shape
-        for index in range(len(architecture.layers))
-        for name, shape in architecture.layer_shapes(index).items()
+        f"{model.layer_name(index)}.{name}": shape
+        for index in range(len(model.layer_tensors))
+        for name, shape in model.layer_shapes(index).items()
     }
-    return architecture.outside() | layers
+    return model.outside() | layers
 
 
 def changes_nothing(
-    architecture: Architecture, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str
+    model: Shapes, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str
 ) -> bool:
     """Whether a tensor that the architecture has no place for can be left out: what is derived, tied, or zero."""
-    if name.endswith(DERIVED) or (architecture.tied and name.startswith(f"{architecture.head_name}.")):
+    if name.endswith(DERIVED) or (model.tied and name.startswith(f"{model.head_name}.")):
         return True
     owner, _, key = name.rpartition(".")  # some tools write a bias of zeros for linears that have none
     return key == "bias" and owner in {linear.name for linear in linears} and not bool(checkpoint.read(name).any())

@@ -22,6 +22,7 @@ from quantkit.checkpoint import reader
 from quantkit.checkpoint.header import DTYPES, decode, encode
 from quantkit.checkpoint.reader import fingerprint, open_checkpoint, require_finite
 from quantkit.checkpoint.source import resolve
+from quantkit.dtypes import torch_dtype
 from quantkit.errors import ModelError, NumericsError
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -53,7 +54,7 @@ def sharded(folder: Path, **weight_map: str) -> Path:
 
 
 def test_every_dtype_reads_as_the_library_reads_it(tmp_path: Path) -> None:
-    tensors = {name: random_tensor(dtype, 3, 5) for name, dtype in DTYPES.items()}
+    tensors = {name: random_tensor(torch_dtype(dtype), 3, 5) for name, dtype in DTYPES.items()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4, dtype=torch.int64)}
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
@@ -188,7 +189,7 @@ def test_any_header_is_decoded_or_refused(header: Any, data_bytes: int) -> None:
 def test_any_bytes_of_a_file_are_opened_or_refused(tmp_path_factory: Any, content: bytes, cut: int) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
-    good = encode({"a": (torch.float16, (3,)), "b": (torch.uint8, (2, 2))})[0] + bytes(10)
+    good = encode({"a": ("float16", (3,)), "b": ("uint8", (2, 2))})[0] + bytes(10)
     for damaged in (content, good[:cut], good[:cut] + content + good[cut + len(content) :]):
         (folder / "model.safetensors").write_bytes(damaged)
         try:

@@ -152,7 +152,7 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
 def test_no_config(tmp_path: Path) -> None:
     assert "no config.json" in refusal(tmp_path)
     (tmp_path / "config.json").mkdir()
-    assert "no config.json" in refusal(tmp_path)
+    assert "config.json: cannot be read" in refusal(tmp_path)
 
 
 def test_code_from_the_model_folder_is_never_run(tmp_path: Path) -> None:

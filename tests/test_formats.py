@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit import __version__
+from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError, NumericsError, SchemeError
 from quantkit.formats import FORMATS, Format, QuantizedLayer, TensorSpec
 from quantkit.formats.bits import pack_bits, unpack_bits, words_for
@@ -227,9 +228,9 @@ def test_round_trip_and_specs(case: tuple[Format, QuantizedTensor]) -> None:
     out_features, in_features = quantized.codes.shape
     assert item.why_not(quantized.scheme, out_features, in_features) is None
     tensors = item.pack(quantized)
-    assert {key: TensorSpec(value.dtype, tuple(value.shape)) for key, value in tensors.items()} == item.specs(
-        quantized.scheme, out_features, in_features
-    )
+    assert {
+        key: TensorSpec(dtype_name(value.dtype), tuple(value.shape)) for key, value in tensors.items()
+    } == item.specs(quantized.scheme, out_features, in_features)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     again = item.unpack({**tensors, "bias": torch.zeros(1)}, quantized.scheme, (out_features, in_features))
     assert_same(again, quantized)
@@ -334,11 +335,11 @@ def test_unpack_checks_what_it_is_given() -> None:
     def unpack(**changed: Tensor) -> QuantizedTensor:
         return FORMATS["gptq"].unpack({**tensors, **changed}, scheme, (8, 16))
 
-    with pytest.raises(ModelError, match=r"qweight: expected torch.int32 \[2, 8\], got torch.int32 \[3, 8\]"):
+    with pytest.raises(ModelError, match=r"qweight: expected int32 \[2, 8\], got int32 \[3, 8\]"):
         unpack(qweight=torch.zeros(3, 8, dtype=torch.int32))
     with pytest.raises(ModelError, match="g_idx: expected groups 0 to 1, got 0 to 2"):
         unpack(g_idx=torch.tensor([0] * 15 + [2], dtype=torch.int32))
-    with pytest.raises(ModelError, match=r"g_idx: expected torch.int32"):
+    with pytest.raises(ModelError, match=r"g_idx: expected int32"):
         unpack(g_idx=tensors["g_idx"].long())
     with pytest.raises(ModelError, match="scales: missing; found qweight"):
         FORMATS["awq"].unpack({"qweight": torch.zeros(16, 1).int(), "qzeros": torch.zeros(2, 1).int()}, scheme, (8, 16))

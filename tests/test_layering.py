@@ -15,6 +15,8 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     # the words of the subject: numbers, sums, sizes
     "products": "",
+    "dtypes": "",
+    "jsonfile": "errors",
     "scheme": "errors",
     "stats": "errors products",
     "units": "errors",
@@ -22,32 +24,32 @@ ALLOWED: dict[str, str] = {
     "machine": "errors",
     # pure functions on tensors; the two never meet
     "quantize": "errors products scheme stats",
-    "formats": "errors scheme",
+    "formats": "errors dtypes scheme",
     # one concern each
-    "checkpoint": "errors units",
+    "checkpoint": "errors dtypes units",
     "calibration": "errors units resources",
     "activations": "errors",
     "background": "",
     "verify": "errors units",
     "recipe": "errors units scheme formats resources",
-    "model": "errors checkpoint",
-    "plan": "errors units scheme formats checkpoint model recipe",
+    "model": "errors jsonfile checkpoint",
+    "plan": "errors dtypes units scheme formats checkpoint model recipe",
     "loaders": "errors scheme formats plan",
     "stored": "errors scheme formats checkpoint model plan",
-    "fit": "errors units scheme formats checkpoint model recipe plan loaders activations stored",
-    "memory": "errors units formats activations model plan",
+    "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored",
+    "memory": "errors dtypes units formats activations model plan",
     "library": "errors units checkpoint recipe resources",
     "gguf": (
         "errors scheme stats formats quantize machine checkpoint calibration activations model plan stored fit"
         " evaluation"
     ),
     # the loop
-    "evaluation": "errors calibration activations verify model",
+    "evaluation": "errors dtypes calibration activations verify model",
     "pipeline": (
-        "errors scheme stats machine background formats quantize checkpoint calibration activations verify model plan"
+        "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model plan"
         " stored evaluation"
     ),
-    "remeasure": "errors machine formats checkpoint calibration model plan stored evaluation",
+    "remeasure": "errors jsonfile machine formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
     "progress": "units",
     "summary": "errors units hub",
@@ -56,10 +58,10 @@ ALLOWED: dict[str, str] = {
     "report": "charts wording",
     "card": "wording",
     "inspection": "errors units scheme formats checkpoint model plan fit stored",
-    "hub": "errors units checkpoint",
+    "hub": "errors jsonfile units checkpoint",
     # what a command does, and the commands
     "choices": "errors scheme formats checkpoint recipe library",
-    "fitting": "errors checkpoint recipe model plan fit report choices",
+    "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
         " machine verify progress report card choices fitting gguf"
@@ -98,7 +100,7 @@ LIBRARIES: dict[str, str] = {
     "socket": "",
     "subprocess": "",
     "pickle": "",
-    "transformers": "gguf calibration model fit runs cli",
+    "transformers": "gguf calibration model runs cli",
     "accelerate": "model",
     "typer": "cli",
     "rich": "export_gguf progress cli runs reverify convert fit inspection library summary",

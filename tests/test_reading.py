@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError
 from quantkit.formats import FORMATS, QuantizedLayer, TensorSpec
 from quantkit.formats.reading import read_schemes, unpack
@@ -23,7 +24,7 @@ def stored(fmt: str, schemes: dict[str, Scheme | None]) -> dict[str, TensorSpec]
     """The headers of a checkpoint whose linears are these."""
     tensors: dict[str, TensorSpec] = {}
     for name, scheme in schemes.items():
-        specs = FORMATS[fmt].specs(scheme, *SHAPE) if scheme else {"weight": TensorSpec(torch.float16, SHAPE)}
+        specs = FORMATS[fmt].specs(scheme, *SHAPE) if scheme else {"weight": TensorSpec("float16", SHAPE)}
         tensors |= {f"{name}.{key}": spec for key, spec in specs.items()}
     return tensors
 
@@ -169,14 +170,14 @@ def test_what_is_not_supported_is_told_in_one_line(config: dict[str, Any], told:
 
 def test_files_that_contradict_the_config_are_refused() -> None:
     whole = stored("compressed-tensors", dict.fromkeys(NAMES, W4))
-    plain = {f"{NAMES[3]}.weight": TensorSpec(torch.bfloat16, SHAPE)}
+    plain = {f"{NAMES[3]}.weight": TensorSpec("bfloat16", SHAPE)}
     without = {name: spec for name, spec in whole.items() if not name.startswith(f"{NAMES[3]}.")}
     for tensors, config, told in (
         (without, ct(), "neither weight nor"),
         (whole | plain, ct(), "both weight and weight_packed"),
         (without | plain, ct(), "should be in ignore"),
         (whole, ct(ignore=[NAMES[3]]), "readers differ"),
-        (whole | {f"{NAMES[3]}.weight_g_idx": TensorSpec(torch.int32, (128,))}, ct(), "act-order"),
+        (whole | {f"{NAMES[3]}.weight_g_idx": TensorSpec("int32", (128,))}, ct(), "act-order"),
         ({n: s for n, s in whole.items() if n != f"{NAMES[3]}.weight_scale"}, ct(), "weight_scale is missing"),
     ):
         with pytest.raises(ModelError, match=told) as caught:
@@ -215,7 +216,7 @@ def test_padded_words_of_older_compressed_tensors(bits: int, symmetric: bool) ->
     files = fmt.pack(tensor) | {"weight_packed": padded(tensor.codes, bits)}
     if not symmetric:
         files["weight_zero_point"] = padded(tensor.zeros.t(), bits).t().contiguous()
-    headers = {f"x.{key}": TensorSpec(file.dtype, tuple(file.shape)) for key, file in files.items()}
+    headers = {f"x.{key}": TensorSpec(dtype_name(file.dtype), tuple(file.shape)) for key, file in files.items()}
     config = ct({"g": {"targets": ["Linear"], "weights": WEIGHTS | {"num_bits": bits, "symmetric": symmetric}}})
     assert read(config, headers, ["x"])[1] == {"x": scheme}
     assert torch.equal(dequantize(unpack(fmt, files, scheme, SHAPE)), dequantize(tensor))

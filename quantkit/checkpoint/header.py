@@ -16,40 +16,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import torch
-
+from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import ModelError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-DTYPES = {  # in the library's order: tensors are stored from the last dtype to the first
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
+DTYPES = {  # the names in a file and torch's, in the library's order: tensors are stored from the last to the first
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 RANK_OF = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+Spec = tuple[str, tuple[int, ...]]  # torch's name of the dtype, and the shape
 
 
 @dataclass(frozen=True)
 class Span:
     """A tensor as a header describes it: its bytes are start .. start + nbytes after the header."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
@@ -58,7 +57,7 @@ class Span:
 def spec_bytes(spec: Spec) -> int:
     """The bytes of a tensor of this dtype and shape."""
     dtype, shape = spec
-    return math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * ITEMSIZE[dtype]
 
 
 def encode(specs: Mapping[str, Spec]) -> tuple[bytes, list[str]]:
@@ -141,7 +140,7 @@ def _span(name: str, field: Any, where: str) -> Span:
         known = ", ".join(DTYPES)
         raise ModelError(f"{where}: {name} has dtype {ascii(dtype_name)[:40]}, which is not read (read are {known})")
     # Sizes beyond int64 could come with a zero beside them, and no tensor can have them.
-    if not _naturals(shape) or math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 2**63:
+    if not _naturals(shape) or math.prod(max(size, 1) for size in shape) * ITEMSIZE[dtype] >= 2**63:
         raise ModelError(f"{where}: {name} has shape {ascii(shape)[:40]}; the file is damaged")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ModelError(f"{where}: {name} has data_offsets {ascii(offsets)[:40]}; the file is damaged")

@@ -5,18 +5,22 @@ Everything about the files is validated when they are opened, from their headers
 plain reads into fresh memory: nothing stays mapped, so a tensor that is dropped is gone from the process.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, decode, parse_object
+from quantkit.dtypes import ITEMSIZE, torch_dtype
 from quantkit.errors import ModelError, NumericsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,10 +32,13 @@ FINITE_CHUNK = 2**24  # values looked at in one step: keeps the memory of an exa
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: nbytes bytes at offset (from the beginning of the file) of a file in the directory."""
+    """Where a tensor lies: nbytes bytes at offset (from the beginning of the file) of a file in the directory.
+
+    dtype: a name of `dtypes`
+    """
 
     file: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -55,6 +62,8 @@ class Checkpoint:
         Raises:
             ModelError: there is no such tensor, or its file changed or failed since it was opened.
         """
+        import torch  # here and not above: see `dtypes`
+
         entry = self.entries.get(name)
         if entry is None:
             raise ModelError(f"{self.directory}: expected a tensor named {name}, found none; the model is incomplete")
@@ -68,14 +77,14 @@ class Checkpoint:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
         if read != entry.nbytes:
             raise ModelError(f"{path}: {name} ended after {read} of {entry.nbytes} bytes; the file has changed")
-        return raw.view(entry.dtype).view(entry.shape).to(device)
+        return raw.view(torch_dtype(entry.dtype)).view(entry.shape).to(device)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The tensor's bytes in order, as flat tensors of its dtype of at most 4 MiB; see `read`."""
         entry = self.entries[name]
         for begin in range(0, entry.nbytes, PIECE_BYTES):
             size = min(PIECE_BYTES, entry.nbytes - begin)
-            shape = (size // entry.dtype.itemsize,)
+            shape = (size // ITEMSIZE[entry.dtype],)
             part = replace(entry, shape=shape, offset=entry.offset + begin, nbytes=size)
             yield Checkpoint(self.directory, {name: part}).read(name)
 
@@ -132,6 +141,8 @@ def require_finite(name: str, tensor: Tensor, file: str | Path = "the model") ->
     """
     if not tensor.is_floating_point():
         return
+    import torch
+
     # A sum is finite only if all terms are; float8 has no sum, and a float16 sum may overflow: then count.
     if tensor.dtype.itemsize > 1 and bool(torch.isfinite(tensor.sum())):
         return

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download, try_to_load_from_cache
-
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.errors import ModelError
 
@@ -53,10 +51,13 @@ def resolve(
     if not HUB_ID.fullmatch(target):
         recipes = ", ".join(sorted(recipe_models)) or "none"
         raise ModelError(f"{target!r}: not a recipe ({recipes}), not a folder, and not a hub id (org/name)")
-    return _from_hub(target, offline or constants.HF_HUB_OFFLINE, revision, cache_dir or Path(constants.HF_HUB_CACHE))
+    return _from_hub(target, offline, revision, cache_dir)
 
 
-def _from_hub(hub_id: str, offline: bool, revision: str | None, cache: Path) -> Path:
+def _from_hub(hub_id: str, offline: bool, revision: str | None, cache_dir: Path | None) -> Path:
+    from huggingface_hub import constants  # here and below: folders, which need no hub, must not wait for its library
+
+    offline, cache = offline or constants.HF_HUB_OFFLINE, cache_dir or Path(constants.HF_HUB_CACHE)
     snapshot = _cached_snapshot(hub_id, revision, cache)
     missing = _missing_files(snapshot) if snapshot else []
     if snapshot and not missing:
@@ -72,6 +73,8 @@ def _from_hub(hub_id: str, offline: bool, revision: str | None, cache: Path) -> 
 
 
 def _cached_snapshot(hub_id: str, revision: str | None, cache: Path) -> Path | None:
+    from huggingface_hub import errors, try_to_load_from_cache
+
     try:
         config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache, revision=revision)
     except errors.HFValidationError as error:
@@ -96,6 +99,8 @@ def _missing_files(snapshot: Path) -> list[str]:
 
 
 def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(
             hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
@@ -111,6 +116,8 @@ def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
 
 
 def _why(error: BaseException, hub_id: str, revision: str | None, cache: Path) -> str:
+    from huggingface_hub import constants, errors
+
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:  # "not in the cache", because of:
         error = error.__cause__
     page = f"{constants.ENDPOINT}/{hub_id}"

@@ -5,6 +5,8 @@ A temporary file is called `.<name>.tmp` and lies in the same folder; what a kil
 removes (`journal.py`). The same content gives the same bytes, and files are readable by all whatever the umask.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
@@ -14,14 +16,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.header import Spec, encode, spec_bytes
 from quantkit.checkpoint.reader import INDEX
+from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import ModelError, NumericsError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIB, GIB = 2**20, 2**30
 COPY_BYTES = 2**20
@@ -119,7 +122,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         OutputError: the disk is full, or the folder is missing or cannot be written.
         ValueError: a dtype that safetensors does not hold.
     """
-    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     return write_pieces(path, specs, lambda name: [tensors[name]])
 
 
@@ -140,8 +143,8 @@ def _checked(name: str, spec: Spec, pieces: Callable[[str], Iterable[Tensor]]) -
     left = math.prod(spec[1])
     for piece in pieces(name):
         left -= piece.numel()
-        if piece.dtype != spec[0]:
-            raise ValueError(f"{name}: expected {spec[0]}, got {piece.dtype}")
+        if dtype_name(piece.dtype) != spec[0]:
+            raise ValueError(f"{name}: expected {spec[0]}, got {dtype_name(piece.dtype)}")
         yield piece
     if left:
         raise ValueError(f"{name}: {left} of {math.prod(spec[1])} values are missing")
@@ -178,7 +181,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order (little endian, as every machine that torch supports well is)."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch_dtype("uint8")).numpy().data
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -8,11 +8,10 @@
 One scheme for the whole checkpoint. Linears that stay in 16 bit are listed by name.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import SchemeError
 from quantkit.formats.base import (
@@ -28,6 +27,9 @@ from quantkit.formats.base import (
 from quantkit.formats.bits import pack_bits, unpack_bits
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = 4
 PER_WORD = 8
@@ -45,9 +47,9 @@ def specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Tens
     require(why_not(scheme, out_features, in_features))
     groups = scheme.groups(in_features)
     return {
-        "qweight": TensorSpec(torch.int32, (in_features, out_features // PER_WORD)),
-        "qzeros": TensorSpec(torch.int32, (groups, out_features // PER_WORD)),
-        "scales": TensorSpec(torch.float16, (groups, out_features)),
+        "qweight": TensorSpec("int32", (in_features, out_features // PER_WORD)),
+        "qzeros": TensorSpec("int32", (groups, out_features // PER_WORD)),
+        "scales": TensorSpec("float16", (groups, out_features)),
     }
 
 

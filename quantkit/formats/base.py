@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a format is, and the checks that all formats share."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from quantkit.dtypes import ITEMSIZE, dtype_name
 from quantkit.errors import ModelError, NumericsError, SchemeError
 from quantkit.formats.names import QuantizedLayer
 from quantkit.scheme import QuantizedTensor, Scheme
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+SCALES = "float16"  # how every format stores its scales
+
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A stored tensor before it exists."""
+    """A stored tensor before it exists; dtype: a name of `dtypes`."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 class ConfigBuilder(Protocol):
@@ -114,16 +120,16 @@ def matching(tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> 
         tensor = tensors.get(key)
         if tensor is None:
             raise ModelError(f"{key}: missing; found {', '.join(sorted(tensors)) or 'no tensor'}")
-        floating = spec.dtype.is_floating_point
+        floating, found_dtype = spec.dtype == SCALES, dtype_name(tensor.dtype)
         if tuple(tensor.shape) != spec.shape or (
-            tensor.dtype != spec.dtype and not (floating and tensor.is_floating_point())
+            found_dtype != spec.dtype and not (floating and tensor.is_floating_point())
         ):
             raise ModelError(
-                f"{key}: expected {spec.dtype} {list(spec.shape)}, got {tensor.dtype} {list(tensor.shape)}; "
+                f"{key}: expected {spec.dtype} {list(spec.shape)}, got {found_dtype} {list(tensor.shape)}; "
                 "is the quantization_config of this checkpoint right?"
             )
         if floating:
-            tensor = tensor.to(spec.dtype)
+            tensor = tensor.half()
             if not tensor.isfinite().all():
                 raise NumericsError(f"{key}: has values that are not finite in {spec.dtype}")
         found.append(tensor)

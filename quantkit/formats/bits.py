@@ -9,12 +9,14 @@ The work is done on bytes: the pattern repeats every few codes (2 codes in 1 byt
 3 bits), so each byte of the pattern is a few shifts of whole strided columns, and nothing wider than uint8 exists.
 """
 
+from __future__ import annotations
+
 import math
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WORD_BITS = 32
 
@@ -29,6 +31,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     The last word is filled up with zero bits.
     """
+    import torch  # here and not above: see `dtypes`
+    from torch.nn.functional import pad
+
     period, width = _pattern(bits)  # `period` codes fill `width` bytes
     *lead, count = codes.shape
     groups = math.ceil(count / period)
@@ -48,6 +53,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes (uint8 [..., count]) of the bit stream in words (int32 [..., w])."""
+    import torch
+    from torch.nn.functional import pad
+
     period, width = _pattern(bits)
     groups = math.ceil(count / period)
     *lead, size = words.shape

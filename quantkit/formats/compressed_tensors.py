@@ -11,11 +11,10 @@ are. At 3, 5, 6 and 7 bits the stream is dense from 0.20 of the library on; olde
 that hold no whole code, and cannot read this.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import ModelError, SchemeError
 from quantkit.formats.base import (
@@ -31,6 +30,9 @@ from quantkit.formats.bits import pack_bits, unpack_bits, words_for
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LAYOUT = "pack-quantized"
 
 
@@ -41,16 +43,18 @@ def why_not(scheme: Scheme, out_features: int, in_features: int) -> str | None:
 def specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
     groups = scheme.groups(in_features)
     result = {
-        "weight_packed": TensorSpec(torch.int32, (out_features, words_for(in_features, scheme.bits))),
-        "weight_scale": TensorSpec(torch.float16, (out_features, groups)),
-        "weight_shape": TensorSpec(torch.int64, (2,)),
+        "weight_packed": TensorSpec("int32", (out_features, words_for(in_features, scheme.bits))),
+        "weight_scale": TensorSpec("float16", (out_features, groups)),
+        "weight_shape": TensorSpec("int64", (2,)),
     }
     if not scheme.symmetric:
-        result["weight_zero_point"] = TensorSpec(torch.int32, (words_for(out_features, scheme.bits), groups))
+        result["weight_zero_point"] = TensorSpec("int32", (words_for(out_features, scheme.bits), groups))
     return result
 
 
 def pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    import torch  # here and not above: see `dtypes`
+
     scheme = quantized.scheme
     require(why_not(scheme, quantized.out_features, quantized.in_features))
     refuse_g_idx("compressed-tensors", quantized)
@@ -79,6 +83,8 @@ def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int
     """uint8 [out, groups], from weight_zero_point alone; a symmetric scheme stores none."""
     out_features, in_features = shape
     if scheme.symmetric:
+        import torch
+
         device = next((tensor.device for tensor in tensors.values()), None)
         return torch.full((out_features, scheme.groups(in_features)), scheme.middle, dtype=torch.uint8, device=device)
     (packed,) = matching(tensors, {"weight_zero_point": specs(scheme, *shape)["weight_zero_point"]})

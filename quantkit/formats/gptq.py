@@ -10,13 +10,12 @@ v1 has no room for z = 0: z - 1 wraps to the largest code, and readers that add 
 neighbouring zero point. So v1 is packed with z >= 1 only, and a wrapped one is read as AutoGPTQ reads it: as 0.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit import __version__
 from quantkit.errors import ModelError, SchemeError
@@ -32,6 +31,10 @@ from quantkit.formats.base import (
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 
@@ -53,10 +56,10 @@ def specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, Tens
     require(why_not(scheme, out_features, in_features))
     groups = scheme.groups(in_features)
     return {
-        "qweight": TensorSpec(torch.int32, (words_for(in_features, scheme.bits), out_features)),
-        "qzeros": TensorSpec(torch.int32, (groups, words_for(out_features, scheme.bits))),
-        "scales": TensorSpec(torch.float16, (groups, out_features)),
-        "g_idx": TensorSpec(torch.int32, (in_features,)),
+        "qweight": TensorSpec("int32", (words_for(in_features, scheme.bits), out_features)),
+        "qzeros": TensorSpec("int32", (groups, words_for(out_features, scheme.bits))),
+        "scales": TensorSpec("float16", (groups, out_features)),
+        "g_idx": TensorSpec("int32", (in_features,)),
     }
 
 
@@ -75,7 +78,7 @@ def pack(quantized: QuantizedTensor, *, v1: bool) -> dict[str, Tensor]:
         "qweight": pack_bits(quantized.codes, scheme.bits).t().contiguous(),
         "qzeros": pack_bits(zeros.t(), scheme.bits),
         "scales": quantized.scales.t().contiguous(),
-        "g_idx": g_idx.to(torch.int32),
+        "g_idx": g_idx.int(),
     }
 
 
@@ -89,7 +92,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
             f"g_idx: expected groups 0 to {groups - 1}, got {int(g_idx.min())} to {int(g_idx.max())}; "
             "the file is damaged"
         )
-    natural = torch.equal(g_idx, _natural_groups(scheme, in_features, g_idx.device))
+    natural = g_idx.equal(_natural_groups(scheme, in_features, g_idx.device))
     return QuantizedTensor(
         codes=unpack_bits(qweight.t(), scheme.bits, in_features),
         scales=scales.t().contiguous(),
@@ -111,6 +114,8 @@ def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int
 
 def _natural_groups(scheme: Scheme, in_features: int, device: torch.device) -> Tensor:
     """int32 [in]: column k is in group k // group_size."""
+    import torch  # here and not above: see `dtypes`
+
     columns = torch.arange(in_features, dtype=torch.int32, device=device)
     return columns // scheme.columns_per_group(in_features)
 

@@ -12,24 +12,27 @@ Where the two contradict each other the checkpoint is refused, because engines w
     compressed-tensors  config_groups with targets: names before "re:" patterns before class names; ignore
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError, SchemeError
 from quantkit.formats import awq, compressed_tensors, gptq
 from quantkit.formats.awq import AWQ
-from quantkit.formats.base import Format
+from quantkit.formats.base import SCALES, Format
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS, LAYOUT
 from quantkit.formats.gptq import GPTQ, GPTQ_V2
 from quantkit.scheme import QuantizedTensor, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, int]  # out_features, in_features
 Resolve = Callable[[str], Scheme | None]
@@ -40,8 +43,6 @@ AWQ_VERSIONS = ("gemm", "exllama", "ipex")  # the last two name a kernel; the te
 class Described(Protocol):
     """A stored tensor, known by its header."""
 
-    @property
-    def dtype(self) -> torch.dtype: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
 
@@ -78,7 +79,7 @@ def unpack(fmt: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Sh
     else:
         scales = tensors["scales"].t().contiguous() if "scales" in tensors else None
     quantized = fmt.unpack(tensors, scheme, shape)
-    return quantized if scales is None or scales.dtype == torch.float16 else replace(quantized, scales=scales)
+    return quantized if scales is None or dtype_name(scales.dtype) == SCALES else replace(quantized, scales=scales)
 
 
 def unpack_zeros(fmt: Format, tensors: Mapping[str, Tensor], scheme: Scheme, shape: Shape) -> Tensor:

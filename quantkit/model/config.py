@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json, read once and refused at the door if the model is of a kind that cannot be quantized here."""
 
-import json
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.errors import ModelError
+from quantkit.jsonfile import read_object
+from quantkit.model.kinds import unsupported
 
-TOWERS = ("vision_config", "audio_config")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
@@ -25,7 +25,7 @@ def load_config(directory: Path) -> PretrainedConfig:
             vision or audio tower, one that is quantized already, or sizes that cannot be.
     """
     path = directory / "config.json"
-    raw = _read(path)
+    raw = read_object(path, "expected the folder of a Hugging Face model")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ModelError(f"{path}: no model_type; expected the architecture's name, for example qwen2")
@@ -52,21 +52,27 @@ def load_config(directory: Path) -> PretrainedConfig:
     return config
 
 
+def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers config of a config.json's content, or of a recipe's `config`; how it is quantized is ignored.
+
+    Raises:
+        ModelError: no model_type, not a causal language model, or values that transformers does not accept.
+    """
+    values = {key: copy.deepcopy(value) for key, value in raw.items() if key != "quantization_config"}
+    kind = values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"config: transformers does not accept it ({str(error).splitlines()[0][:200]})") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
 def one_line(error: Exception) -> str:
     """The message of another library's error, cut to one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path.parent}: no config.json; expected a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw
 
 
 def _refuse_kinds(directory: Path, kind: str, values: Mapping[str, Any]) -> None:
@@ -77,25 +83,8 @@ def _refuse_kinds(directory: Path, kind: str, values: Mapping[str, Any]) -> None
                 f"{directory}: already quantized ({method or 'an unknown method'}); "
                 "expected the 16-bit model it was made from"
             )
-    if values.get("is_encoder_decoder"):
-        raise ModelError(f"{directory}: {kind} is an encoder-decoder; only decoders are supported")
-    for key in TOWERS:
-        if values.get(key):
-            tower = key.removesuffix("_config")
-            raise ModelError(f"{directory}: {kind} has a {tower} tower; only text decoders are supported")
-    for key, count in _items(values):
-        if key in EXPERTS and count not in (None, 0, 1, []):
-            raise ModelError(
-                f"{directory}: {kind} is a mixture of experts ({key}={count}); only dense decoders are supported"
-            )
-
-
-def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values, also those one level down (some families keep them in `ffn_config` or `text_config`)."""
-    for key, value in values.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from value.items()
+    if reason := unsupported(values):
+        raise ModelError(f"{directory}: {kind} {reason}")
 
 
 def _check_sizes(path: Path, config: PretrainedConfig) -> None:

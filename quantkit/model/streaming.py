@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
 from quantkit.errors import ModelError
 from quantkit.model.config import load_config, one_line
+from quantkit.model.shapes import Shapes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -31,53 +32,12 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A model without weights: every module of it on the meta device, and where its decoder layers are.
-
-    layers_name: the name of the list of layers, for example "model.layers".
-    """
+class Architecture(Shapes):
+    """A model without weights: every module of it on the meta device, and where its decoder layers are."""
 
     config: PretrainedConfig
     model: PreTrainedModel
-    layers_name: str
     layers: nn.ModuleList
-
-    def layer_name(self, index: int) -> str:
-        """The full name of a layer, for example "model.layers.3"."""
-        return f"{self.layers_name}.{index}"
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head shares the embedding's weight, which is then stored once."""
-        return bool(getattr(self.config, "tie_word_embeddings", False))
-
-    @property
-    def head_name(self) -> str | None:
-        """The full name of the output embedding, usually "lm_head"."""
-        head = self.model.get_output_embeddings()
-        return next((name for name, module in self.model.named_modules() if module is head), None)
-
-    def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of a layer (names local to it) and their shapes."""
-        return {name: tuple(t.shape) for name, t in self.layers[index].state_dict(keep_vars=True).items()}
-
-    def outside(self) -> dict[str, tuple[int, ...]]:
-        """The stored tensors outside the decoder layers, by full name, with their shapes."""
-        inside, head = f"{self.layers_name}.", self.head_name
-        shapes = {n: tuple(t.shape) for n, t in self.model.state_dict(keep_vars=True).items()}
-        tied = {f"{head}.weight"} if self.tied and head else set()
-        return {n: shape for n, shape in shapes.items() if not n.startswith(inside) and n not in tied}
-
-    def before_layers(self) -> dict[str, tuple[int, ...]]:
-        """The input embedding."""
-        embedding = self.model.get_input_embeddings()
-        name = next(n for n, module in self.model.named_modules() if module is embedding)
-        return {n: shape for n, shape in self.outside().items() if n.startswith(f"{name}.")}
-
-    def after_layers(self) -> dict[str, tuple[int, ...]]:
-        """Everything else outside the layers: the last norm, the head, learned positions."""
-        before = self.before_layers()
-        return {n: shape for n, shape in self.outside().items() if n not in before}
 
 
 @dataclass(frozen=True)
@@ -116,7 +76,8 @@ def build(config: PretrainedConfig) -> Architecture:
         raise ModelError(f"config.json: no {config.model_type} can be built from it ({one_line(error)})") from error
     assert isinstance(model, PreTrainedModel)
     model.eval().requires_grad_(False)
-    return Architecture(config, model, *_find_layers(model, config))
+    layers_name, layers = _find_layers(model, config)
+    return Architecture(**vars(_shapes(model, config, layers_name, layers)), model=model, layers=layers)
 
 
 def open_model(directory: Path) -> StreamedModel:
@@ -129,8 +90,9 @@ def open_model(directory: Path) -> StreamedModel:
     architecture = build(load_config(directory))
     checkpoint = open_checkpoint(directory)
     ignored = _compare(architecture, checkpoint)
-    parts = (architecture.config, architecture.model, architecture.layers_name, architecture.layers)
-    untried = StreamedModel(*parts, directory, checkpoint, False, ignored)
+    untried = StreamedModel(
+        **vars(architecture), directory=directory, checkpoint=checkpoint, returns_tuple=False, ignored=ignored
+    )
     return replace(untried, returns_tuple=_layer_returns_tuple(untried))
 
 
@@ -150,6 +112,34 @@ def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
         if not any(isinstance(m, nn.Linear) for m in layer.modules()):
             raise ModelError(f"{name}.{index}: no nn.Linear in it; nothing to quantize")
     return name, layers
+
+
+def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, layers: nn.ModuleList) -> Shapes:
+    modules = dict(model.named_modules())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head_name = next((name for name, module in modules.items() if module is head), None)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    stored = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+    left_out = {f"{head_name}.weight"} if tied and head_name else set()
+    return Shapes(
+        config=config,
+        layers_name=layers_name,
+        layer_tensors=tuple(
+            {n: tuple(t.shape) for n, t in layer.state_dict(keep_vars=True).items()} for layer in layers
+        ),
+        layer_linears=tuple(
+            {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            for layer in layers
+        ),
+        outside_tensors={
+            n: shape for n, shape in stored.items() if not n.startswith(f"{layers_name}.") and n not in left_out
+        },
+        input_name=next(name for name, module in modules.items() if module is embedding),
+        head_name=head_name,
+        tied=tied,
+        embeddings=frozenset(name for name, module in modules.items() if isinstance(module, nn.Embedding)),
+        norms=frozenset(name for name, module in modules.items() if "norm" in type(module).__name__.lower()),
+    )
 
 
 def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, ...]:

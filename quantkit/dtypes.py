@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of numbers that files hold, by the names that torch gives them.
+
+Plans and headers speak of dtypes by name, so that everything that is known before the first tensor (sizes, shapes,
+what fits where) is known without importing torch, which takes a second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ITEMSIZE = {  # bytes of one value
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e5m2": 1,
+    "float8_e4m3fn": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "float64": 8,
+    "int64": 8,
+    "uint64": 8,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float16 -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name: torch.float16 for "float16"."""
+    import torch
+
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of models that cannot be quantized here, known from what a config.json says."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+TOWERS = ("vision_config", "audio_config")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def unsupported(values: Mapping[str, Any]) -> str | None:
+    """What a model is that keeps it from being quantized here: "is an encoder-decoder; ..."; None if nothing does."""
+    if values.get("is_encoder_decoder"):
+        return "is an encoder-decoder; only decoders are supported"
+    for key in TOWERS:
+        if values.get(key):
+            return f"has a {key.removesuffix('_config')} tower; only text decoders are supported"
+    for key, count in _items(values):
+        if key in EXPERTS and count not in (None, 0, 1, []):
+            return f"is a mixture of experts ({key}={count}); only dense decoders are supported"
+    return None
+
+
+def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, also those one level down (some families keep them in `ffn_config` or `text_config`)."""
+    for key, value in values.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from value.items()
