@@ -48,6 +48,11 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["transformers==4.51.3", "accelerate<1.9", "datasets", "zstandard"],
         ["--no-deps", "autoawq==0.2.9"],
     ],
+    "llmcompressor": [
+        TORCH,
+        ["transformers==5.17.0", "accelerate==1.15.0", "datasets", "compressed-tensors==0.19.0", "loguru", "pillow"],
+        ["--no-deps", "llmcompressor==0.14.0.1", "auto-round==0.15.1", "nvidia-ml-py"],
+    ],
     "autogptq": [
         TORCH,
         ["transformers==4.57.6", "accelerate<1.9", "datasets", "sentencepiece", "gekko", "rouge", "peft<0.18"],

@@ -47,7 +47,7 @@ def render_card(result: Result, forced: bool = False, repo_id: str | None = None
         summary=_summary(result),
         forced=forced or bool(reasons),
         forced_reasons=reasons if isinstance(reasons, (list, tuple)) else [],
-        verification=verification,
+        verification=verification and {"dtype": None, **verification},
         limits=_limits((verification or {}).get("limits") or {}),
         table=_table(result),
         evaluation=_token_set((verification or {}).get("eval")),

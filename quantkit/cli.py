@@ -374,9 +374,12 @@ def push(
     """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
     with _told():
         from quantkit.card import render_card
+        from quantkit.document import RESULT, read_result
         from quantkit.hub import push as upload
         from quantkit.summary import push_document, push_summary, upload_bar
 
+        if (out / RESULT).is_file():
+            read_result(out)  # a damaged one is told before anything goes up
         with upload_bar(_console()) as progress:
             result = upload(
                 out,
@@ -400,7 +403,7 @@ def inspect(
     with _told():
         from quantkit.inspection import inspect_folder, inspect_table
 
-        quiet_libraries()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         result = inspect_folder(out)
         _print_json(result) if json else _console().print(inspect_table(result))
 

@@ -22,23 +22,23 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_index, write_json, write_text
+from quantkit.choices import DEFAULT_BUDGET, choose_context
+from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, QuantkitError
 from quantkit.fit import fit_checkpoint
 from quantkit.formats import FORMATS
-from quantkit.inspection import RESULT, read_result
 from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
 from quantkit.pipeline import DISK_MARGIN
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
 from quantkit.report import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
-from quantkit.runs import DEFAULT_CONTEXT, beside_weights, positions
+from quantkit.runs import beside_weights, positions
 from quantkit.stored import OUTSIDE, quantization_of, writer
 from quantkit.verify import Limits, verification_block
 
 FP16 = "fp16"
 TARGETS = (*FORMATS, FP16)
-DEFAULT_BUDGET = 22 * 2**30
 NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verification: what belongs to a folder
 
 
@@ -273,11 +273,10 @@ def _notes(conversion: Conversion, made_by: str) -> list[str]:
 def _fit(conversion: Conversion, before: Mapping[str, Any]) -> dict[str, Any]:
     """Memory and engines of the new files, for what the source was judged with."""
     said = (before.get("verification") or {}).get("fit") or {}
-    limit = positions(conversion.source.architecture.config) or DEFAULT_CONTEXT
     return fit_checkpoint(
         conversion.out,
         budget=said.get("budget_bytes") or DEFAULT_BUDGET,
-        context=said.get("context") or min(DEFAULT_CONTEXT, limit),
+        context=choose_context(said.get("context"), positions(conversion.source.architecture.config)),
         kv=said.get("kv") or "fp16",
     )
 

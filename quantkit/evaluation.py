@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.activations import Stream, open_stream
 from quantkit.calibration import TokenSet
-from quantkit.dtypes import torch_dtype
+from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
 from quantkit.verify import Comparison
@@ -107,7 +107,7 @@ def compare(
     stored: Iterable[tuple[str, Tensor]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The figures of `verify.Comparison`, from the streams that have left the last layer.
+    """The figures of `verify.Comparison`, from the streams that have left the last layer, and the dtype of both.
 
     source: the tensors outside the layers of the original, on the device in the dtype of the run; stored: those of the
     quantized model as its files hold them, one after the other, because what is equal is held once
@@ -123,4 +123,4 @@ def compare(
         with outside_loaded(model, quantized_outside):
             found = logits(model, quantized.states[batch].to(device))
         comparison.add(reference, found, tokens.input_ids[batch].to(device))
-    return comparison.result()
+    return comparison.result() | {"dtype": dtype_name(original.states.dtype)}

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is inside a folder: what a run wrote down, or what config.json and the headers of another tool's files say."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +8,14 @@ from rich.console import Group
 from rich.table import Table
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.errors import ModelError, OutputError
+from quantkit.document import RESULT, read_result
+from quantkit.errors import ModelError
 from quantkit.fit import shapes_in
 from quantkit.formats import Format
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
 from quantkit.units import format_bytes
-
-RESULT = "quantkit.json"
-
-
-def read_result(out: Path) -> dict[str, Any]:
-    """The result document of a finished run.
-
-    Raises:
-        OutputError: there is none, or it cannot be read.
-    """
-    path = out / RESULT
-    if not path.is_file():
-        state = (
-            "unfinished; run its command again" if (out / "journal.jsonl").is_file() else "not a folder of quantkit's"
-        )
-        raise OutputError(f"{out}: no {RESULT} ({state})")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(document, dict) or "layers" not in document:
-        raise OutputError(f"{path}: not a result of quantkit")
-    return document
 
 
 def inspect_folder(out: Path) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.activations import Stream, choose_place
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.errors import ModelError
@@ -31,7 +32,6 @@ from quantkit.evaluation import (
     run_dtype,
 )
 from quantkit.formats import Format
-from quantkit.jsonfile import read_object
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
@@ -124,7 +124,7 @@ def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpo
     Raises:
         ModelError: not quantized, a kind that is not supported, a damaged checkpoint, or one of another model.
     """
-    raw = read_object(directory / "config.json", "expected the folder of a quantized checkpoint")
+    raw = read_config(directory)
     quantization = quantization_of(raw)
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
@@ -177,6 +177,24 @@ def _local(original: StreamedModel, index: int) -> list[str]:
     return list(original.layer_shapes(index))
 
 
+def _open(
+    model: StreamedModel,
+    evaluation: TokenSet,
+    dtype: torch.dtype,
+    device: torch.device,
+    out: Path,
+    place: str | None,
+    batch: int | None,
+) -> tuple[Stream, Stream]:
+    """Both streams, in a place that holds the two. A file that they are mapped from has no name, so none is left."""
+    tokens = evaluation.samples * evaluation.seqlen
+    place = place or choose_place(2 * tokens * model.config.hidden_size * dtype.itemsize, device)
+    folder = out if os.access(out, os.W_OK) else Path(gettempdir())
+    names = [f".quantkit-{name}-{os.getpid()}.tmp" for name in ("original", "quantized")]
+    first, second = (open_states(model, evaluation, dtype, device, folder / name, place, batch) for name in names)
+    return first, second
+
+
 @torch.no_grad()
 def measure(
     original: StreamedModel,
@@ -194,26 +212,10 @@ def measure(
     Raises:
         ModelError, NumericsError: a damaged file; values that are not finite.
     """
-    out = quantized.directory
-    with TemporaryDirectory(prefix=".quantkit-", dir=out if os.access(out, os.W_OK) else None) as spill:
-        return _measure(original, quantized, evaluation, device, progress, Path(spill), place, batch)
-
-
-def _measure(
-    original: StreamedModel,
-    quantized: Measurable,
-    evaluation: TokenSet,
-    device: torch.device,
-    progress: Progress,
-    spill: Path,
-    place: str | None,
-    batch: int | None,
-) -> dict[str, Any]:
     model = original
     dtype = run_dtype(model, device, f"{quantized.linears[0].name}.weight")
     move_buffers(model.model, device)
-    reference = open_states(model, evaluation, dtype, device, spill / "original", place, batch)
-    stream = open_states(model, evaluation, dtype, device, spill / "quantized", place, batch)
+    reference, stream = _open(model, evaluation, dtype, device, quantized.directory, place, batch)
     tokens = 2 * evaluation.samples * evaluation.seqlen
     progress.start(len(model.layers), tokens, {"evaluation": reference.place})
     with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):

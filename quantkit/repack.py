@@ -433,7 +433,7 @@ def _copied(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[Tensor]:
 
 
 def _in_float16(name: str, values: Tensor) -> Tensor:
-    stored = values.to(STORED)
+    stored = values.half()
     if not bool(stored.isfinite().all()):
         raise NumericsError(f"{name}: largest value {float(values.abs().max()):.3g} is beyond float16 (65504)")
     return stored

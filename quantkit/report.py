@@ -207,6 +207,7 @@ def _accuracy(verification: Result) -> tuple[Table, Chart | None, Table]:
             *([f"KL {name}", "", wording.figure(value), ""] for name, value in percentiles.items()),
             ["top-1 agreement", "", wording.percent(verification.get("top1_agreement")), ""],
             ["predicted tokens", "", f"{verification['tokens']:,}", ""],
+            *([["computed in", dtype, dtype, ""]] if (dtype := verification.get("dtype")) else []),
         ],
     )
     spread = [(name, value) for name, value in percentiles.items() if name != "max"]

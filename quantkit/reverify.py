@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ from rich.console import Console
 from quantkit import __version__, calibration
 from quantkit.calibration import BUNDLED, TokenSet
 from quantkit.card import render_card
-from quantkit.checkpoint.journal import JOURNAL
+from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
 from quantkit.checkpoint.writer import write_json, write_text
 from quantkit.choices import DEFAULT_BUDGET, choose_context, find_model
+from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
 from quantkit.evaluation import run_dtype
 from quantkit.fit import fit_checkpoint, fit_stored
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
-from quantkit.inspection import RESULT, read_result
 from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
@@ -47,6 +48,7 @@ NOT_MEASURED: dict[str, Any] = {
     "kl_percentiles": {},
     "top1_agreement": None,
     "tokens": 0,
+    "dtype": None,
     "layer_errors": [],
 }
 
@@ -84,9 +86,16 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
         ModelError: no original to compare with, not a checkpoint that is supported, or not one of that original.
         InputError: options that cannot be. NumericsError: values that are not finite.
     """
+    if not request.out.is_dir():
+        raise ModelError(f"{request.out}: no such folder; expected a quantized checkpoint")
+    ours = (request.out / RESULT).exists() or (request.out / JOURNAL).exists()
+    with locked(request.out) if ours else nullcontext():
+        return _verify(request, read_result(request.out) if ours else None, console)
+
+
+def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     out = request.out
-    recorded = _recorded(out)
     original = _original(request, recorded)
     tokens = _tokens(request, recorded, original)
     reasons = changed_files(out, recorded)
@@ -142,15 +151,6 @@ def _open(out: Path, original: StreamedModel) -> QuantizedCheckpoint | GGUFModel
     """The weights of a folder: safetensors, or where there are none of these, a GGUF file."""
     gguf = find_gguf(out)
     return open_quantized(out, original) if gguf is None else open_gguf_model(gguf, original)
-
-
-def _recorded(out: Path) -> dict[str, Any] | None:
-    """quantkit.json of a finished run; None for a checkpoint of another tool."""
-    if not out.is_dir():
-        raise ModelError(f"{out}: no such folder; expected a quantized checkpoint")
-    if (out / RESULT).exists() or (out / JOURNAL).exists():
-        return read_result(out)
-    return None
 
 
 def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:

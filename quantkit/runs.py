@@ -27,7 +27,8 @@ from quantkit.choices import (
     find_model,
     hub_id,
 )
-from quantkit.errors import InputError
+from quantkit.document import RESULT, read_result
+from quantkit.errors import InputError, OutputError
 from quantkit.fit import fit
 from quantkit.formats import Format
 from quantkit.formats.gguf import GGUF
@@ -266,10 +267,22 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
     result["files"] = [
         {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
     ]
+    if result["verification"] is None:
+        result["verification"] = _still_valid(out, result["files"])
     write_text(out / "report.html", render_report(result))
     write_text(out / "README.md", render_card(result))
-    write_json(out / "quantkit.json", result)
+    write_json(out / RESULT, result)
     return result
+
+
+def _still_valid(out: Path, files: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The verification of an earlier pass over the same run, if it was of these very files."""
+    try:
+        recorded = read_result(out)
+    except OutputError:  # none, or a damaged one, which is about to be replaced
+        return None
+    verification: dict[str, Any] | None = recorded["verification"]
+    return verification if recorded.get("files") == files else None
 
 
 def beside_weights(directory: Path) -> list[Path]:

@@ -98,9 +98,7 @@ def parameters(model: Shapes) -> dict[str, tuple[int, ...]]:
     return model.outside() | layers
 
 
-def changes_nothing(
-    model: Shapes, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str
-) -> bool:
+def changes_nothing(model: Shapes, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str) -> bool:
     """Whether a tensor that the architecture has no place for can be left out: what is derived, tied, or zero."""
     if name.endswith(DERIVED) or (model.tied and name.startswith(f"{model.head_name}.")):
         return True

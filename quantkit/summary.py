@@ -84,7 +84,10 @@ def _add_figures(table: Table, measured: dict[str, Any]) -> None:
     if found is not None and reference is not None:
         table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {found / reference - 1:+.2%})")
     if measured["kl_divergence"] is not None:
-        table.add_row("KL divergence", f"{measured['kl_divergence']:.5f} nats over {measured['tokens']:,} tokens")
+        table.add_row(
+            "KL divergence",
+            f"{measured['kl_divergence']:.5f} nats over {measured['tokens']:,} tokens{_dtype(measured)}",
+        )
     if measured["top1_agreement"] is not None:
         table.add_row("top-1 agreement", f"{measured['top1_agreement']:.2%}")
     fit = measured.get("fit")
@@ -94,6 +97,11 @@ def _add_figures(table: Table, measured: dict[str, Any]) -> None:
             f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} "
             f"tokens of context; longest that fits {fit['longest_context']:,}",
         )
+
+
+def _dtype(measured: dict[str, Any]) -> str:
+    """What hidden states and weights were computed in."""
+    return f", in {measured['dtype']}" if measured.get("dtype") else ""
 
 
 def _verdict_lines(measured: dict[str, Any]) -> list[Text]:

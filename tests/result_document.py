@@ -86,6 +86,7 @@ def example(depth: int = 6, *, bits: dict[str, int] | None = None, **changes: An
             "kl_percentiles": {"p50": 0.0031, "p90": 0.0524, "p99": 0.241, "max": 3.912},
             "top1_agreement": 0.9432,
             "tokens": 262_016,
+            "dtype": "bfloat16",
             "layer_errors": [
                 {"layer": i, "relative_error": 0.012 + 0.05 * (i / depth) ** 1.5 + 0.003 * math.sin(i)}
                 for i in range(depth)

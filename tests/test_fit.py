@@ -337,7 +337,7 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     out = written(tmp_path, model, plan_of(model), TINY | {"hidden_size": 128, "intermediate_size": 200})
     with pytest.raises(ModelError, match=r"does config\.json belong to these files"):
         fit_checkpoint(out, budget=GIB, context=128)
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         fit_checkpoint(tmp_path / "nowhere", budget=GIB, context=128)
 
 

@@ -35,7 +35,7 @@ ALLOWED: dict[str, str] = {
     "model": "errors jsonfile checkpoint",
     "plan": "errors dtypes units scheme formats checkpoint model recipe",
     "loaders": "errors scheme formats plan",
-    "stored": "errors scheme formats checkpoint model plan",
+    "stored": "errors jsonfile scheme formats checkpoint model plan",
     "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored",
     "memory": "errors dtypes units formats activations model plan",
     "library": "errors units checkpoint recipe resources",
@@ -49,7 +49,7 @@ ALLOWED: dict[str, str] = {
         "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model plan"
         " stored evaluation"
     ),
-    "remeasure": "errors jsonfile machine formats checkpoint calibration model plan stored evaluation",
+    "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
     "progress": "units",
     "summary": "errors units hub",
@@ -57,22 +57,23 @@ ALLOWED: dict[str, str] = {
     "charts": "",
     "report": "charts wording",
     "card": "wording",
-    "inspection": "errors units scheme formats checkpoint model plan fit stored",
+    "document": "errors jsonfile",
+    "inspection": "errors units document scheme formats checkpoint model plan fit stored",
     "hub": "errors jsonfile units checkpoint",
     # what a command does, and the commands
     "choices": "errors scheme formats checkpoint recipe library",
     "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
-        " machine verify progress report card choices fitting gguf"
+        " machine verify progress report card choices fitting gguf document"
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
-        " inspection remeasure gguf"
+        " document remeasure gguf"
     ),
-    "repack": "errors scheme quantize formats machine checkpoint model plan fit stored",
+    "repack": "errors dtypes scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (
-        "errors formats checkpoint fit loaders machine stored pipeline verify report card inspection runs reverify"
+        "errors formats checkpoint choices fit loaders machine stored pipeline verify report card document runs reverify"
         " repack"
     ),
     "export_gguf": (
@@ -80,8 +81,8 @@ ALLOWED: dict[str, str] = {
         " inspection runs reverify"
     ),
     "cli": (
-        "errors units quantize machine verify runs library inspection summary fit hub card report choices fitting"
-        " reverify convert export_gguf"
+        "errors units quantize machine verify runs library inspection document summary fit hub card report choices"
+        " fitting reverify convert export_gguf"
     ),
     "__main__": "cli",
     "__init__": "",

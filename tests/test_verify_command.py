@@ -15,7 +15,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from quantkit.checkpoint.journal import locked
+from quantkit.cli import app
 from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.reverify import VerifyRequest, verify_files
@@ -442,3 +445,104 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
         assert found.returncode == 0, found.stderr
         peaks.append(json.loads(found.stdout)["peak_rss_bytes"])
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+# ---------------------------------------------------------------- quantkit.json, damaged
+
+
+def spoilt(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = recorded(out)
+    change(document)
+    (out / "quantkit.json").write_text(json.dumps(document))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": lambda out: (out / "quantkit.json").write_bytes((out / "quantkit.json").read_bytes()[:200]) and None,
+    "empty": lambda out: (out / "quantkit.json").write_text("") and None,
+    "a list": lambda out: (out / "quantkit.json").write_text("[]") and None,
+    "deep": lambda out: (out / "quantkit.json").write_text("[" * 100_000) and None,
+    "layers": lambda out: spoilt(out, lambda d: d.pop("layers")),
+    "layers.0.kind": lambda out: spoilt(out, lambda d: d["layers"][0].pop("kind")),
+    "layers.1": lambda out: spoilt(out, lambda d: d["layers"].__setitem__(1, "q_proj")),
+    "scheme": lambda out: spoilt(out, lambda d: d.update(scheme="W4")),
+    "total_bytes": lambda out: spoilt(out, lambda d: d.update(total_bytes="many")),
+    "files.0": lambda out: spoilt(out, lambda d: d["files"].__setitem__(0, 7)),
+    "files": lambda out: spoilt(out, lambda d: d.update(files={"a": 1})),
+    "model": lambda out: spoilt(out, lambda d: d.update(model=None)),
+    "verification.eval": lambda out: spoilt(out, lambda d: d["verification"].update(eval=["eval"])),
+    "verification.fit": lambda out: spoilt(out, lambda d: d["verification"].update(fit={"context": "8k"})),
+    "verification.limits": lambda out: spoilt(out, lambda d: d["verification"].update(limits=3)),
+    "verification": lambda out: spoilt(out, lambda d: d.update(verification="pass")),
+    "fallbacks": lambda out: spoilt(out, lambda d: d.update(fallbacks="none")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_document_is_one_line_everywhere(out: Path, damage: str) -> None:
+    DAMAGES[damage](out)
+    for words in (["verify"], ["inspect"], ["push", "me/model", "--dry-run", "--force"], ["fit"]):
+        done = CliRunner().invoke(app, [words[0], str(out), *words[1:]])
+        if words[0] == "fit":  # asks config.json and the files only
+            assert done.exit_code == 0, done.output
+            continue
+        assert done.exit_code == 1, (words, done.output, done.exception)
+        assert isinstance(done.exception, SystemExit)
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("quantkit: ")
+        assert "quantkit.json" in done.stderr
+        assert damage in done.stderr or damage in ("truncated", "empty", "a list", "deep")
+
+
+def test_fit_refuses_more_context_than_the_model_allows(out: Path, qwen2: Path) -> None:
+    for model in (out, qwen2):
+        done = CliRunner().invoke(app, ["fit", str(model), "--context", "129"])
+        assert done.exit_code == 1
+        assert "--context 129: the model allows 128 tokens" in done.stderr
+        assert CliRunner().invoke(app, ["fit", str(model), "--context", "128"]).exit_code == 0
+
+
+# ---------------------------------------------------------------- the folder
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_folder_in_use_is_left_alone(out: Path, journal: bool) -> None:
+    """Also one that came from the hub, where no journal is."""
+    if not journal:
+        (out / "journal.jsonl").unlink()
+    with locked(out):
+        refuses(OutputError, "another run is writing here", out)
+    assert verify(out) == recorded(out)
+
+
+def test_nothing_is_left_by_a_verification_that_is_killed(out: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in out.iterdir())
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "from quantkit import activations, remeasure\nfrom quantkit.reverify import VerifyRequest, verify_files\n"
+        "activations.SPARE = 0.0\n"  # hidden states go to files
+        "remeasure.relative_error = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "request = VerifyRequest(out=Path(sys.argv[1]), command='', offline=True)\n"
+        "verify_files(request, Console(quiet=True))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == before
+    assert verify(out) == recorded(out)
+
+
+def test_a_finished_run_repeated_without_verification_keeps_the_one_it_has(
+    tmp_path: Path, qwen2: Path, ids: Path
+) -> None:
+    out = tmp_path / "out"
+    before = run(qwen2, out, ids)["verification"]
+    assert before is not None
+    assert run(qwen2, out, ids, verify=False)["verification"] == before
+    assert recorded(out)["verification"] == before
+    spoilt(out, lambda document: document["files"][0].update(sha256="0" * 64))
+    assert run(qwen2, out, ids, verify=False)["verification"] is None
+
+
+def test_the_document_says_what_was_computed_in(out: Path) -> None:
+    assert recorded(out)["verification"]["dtype"] == "float32"
+    assert "computed in float32" in (out / "README.md").read_text()
+    assert "float32" in (out / "report.html").read_text()

@@ -132,12 +132,32 @@ def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> I
     except OSError as error:
         raise output_error(path, error) from error
     try:
-        _lock(descriptor, path)
+        _lock(descriptor, path, folder)
         try:
             yield _begin(Journal(folder, descriptor), first_line, fresh=fresh)
         finally:
             if found != path:
                 _leave_as_found(folder, found)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep runs and other verifications out of the folder of a finished run. One that came without a journal, as the
+    hub's copies do, is no run's to continue: there the folder itself is the lock.
+
+    Raises:
+        OutputError: another process works in the folder, or it cannot be opened.
+    """
+    path = folder / JOURNAL if (folder / JOURNAL).is_file() else folder
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        _lock(descriptor, path, folder)
+        yield
     finally:
         os.close(descriptor)
 
@@ -260,7 +280,7 @@ def _leave_as_found(folder: Path, found: Path) -> None:
             made.rmdir()
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Path, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another run may have removed its journal between our opening and our locking it.
@@ -269,7 +289,7 @@ def _lock(descriptor: int, path: Path) -> None:
     except BlockingIOError as error:
         pid = _holder(descriptor)
         raise OutputError(
-            f"{path.parent}: another run is writing here{f' (process {pid})' if pid else ''}; "
+            f"{folder}: another run is writing here{f' (process {pid})' if pid else ''}; "
             "wait for it, stop it, or choose another --out"
         ) from error
     except OSError as error:
