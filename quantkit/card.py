@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quantkit import wording
+from quantkit.rendering import template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"
@@ -30,18 +30,9 @@ def render_card(result: Result, forced: bool = False, repo_id: str | None = None
     forced: say that the push was forced
     repo_id: the name in the commands that run it; without it they hold a placeholder
     """
-    environment = Environment(
-        loader=PackageLoader("quantkit"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["md"] = markdown
     reasons = result.get("forced") or []
     verification = result.get("verification")
-    text = environment.get_template("card.md.j2").render(
+    text = template("card.md.j2", escape=False, md=markdown).render(
         front_matter=_front_matter(result),
         title=_title(result),
         summary=_summary(result),

@@ -220,7 +220,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str]]) -> Markup:
     """Horizontal bars on a logarithmic scale: (name, value above 0, what it says)."""
     values = [value for _, value, _ in bars]
     axis = log_axis(min(values) / 2, max(values))
-    row, left, right = 30, 46, 76
+    row, left, right = 30, 52, 76
     height = row * len(bars) + 8
     parts = []
     for i, (name, value, label) in enumerate(bars):

@@ -467,29 +467,6 @@ def _stored_linears(
 # ---------------------------------------------------------------- shown
 
 
-def fit_figure(result: Mapping[str, Any], points: int = 33) -> dict[str, Any]:
-    """Memory of one card against context: lists of equal length for a picture, from 0 past the longest that fits.
-
-    contexts: tokens; weights, workspace, kv, total: bytes at each; budget, longest, asked: for lines and marks
-    """
-    caches = [Cache(**cache) for cache in result["kv_layers"]]
-    card, budget = result["tensor_parallel"], result["budget_bytes"]
-    reach = max(int(1.25 * result["longest_context"]), result["context"], 4096)
-    contexts = [reach * i // (points - 1) for i in range(points)]
-    kv = [_cache_bytes(caches, context) for context in contexts]
-    fixed = card["weights_bytes"] + card["workspace_bytes"]
-    return {
-        "contexts": contexts,
-        "weights": [card["weights_bytes"]] * points,
-        "workspace": [card["workspace_bytes"]] * points,
-        "kv": kv,
-        "total": [fixed + value for value in kv],
-        "budget": budget,
-        "longest": result["longest_context"],
-        "asked": result["context"],
-    }
-
-
 def table(result: Mapping[str, Any]) -> Group:
     """The document of `fit` for a terminal: memory, what quantizing needs, and which engines load it."""
     card = result["tensor_parallel"]

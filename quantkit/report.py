@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from quantkit import charts, wording
+from quantkit.rendering import template
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIB, GIB = 2**20, 2**30
@@ -48,7 +48,7 @@ def render_report(result: Result) -> str:
     """The page. `result` is the document described in docs: quantkit.json, verification included or None."""
     verification = result.get("verification")
     fit = (verification or {}).get("fit")
-    return _template("report.html.j2").render(
+    return template("report.html.j2", escape=True).render(
         model=wording.one_line(result["model"]),
         subtitle=f"{result['method'].upper()} · {wording.overall_scheme(result)} · stored as {result['format']}",
         version=result["quantkit_version"],
@@ -72,21 +72,20 @@ def render_report(result: Result) -> str:
 def render_fit(fit: Result, model: str, subtitle: str) -> str:
     """One self-contained page: memory against context, from the document of `fit.fit`."""
     chart, parts, longest = _memory(fit)
-    return _template("fit.html.j2").render(
-        model=wording.one_line(model), subtitle=subtitle, fits=fit["fits"], longest=longest, chart=chart, parts=parts
+    weights = [
+        [kind.replace("_", " "), wording.size(size), f"{size:,}"] for kind, size in fit["weights"].items() if size
+    ]
+    engines = [[engine, reason or "loads it"] for engine, reason in fit["engines"].items()]
+    return template("fit.html.j2", escape=True).render(
+        model=wording.one_line(model),
+        subtitle=subtitle,
+        fits=fit["fits"],
+        longest=longest,
+        chart=chart,
+        parts=parts,
+        weights=Table(["kind", "size", "bytes"], weights),
+        engines=Table(["", ""], engines, figures=False),
     )
-
-
-def _template(name: str) -> Template:
-    environment = Environment(
-        loader=PackageLoader("quantkit"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(name)
 
 
 def _passed_because(verification: Result | None) -> str:

@@ -23,7 +23,6 @@ from quantkit.checkpoint.writer import (
     require_disk,
     shard_bytes,
     shard_name,
-    write_bytes,
     write_chunks,
     write_index,
     write_json,
@@ -113,7 +112,7 @@ def test_small_files_and_their_permissions(tmp_path: Path) -> None:
         written = {
             "text": write_text(tmp_path / "text", "模型\n"),
             "json": write_json(tmp_path / "json", {"b": 1, "a": "型"}),
-            "bytes": write_bytes(tmp_path / "bytes", b"\0\r\n"),
+            "bytes": write_chunks(tmp_path / "bytes", [b"\0\r\n"]),
             "copy": copy_file(tmp_path / "text", tmp_path / "copy"),
             "shard": write_shard(tmp_path / "shard", {}),
         }
@@ -207,7 +206,7 @@ write_chunks(folder / "second", chunks())
         process.send_signal(signal.SIGKILL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".second.tmp", "first"]
     assert (tmp_path / "first").read_bytes() == bytes(200_000)
-    write_bytes(tmp_path / "second", b"whole")
+    write_chunks(tmp_path / "second", [b"whole"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 

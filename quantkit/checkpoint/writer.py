@@ -70,11 +70,6 @@ def output_error(path: Path, error: OSError) -> OutputError:
     )
 
 
-def write_bytes(path: Path, data: bytes) -> str:
-    """Write bytes atomically; see `write_chunks`."""
-    return write_chunks(path, [data])
-
-
 def write_text(path: Path, text: str) -> str:
     """Write UTF-8 text atomically, line ends as they are; see `write_chunks`."""
     return write_chunks(path, [text.encode()])

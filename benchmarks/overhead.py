@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What verification costs: the same run without and with it, one after the other in one process.
+
+    python benchmarks/overhead.py MODEL CALIB.safetensors EVAL.safetensors [--method awq]
+
+Prints JSON: the seconds of both and their ratio. What is started once is paid by the run without it.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from quantkit.machine import versions
+from quantkit.runs import Request, quantize
+
+
+def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> float:
+    """The time of a run, as it says itself."""
+    request = Request(
+        method=said.method,
+        model=str(said.model),
+        command="overhead",
+        calib=str(said.calib),
+        evaluation=str(said.eval),
+        out=out,
+        offline=True,
+        verify=verify,
+    )
+    return float(quantize(request, Console(stderr=True))[0]["seconds"])
+
+
+def main() -> None:
+    """Run twice, print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calib", type=Path)
+    parser.add_argument("eval", type=Path)
+    parser.add_argument("--method", choices=("awq", "gptq", "rtn"), default="awq")
+    said = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        without = seconds(said, Path(folder) / "without", verify=False)
+        with_it = seconds(said, Path(folder) / "with", verify=True)
+    figures = {"method": said.method, "without": without, "with": with_it, "added": with_it / without - 1}
+    print(json.dumps(figures | {"versions": versions()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
