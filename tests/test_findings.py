@@ -8,9 +8,9 @@ import pytest
 
 from interop.pairs import CASES, KEEP, KNOWN, MIXED, READERS, RESULTS, Case, outcome, reason
 from interop.tables import BEGIN, END, README, TABLE, render, summary, unexpected
-from quantkit.fit import config_from_dict
 from quantkit.formats import FORMATS
 from quantkit.loaders import heads_of, reasons
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build
 from quantkit.plan import make_plan
 from quantkit.recipe import read_recipe, resolver

@@ -74,8 +74,8 @@ ALLOWED: dict[str, str] = {
     ),
     "repack": "errors dtypes scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (
-        "errors formats checkpoint choices fit loaders machine stored pipeline verify report card document runs reverify"
-        " repack"
+        "errors formats checkpoint choices fit loaders machine stored pipeline verify report card document runs"
+        " reverify repack"
     ),
     "export_gguf": (
         "errors formats gguf checkpoint calibration choices model pipeline progress machine stored report card"

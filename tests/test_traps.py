@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantkit.errors import EngineError, SchemeError
-from quantkit.fit import config_from_dict, fit_checkpoint
+from quantkit.fit import fit_checkpoint
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.names import with_fused
 from quantkit.formats.reading import unpack
 from quantkit.loaders import LOADERS, heads_of, reasons, require_engine, why_not
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
 from quantkit.runs import Request, quantize
