@@ -46,8 +46,8 @@ ALLOWED: dict[str, str] = {
     # the loop
     "evaluation": "errors dtypes calibration activations verify model",
     "pipeline": (
-        "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model plan"
-        " stored evaluation"
+        "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model"
+        " plan stored evaluation"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people

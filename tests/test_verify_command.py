@@ -495,10 +495,10 @@ def test_a_damaged_document_is_one_line_everywhere(out: Path, damage: str) -> No
 
 def test_fit_refuses_more_context_than_the_model_allows(out: Path, qwen2: Path) -> None:
     for model in (out, qwen2):
-        done = CliRunner().invoke(app, ["fit", str(model), "--context", "129"])
+        done = CliRunner().invoke(app, ["fit", str(model), "--group", "32", "--context", "129"])
         assert done.exit_code == 1
         assert "--context 129: the model allows 128 tokens" in done.stderr
-        assert CliRunner().invoke(app, ["fit", str(model), "--context", "128"]).exit_code == 0
+        assert CliRunner().invoke(app, ["fit", str(model), "--group", "32", "--context", "128"]).exit_code == 0
 
 
 # ---------------------------------------------------------------- the folder
