@@ -50,7 +50,15 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     ],
     "llmcompressor": [
         TORCH,
-        ["transformers==5.17.0", "accelerate==1.15.0", "datasets", "compressed-tensors==0.19.0", "loguru", "pillow"],
+        [
+            "transformers==5.17.0",
+            "accelerate==1.15.0",
+            "datasets",
+            "compressed-tensors==0.19.0",
+            "loguru",
+            "pillow",
+            "requests",
+        ],
         ["--no-deps", "llmcompressor==0.14.0.1", "auto-round==0.15.1", "nvidia-ml-py"],
     ],
     "autogptq": [

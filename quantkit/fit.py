@@ -52,7 +52,6 @@ HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
 
-TOKENS_AT_ONCE = 4096  # the micro-batch of `activations` on a CPU
 PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
 GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed, the inverse
 WEIGHT_COPIES = (

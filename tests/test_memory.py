@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.fit import config_from_dict
 from quantkit.formats import FORMATS
 from quantkit.memory import Layout, Streams, lay_out
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped

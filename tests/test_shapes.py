@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantkit
-from quantkit.activations import TOKENS_AT_ONCE
-from quantkit.fit import TOKENS_AT_ONCE as COUNTED
 from quantkit.fit import fit
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict, load_config
@@ -117,10 +115,6 @@ def test_the_bundled_model_is_answered() -> None:
 )
 def test_what_is_not_plain_is_left_to_transformers(raw: dict[str, Any]) -> None:
     assert shapes_of(raw) is None
-
-
-def test_the_micro_batch_that_is_counted_is_the_one_that_runs() -> None:
-    assert COUNTED == TOKENS_AT_ONCE
 
 
 @pytest.mark.parametrize("quantized", [False, True])
