@@ -7,7 +7,6 @@ from typing import Any
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
-from quantkit.formats.gguf import BLOCK, GGUF
 from quantkit.library import model_of
 from quantkit.recipe import Recipe, read_recipe, shipped
 from quantkit.scheme import Scheme
@@ -47,7 +46,9 @@ def choose_scheme(
     gguf has groups of 32, and 8 bits only without zero points: there these are the defaults.
     """
     default = recipe.default
-    if format == GGUF.name:
+    if format == "gguf":
+        from quantkit.formats.gguf import BLOCK  # imports torch, which the other formats' plans do without
+
         group_size = BLOCK if group_size is None else group_size
         symmetric = True if symmetric is None and (bits or default.bits) == 8 else symmetric
     return Scheme(
@@ -63,11 +64,13 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
     Raises:
         InputError: no format of that name.
     """
-    if name == GGUF.name:
+    if name == "gguf":
+        from quantkit.formats.gguf import GGUF
+
         return GGUF
     if name is not None:
         if name not in FORMATS:
-            raise InputError(f"--format: expected {', '.join(FORMATS)} or {GGUF.name}, got {name!r}")
+            raise InputError(f"--format: expected {', '.join(FORMATS)} or gguf, got {name!r}")
         return FORMATS[name]
     usual = DEFAULT_FORMATS[method]
     if recipe.rules or (usual == "awq" and scheme.bits != 4):

@@ -23,6 +23,7 @@ from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_json, write_text
 from quantkit.choices import find_model, hub_id
+from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import check_architecture
@@ -30,7 +31,6 @@ from quantkit.gguf.export import export, layout, open_source, types_of
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
-from quantkit.inspection import RESULT, read_result
 from quantkit.machine import device_name, peak_device_bytes, peak_rss_bytes, versions
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model

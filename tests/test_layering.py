@@ -79,7 +79,7 @@ ALLOWED: dict[str, str] = {
     ),
     "export_gguf": (
         "errors formats gguf checkpoint calibration choices model pipeline progress machine stored report card"
-        " inspection runs reverify"
+        " document runs reverify"
     ),
     "cli": (
         "errors units quantize machine verify runs library inspection document summary fit hub card report choices"

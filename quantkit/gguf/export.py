@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
 from quantkit.errors import ModelError, NumericsError, OutputError, SchemeError
-from quantkit.fit import config_from_dict
 from quantkit.formats import Format
 from quantkit.formats.gguf import (
     INTEGER_TYPES,
@@ -41,6 +40,7 @@ from quantkit.gguf.architecture import (
 )
 from quantkit.gguf.file import TensorInfo, Value, file_bytes, open_gguf, write_gguf
 from quantkit.gguf.tokenizer import tokenizer_metadata
+from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import LinearPlan
 from quantkit.quantize import kquants, rtn
