@@ -24,6 +24,7 @@ from quantkit.errors import OutputError
 
 TOKENS_AT_ONCE_GPU = 8192
 TOKENS_PER_SUM = 4096  # that a Gram matrix takes at once: fixed, so that memory does not decide how sums are split
+TOKENS_A_STEP = 4096  # that a step of tuning by gradients sees
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
 
@@ -38,10 +39,11 @@ class Stream:
     batch: int
     mapping: mmap.mmap | None = None
 
-    def batches(self) -> Iterator[slice]:
-        """The micro-batches, as slices of samples."""
-        for start in range(0, len(self.states), self.batch):
-            yield slice(start, min(start + self.batch, len(self.states)))
+    def batches(self, samples: int | None = None) -> Iterator[slice]:
+        """The micro-batches, as slices of samples: of all, or of the first so many."""
+        count = len(self.states) if samples is None else samples
+        for start in range(0, count, self.batch):
+            yield slice(start, min(start + self.batch, count))
             if self.mapping is not None:  # pages of a file that were touched count as this process's own
                 self.mapping.madvise(mmap.MADV_DONTNEED)
 

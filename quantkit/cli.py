@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from quantkit import __version__
 from quantkit.errors import EngineError, InputError, QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.quantize.methods import Options
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -68,7 +71,7 @@ class OutsideName(StrEnum):
 
 
 class Quality(StrEnum):
-    fast = "fast"
+    fast, best = "fast", "best"
 
 
 class Engine(StrEnum):
@@ -99,7 +102,7 @@ RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file: bits and groups by layer and kind.")
 ]
 QualityOption = Annotated[
-    Quality, typer.Option("--quality", help="fast: the best that Gram matrices give, no gradients.")
+    Quality, typer.Option("--quality", help="fast: what Gram matrices give; best: each layer tuned by gradients.")
 ]
 Calib = Annotated[str | None, typer.Option("--calib", help="Calibration SOURCE.  [default: mix]")]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.  [default: 128]")]
@@ -133,6 +136,9 @@ Vram = Annotated[
 ]
 Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may take.  [default: what is free]")]
 HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
+Correct = Annotated[
+    float, typer.Option("--correct", min=0.0, max=1.0, help="Share of earlier layers' errors that is made up for.")
+]
 RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
 
 
@@ -175,6 +181,7 @@ def _add_method(method: str, help: str) -> None:
         states: HiddenStates = States.auto,
         act_order: ActOrder = True,
         damp: Damp = 0.01,
+        correct: Correct = 0.5,
         rounding: RoundingOption = Rounding.gptq,
         json: Json = False,
     ) -> None:
@@ -428,10 +435,18 @@ def main() -> None:
     app(prog_name="quantkit")
 
 
+def _options(method: str, said: dict[str, Any]) -> "Options":
+    from quantkit.quantize.methods import Options
+
+    tune = said["quality"] is Quality.best
+    if tune and method == "rtn":
+        raise InputError("--quality best: rtn uses no calibration; use awq or gptq")
+    return Options(said["act_order"], said["damp"], said["rounding"].value, correct=said["correct"], tune=tune)
+
+
 def _quantize(method: str, said: dict[str, Any]) -> None:
     with _told(resumes=True):
         from quantkit.machine import choose_device
-        from quantkit.quantize.methods import Options
         from quantkit.runs import Request, quantize
         from quantkit.summary import summary
         from quantkit.units import parse_bytes, parse_tokens
@@ -459,7 +474,7 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             context=parse_tokens(said["context"], "--context") if said["context"] else None,
             kv=said["kv"].value,
             device=choose_device(said["device"]),
-            options=Options(said["act_order"], said["damp"], said["rounding"].value),
+            options=_options(method, said),
             max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said["max_ppl_increase"] else None,
             max_kl=said["max_kl"],
             out=said["out"],

@@ -53,7 +53,7 @@ ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
 
 PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
-GRAM_COPIES = 3  # the Gram matrix, and two at a time of: damped, its factor, that reversed, the inverse
+GRAM_COPIES = 4  # the Gram matrix, the drift, and two at a time of: damped, its factor, that reversed, the inverse
 WEIGHT_COPIES = (
     8  # of the widest linear while it is refined: scaled, codes, scales, zeros, difference, residual, two at work
 )

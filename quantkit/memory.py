@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from quantkit.activations import TOKENS_AT_ONCE_GPU, samples_per_sum
+from quantkit.activations import TOKENS_A_STEP, TOKENS_AT_ONCE_GPU, samples_per_sum
 from quantkit.errors import InputError
 from quantkit.formats.names import fused_name
 from quantkit.model.streaming import Architecture
@@ -38,6 +38,8 @@ CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
 # work.
 FACTORISING = (3, 2)
 REFINING = (2, 7)
+TUNED_BYTES = 5 * 4 + 2 + 1  # a weight: its position, gradient, two moments, average; its offset; its code
+TUNED_ACTIVATIONS = 3  # what is kept for going back, against what running needs
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
 HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 SPARE = 0.9  # of what is free, where no limit is given
@@ -99,14 +101,17 @@ def lay_out(
     itemsize: int,
     *,
     calibrated: bool = True,
+    follows_original: bool = False,
+    tuned: bool = False,
     vram: int | None = None,
     ram: int | None = None,
     place: str | None = None,
 ) -> Layout:
     """Choose a layout within the limits; where none is given, within what is free, and then nothing is refused.
 
-    itemsize: bytes of a number while running; calibrated: whether Gram matrices are made; vram, ram: limits in bytes;
-    place: of hidden states, if that has been chosen
+    itemsize: bytes of a number while running; calibrated: whether Gram matrices are made; follows_original: whether the
+    inputs' drift is (see `stats`), for which the original's layer stays; tuned: whether layers are tuned by gradients;
+    vram, ram: limits in bytes; place: of hidden states, if that has been chosen
 
     Raises:
         InputError: a limit that the smallest layout does not keep, with what it needs.
@@ -122,7 +127,7 @@ def lay_out(
     found = []
     for where in places:
         for batch in batches:
-            needs = _needs(architecture, linears, streams, on_gpu, itemsize, batch, calibrated)
+            needs = _needs(architecture, linears, streams, on_gpu, itemsize, batch, calibrated, follows_original, tuned)
             device_bytes = needs["device"] + (states if where == "device" else 0)
             ram_bytes = needs["ram"] + (states if where == "ram" else 0)
             found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram))
@@ -167,6 +172,8 @@ def _needs(
     itemsize: int,
     batch: int,
     calibrated: bool,
+    follows_original: bool,
+    tuned: bool,
 ) -> dict[str, int]:
     """The most of device memory and of RAM that is held beside hidden states."""
     layers = [_count(architecture.layer_shapes(index)) for index in range(len(architecture.layers))]
@@ -176,10 +183,14 @@ def _needs(
     vocabulary = int(architecture.config.vocab_size)
     tokens = batch * streams.longest
     logits = 2 * tokens * vocabulary * (itemsize + 4) if streams.compared else 0
-    at_work = _solving(linears, calibrated) + _activations(linears, architecture, tokens, itemsize, streams)
+    at_work = _solving(linears, calibrated, follows_original)
+    at_work += _activations(linears, architecture, tokens, itemsize, streams)
+    if tuned:
+        step = TUNED_ACTIVATIONS * _activations(linears, architecture, TOKENS_A_STEP, itemsize, streams)
+        at_work = max(at_work, largest * (TUNED_BYTES + 2 * itemsize) + step)
     working = {
         "begin": before * itemsize,
-        "layer": largest * (itemsize + 1) + at_work,
+        "layer": largest * (itemsize * (2 if follows_original else 1) + 1) + at_work,
         "end": (2 if streams.compared else 0) * outside * itemsize + logits,
     }
     files = {"begin": 2 * before, "layer": 2 * stored + largest, "end": (4 if streams.compared else 2) * outside}
@@ -191,7 +202,7 @@ def _needs(
     return {"device": 0, "ram": PROCESS_BYTES + max(working[moment] + files[moment] for moment in working)}
 
 
-def _solving(linears: Sequence[LinearPlan], calibrated: bool) -> int:
+def _solving(linears: Sequence[LinearPlan], calibrated: bool, follows_original: bool) -> int:
     """The Gram matrices and weights of the site that needs most."""
     sites: dict[tuple[int, str], list[LinearPlan]] = {}
     for linear in linears:
@@ -201,7 +212,11 @@ def _solving(linears: Sequence[LinearPlan], calibrated: bool) -> int:
         width = site[0].in_features
         weight = 4 * width * sum(linear.out_features for linear in site)
         gram = 4 * width**2
-        needs += [g * gram + w * weight for g, w in (FACTORISING, REFINING)] if calibrated else [4 * weight]
+        needs += (
+            [(g + follows_original) * gram + w * weight for g, w in (FACTORISING, REFINING)]
+            if calibrated
+            else [4 * weight]
+        )
     return max(needs)
 
 

@@ -12,7 +12,7 @@ from the disk and only runs them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import __version__
-from quantkit.activations import Stream, choose_place, regrouped, samples_per_sum
+from quantkit.activations import TOKENS_A_STEP, Stream, choose_place, regrouped, samples_per_sum
 from quantkit.background import read_ahead, writer
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
@@ -49,19 +49,27 @@ from quantkit.model.streaming import (
     StreamedModel,
     assign,
     drop,
+    embed,
     move_buffers,
     outside_loaded,
     read_layer,
     read_outside,
+    run_layer,
     run_to,
 )
 from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
+from quantkit.quantize.tune import Loss, tune
+from quantkit.resample import resample
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, collect, require_finite_stats
 from quantkit.stored import dequantized
 
+TUNING = "tuning-tokens"
+TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
+MOST_COPIES = 3  # as copies of it
+JUDGES = 32  # one step in so many is kept back to judge the others
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
 
 
@@ -89,6 +97,18 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Of hidden states and weights while running."""
         return run_dtype(self.model, self.device, f"{self.plan.linears[0].name}.weight")
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether the calibration samples travel through the original model too."""
+        return self.calibration is not None and self.options.needs_original
+
+    @property
+    def tuning_copies(self) -> int:
+        """How many rewritten copies of the calibration set tuning wants."""
+        if self.calibration is None or not self.options.tune:
+            return 0
+        return min(MOST_COPIES, -(-TUNING_TOKENS // self.calibration.input_ids.numel()) - 1)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: everything that the bytes of the shards depend on."""
@@ -119,11 +139,14 @@ class Outcome:
 
 @dataclass
 class LayerResult:
-    """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized."""
+    """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized;
+    offsets: see `tune`.
+    """
 
-    quantized: dict[str, QuantizedTensor]
-    changed: dict[str, Tensor]
-    records: list[dict[str, Any]]
+    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -142,6 +165,8 @@ def run(
     require_disk(job.out, sum(missing) + DISK_MARGIN)
     sites = sites_of(job.model)
     with open_journal(job.out, job.identity(), fresh=fresh) as journal:
+        if TUNING in journal.finished and not journal.verify_unit(journal.finished[TUNING]):
+            journal.drop_from(TUNING)
         for shard in job.plan.shards:
             unit = journal.finished.get(shard.unit)
             if unit is not None and not journal.verify_unit(unit):
@@ -154,6 +179,8 @@ def run(
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
+    gram_samples = job.calibration.samples if job.calibration else 0
+    job = replace(job, calibration=_tuning_tokens(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
     for name, tensor in read_outside(model).items():  # what cannot be stored is told now, not after the last layer
@@ -162,13 +189,18 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     original = _open(job, job.evaluation, "original", place)
     quantized = _open(job, job.evaluation, "quantized", place)
     calibration = _open(job, job.calibration, "calibration", place)
+    wanted = _open(job, job.calibration if job.follows_original else None, "wanted", place)
     tokens = sum(
-        stream.states.shape[0] * stream.states.shape[1] for stream in (original, quantized, calibration) if stream
+        stream.states.shape[0] * stream.states.shape[1]
+        for stream in (original, quantized, calibration, wanted)
+        if stream
     )
     streams = {"calibration": calibration, "evaluation": original}
     progress.start(len(model.layers), tokens, {name: stream.place for name, stream in streams.items() if stream})
     with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
         _embed(job, job.evaluation, original)
+        _embed(job, job.calibration, wanted)
+        _learn_steps(job)
     with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
         _embed(job, job.evaluation, quantized)
         _embed(job, job.calibration, calibration)
@@ -180,25 +212,34 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             progress.layer(index)
             progress.stage("read")
             source = sources.take()
-            assign(model.layers[index], _loaded(job, source))
+            weights = _loaded(job, source)
+            assign(model.layers[index], weights)
             if original:
                 progress.stage("run the original")
                 advance(model, index, original)
             shard = shards[f"layer.{index}"]
             reused = shard.unit in finished
+            unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
+            if not reused:
+                result = _quantize_layer(job, index, sites, calibration, wanted, weights, gram_samples, progress)
+            if wanted and (unfinished or (job.options.tune and not reused)):
+                progress.stage("run the original")
+                assign(model.layers[index], weights)
+                advance(model, index, wanted)
             if reused:
                 stored, records = _read_shard(job, shard), journal.finished[shard.unit].record["linears"]
             else:
-                result = _quantize_layer(job, index, sites, calibration, progress)
+                if job.options.tune and calibration and wanted:
+                    progress.stage("tune")
+                    _tune_layer(job, index, result, calibration, wanted)
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
                 writing.submit(partial(_write_layer, job, journal, shard, stored, records))
                 del result
-            del source
+            del source, weights
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
             del stored
             progress.stage("run the quantized")
-            unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
             for stream in (quantized, calibration if unfinished else None):
                 if stream:
                     advance(model, index, stream)
@@ -219,7 +260,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
     fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
-    return Outcome(tuple(journal.finished.values()), measured, tuple(fallbacks))
+    units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
+    return Outcome(units, measured, tuple(fallbacks))
 
 
 # ---------------------------------------------------------------- tensors in and out
@@ -304,7 +346,8 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
 
 def _place(job: Job) -> str:
     """Where all the streams go: decided once for their sum, as memory that is not touched yet still counts as free."""
-    tokens = [t.input_ids.numel() for t in (job.evaluation, job.evaluation, job.calibration) if t is not None]
+    sets = [job.evaluation] * 2 + [job.calibration] * (2 if job.follows_original else 1)
+    tokens = [t.input_ids.numel() for t in sets if t is not None]
     return choose_place(sum(tokens) * job.model.config.hidden_size * job.dtype.itemsize, job.device)
 
 
@@ -331,11 +374,22 @@ def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str,
 
 
 def _quantize_layer(
-    job: Job, index: int, sites: tuple[Site, ...], calibration: Stream | None, progress: Progress
+    job: Job,
+    index: int,
+    sites: tuple[Site, ...],
+    calibration: Stream | None,
+    wanted: Stream | None,
+    weights: Mapping[str, Tensor],
+    gram_samples: int,
+    progress: Progress,
 ) -> LayerResult:
-    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized."""
+    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
+
+    wanted: the calibration samples as they enter this layer in the original model; weights: those
+    of this layer in the original model
+    """
     layer, linears = job.model.layers[index], job.plan.layer(index)
-    result = LayerResult({}, {}, [])
+    result = LayerResult()
     for site in sites:
         if all(linears[name].scheme is None for name in site.linears):
             continue
@@ -343,7 +397,7 @@ def _quantize_layer(
         stats = None
         if calibration is not None:
             progress.stage(f"calibrate {_kinds(site)}")
-            stats = _collect(job, index, site, calibration)
+            stats = _collect(job, index, site, calibration, wanted, weights, gram_samples)
             require_finite_stats(stats, name)
         progress.stage(f"quantize {_kinds(site)}")
         channel = fold_channels(job.model, index, site)
@@ -355,6 +409,7 @@ def _quantize_layer(
             schemes = {name: linears[name].scheme for name in site.linears}
             _fold(layer, site, outcome.scale, channel.to(job.device), schemes, result)
         result.quantized |= outcome.quantized
+        result.offsets |= outcome.offsets
         _assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
         result.records += _records(job, outcome, linears)
     return result
@@ -373,6 +428,75 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
 def _assign_float(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     dtype = next(iter(layer.parameters())).dtype
     assign(layer, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def _tuning_tokens(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
+    """The calibration set; for tuning, with copies that the original model has rewritten, kept for a next start."""
+    tokens = job.calibration
+    if tokens is None or not job.options.tune:
+        return tokens
+    copies = job.tuning_copies
+    if copies == 0:
+        return tokens
+    unit = journal.finished.get(TUNING)
+    if unit is None:
+        spill = job.out / ".rewritten-states.tmp"
+        ids = resample(job.model, tokens, copies, job.device, job.dtype, progress, spill, job.place)
+        file = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
+        unit = Unit(TUNING, file, write_shard(job.out / file, {"input_ids": ids}), {"linears": []})
+        journal.append(unit)
+    ids = torch.cat([tokens.input_ids, open_file(job.out / unit.file).read("input_ids")])
+    return replace(tokens, input_ids=ids)
+
+
+def _samples_a_step(seqlen: int) -> int:
+    return max(1, TOKENS_A_STEP // seqlen)
+
+
+def _learn_steps(job: Job) -> None:
+    """Let the model show what its layers are called with at the sizes of tuning's steps; inside `outside_loaded`."""
+    if job.options.tune and job.calibration is not None:
+        step = _samples_a_step(job.calibration.seqlen)
+        for samples in {min(step, job.calibration.samples), job.calibration.samples % step} - {0}:
+            embed(job.model, job.calibration.input_ids[:samples].to(job.device))
+
+
+def _tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
+    """Tune the layer's codes and scales towards the original's outputs; `wanted` holds those already.
+
+    Every sample is seen once, in an order of its own for each layer. The last ones only judge: a layer that they
+    find no better stays as it was.
+    """
+    layer = job.model.layers[index]
+    _assign_float(layer, result.changed)
+    seqlen = calibration.states.shape[1]
+    step = _samples_a_step(seqlen)
+    order = torch.randperm(len(calibration.states), generator=torch.Generator().manual_seed(index))
+
+    def loss(samples: Tensor) -> Loss:
+        def of(weights: Mapping[str, Tensor]) -> Tensor:
+            inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, wanted))
+            output = run_layer(job.model, index, inputs, {f"{name}.weight": w for name, w in weights.items()})
+            return (output.float() - target.float()).square().mean() / target.float().square().mean()
+
+        return of
+
+    losses = [loss(samples) for samples in order.split(step)]
+    judges = -(-len(losses) // JUDGES)
+    seen, kept_back = losses[:-judges], losses[-judges:]
+
+    def judged(quantized: Mapping[str, QuantizedTensor]) -> float:
+        weights = {name: dequantize(q, job.dtype) for name, q in quantized.items()}
+        return sum(float(loss(weights)) for loss in kept_back) / judges
+
+    tuned = tune(result.quantized, result.offsets, seen, job.dtype) if seen else result.quantized
+    before, after = judged(result.quantized), judged(tuned)
+    records = {record["name"].removeprefix(f"{job.model.layer_name(index)}."): record for record in result.records}
+    for name, quantized in tuned.items():
+        moved = float((quantized.codes != result.quantized[name].codes).float().mean())
+        records[name]["tuning"] = {"kept": after < before, "error_before": before, "error": after, "codes_moved": moved}
+    if after < before:
+        result.quantized = tuned
 
 
 def _site_input(
@@ -394,18 +518,36 @@ def _site_input(
     )
 
 
-def _collect(job: Job, index: int, site: Site, calibration: Stream) -> SiteStats:
-    in_features = _weight(job.model.layers[index], site.linears[0]).shape[1]
-    inputs = regrouped(_inputs(job, index, site, calibration), samples_per_sum(calibration.states.shape[1]))
-    return collect(inputs, in_features, job.device)
+def _collect(
+    job: Job,
+    index: int,
+    site: Site,
+    calibration: Stream,
+    wanted: Stream | None,
+    weights: Mapping[str, Tensor],
+    samples: int,
+) -> SiteStats:
+    layer = job.model.layers[index]
+    in_features = _weight(layer, site.linears[0]).shape[1]
+    so_far = dict(layer.named_parameters())
+
+    def inputs(stream: Stream, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        together = samples_per_sum(stream.states.shape[1])
+        return regrouped(_inputs(job, index, site, stream, parameters, samples), together)
+
+    originals = None if wanted is None else inputs(wanted, weights)
+    stats = collect(inputs(calibration, so_far), in_features, job.device, originals)
+    assign(layer, so_far)
+    return stats
 
 
-def _inputs(job: Job, index: int, site: Site, calibration: Stream) -> Iterator[Tensor]:
-    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time."""
-    for batch in calibration.batches():
-        seen: list[Tensor] = []
-        run_to(job.model, index, calibration.states[batch].to(job.device), site.linears[0], seen.append)
-        yield seen[0]
+def _inputs(
+    job: Job, index: int, site: Site, stream: Stream, parameters: Mapping[str, Tensor], samples: int
+) -> Iterator[Tensor]:
+    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time, with these parameters."""
+    for batch in stream.batches(samples):
+        assign(job.model.layers[index], parameters)
+        yield run_to(job.model, index, stream.states[batch].to(job.device), site.linears[0])
 
 
 def _fold(

@@ -126,14 +126,19 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
 
 
 def _layout(request: Request, job: Job) -> Layout:
-    tokens = [t for t in (job.evaluation, job.evaluation, job.calibration) if t is not None]
+    shapes = [(job.evaluation.samples, job.evaluation.seqlen)] * 2 if job.evaluation else []
+    if job.calibration:
+        samples = job.calibration.samples * (1 + job.tuning_copies)
+        shapes += [(samples, job.calibration.seqlen)] * (2 if job.follows_original else 1)
     return lay_out(
         job.model,
         job.plan.linears,
-        Streams([(t.samples, t.seqlen) for t in tokens], compared=job.evaluation is not None),
+        Streams(shapes, compared=job.evaluation is not None),
         job.device,
         job.dtype.itemsize,
         calibrated=job.calibration is not None,
+        follows_original=job.follows_original,
+        tuned=job.options.tune,
         vram=request.vram,
         ram=request.ram,
         place=request.place,

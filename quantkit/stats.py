@@ -6,16 +6,20 @@ For inputs X [tokens, in_features] and a rounding Q of W, the squared error of t
     ||X W^T - X Q^T||^2 = tr((W - Q) H (W - Q)^T)        with the Gram matrix H = X^T X
 
 so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978).
+
+Where the original model's inputs X0 to the same site are known too, their drift D = (X0 - X)^T X says what part of the
+original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_gram_, mirror_, product
+from quantkit.products import accumulate_, accumulate_gram_, mirror_, product
 
 
 @dataclass
@@ -26,35 +30,43 @@ class SiteStats:
     abs_sum:  float32 [in_features], sum of |x|
     abs_max:  float32 [], the largest |x|
     tokens:   how many rows were added
+    drift:    float32 [in_features, in_features], sum of (x0 - x)^T x, or None if the original's inputs were not seen
     """
 
     gram: Tensor
     abs_sum: Tensor
     abs_max: Tensor
     tokens: int = 0
+    drift: Tensor | None = None
 
     @property
     def abs_mean(self) -> Tensor:
         return self.abs_sum / max(self.tokens, 1)
 
 
-def collect(inputs: Iterable[Tensor], in_features: int, device: torch.device) -> SiteStats:
+def collect(
+    inputs: Iterable[Tensor], in_features: int, device: torch.device, originals: Iterable[Tensor] | None = None
+) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
-    How the inputs are cut into tensors decides how the sums are split, and so their last bits.
+    originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
+    decides how the sums are split, and so their last bits.
     """
     stats = SiteStats(
         torch.zeros(in_features, in_features, device=device),
         torch.zeros(in_features, device=device),
         torch.zeros((), device=device),
+        drift=None if originals is None else torch.zeros(in_features, in_features, device=device),
     )
-    for tensor in inputs:
+    for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
         x = tensor.reshape(-1, in_features)
         magnitude = x.abs()
         stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
         stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
         del magnitude
         accumulate_gram_(stats.gram, x)
+        if stats.drift is not None and original is not None:
+            accumulate_(stats.drift, (original.reshape(x.shape).float() - x.float()).to(x.dtype), x)
         stats.tokens += len(x)
     mirror_(stats.gram)
     return stats

@@ -45,9 +45,10 @@ ALLOWED: dict[str, str] = {
     ),
     # the loop
     "evaluation": "errors dtypes calibration activations verify model",
+    "resample": "errors machine calibration model evaluation",
     "pipeline": (
         "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model"
-        " plan stored evaluation"
+        " plan stored evaluation resample"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people

@@ -100,6 +100,7 @@ def naive_figures(model: Path, quantized: torch.nn.Module, ids: torch.Tensor) ->
         ("gptq", [], "gptq"),
         ("gptq", ["--asym", "--w-bit", "2"], "gptq_v2"),
         ("gptq", ["--asym", "--format", "gptq"], "gptq"),
+        ("awq", ["--w-bit", "3", "--quality", "best"], "compressed-tensors"),
         ("rtn", ["--w-bit", "8", "--group", "-1"], "compressed-tensors"),
     ],
 )
@@ -232,6 +233,19 @@ def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> 
     damaged[-1] ^= 1
     shard.write_bytes(bytes(damaged))
     done(*command("gptq", qwen2, out, ids))
+    assert contents(out) == expected
+
+
+def test_a_tuned_run_is_continued_to_the_same_bytes(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    out = tmp_path / "out"
+    tuned = command("gptq", qwen2, out, ids, "--quality", "best", "--no-verify")
+    done(*tuned)
+    expected = contents(out)
+    (out / "model-00003-of-00004.safetensors").unlink()
+    done(*tuned)
+    assert contents(out) == expected
+    (out / "tuning-tokens.st").unlink()  # what it was tuned on is written again, and all that came of it
+    done(*tuned)
     assert contents(out) == expected
 
 

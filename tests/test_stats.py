@@ -81,3 +81,12 @@ def test_an_overflow_of_the_sums_stops_with_the_name_of_the_site() -> None:
     assert bool(torch.isfinite(stats.abs_max))
     with pytest.raises(NumericsError, match=r"a\.site: its Gram matrix overflowed float32 \(largest input 1e\+19\)"):
         require_finite_stats(stats, "a.site")
+
+
+def test_the_drift_is_that_of_the_inputs_from_the_originals() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs, originals = (torch.randn(2, 3, 7, 5, generator=generator).to(torch.bfloat16) for _ in range(2))
+    stats = collect(inputs, 5, CPU, originals)
+    x, x0 = inputs.reshape(-1, 5).double(), originals.reshape(-1, 5).double()
+    assert stats.drift is not None
+    torch.testing.assert_close(stats.drift.double(), (x0 - x).T @ x, rtol=1e-2, atol=0.1)  # differences in 16 bit

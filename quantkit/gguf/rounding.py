@@ -150,9 +150,7 @@ def _collect(job: RoundJob, index: int, local: str, stream: Stream) -> SiteStats
 def _inputs(job: RoundJob, index: int, local: str, stream: Stream) -> Iterator[Tensor]:
     """What the site's linears read, one micro-batch at a time."""
     for batch in stream.batches():
-        seen: list[Tensor] = []
-        run_to(job.model, index, stream.states[batch].to(job.device), local, seen.append)
-        yield seen[0]
+        yield run_to(job.model, index, stream.states[batch].to(job.device), local)
 
 
 def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | None) -> Tensor:

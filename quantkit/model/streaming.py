@@ -370,20 +370,24 @@ def _equal(first: list[Call], second: list[Call]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs.values())
 
 
-def run_layer(model: StreamedModel, index: int, hidden: Tensor) -> Tensor:
-    """The output of layer `index` (materialised) for hidden states [batch, seqlen, hidden]."""
+def run_layer(model: StreamedModel, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The output of layer `index` (materialised) for hidden states [batch, seqlen, hidden].
+
+    weights: parameters (names local to the layer) to run with instead of the layer's own
+    """
     args, kwargs = model.calls[hidden.shape[0], hidden.shape[1]][index]
-    output = model.layers[index](hidden, *args, **kwargs)
+    output = torch.func.functional_call(model.layers[index], dict(weights or {}), (hidden, *args), kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
     return result
 
 
-def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str, see: Callable[[Tensor], None]) -> None:
-    """Run layer `index` only until `linear` is about to run, and show its input [batch, seqlen, in_features]."""
+def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str) -> Tensor:
+    """Run layer `index` only until `linear` is about to run, and return its input [batch, seqlen, in_features]."""
+    seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(args[0])
+        seen.append(args[0])
         raise _Stop
 
     handle = model.layers[index].get_submodule(linear).register_forward_pre_hook(stop)
@@ -392,6 +396,7 @@ def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str, see: C
             run_layer(model, index, hidden)
     finally:
         handle.remove()
+    return seen[0]
 
 
 def logits(model: StreamedModel, hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_
+from quantkit.products import accumulate_, product
 from quantkit.quantize.columns import round_run, wide
 from quantkit.quantize.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme
@@ -34,12 +34,14 @@ class Factor:
 
     order:    int64 [in], the order in which columns are rounded
     feedback: float32 [in, in], R_kj / R_jj in row j, lower triangular with a diagonal of ones, in that order
+    pivots:   float32 [in], R_jj squared
     dead:     bool [in], columns whose input was always zero
     damp:     the damping that was used, as a share of mean(diag(H)): more than asked for if the factorisation failed
     """
 
     order: Tensor
     feedback: Tensor
+    pivots: Tensor
     dead: Tensor
     damp: float
 
@@ -67,7 +69,8 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Fa
         if used > MAX_DAMP:
             raise NumericsError(f"the Gram matrix cannot be factorised, even with damping {MAX_DAMP}")
     feedback = lower.T.flip(0, 1)
-    return Factor(order, feedback.div_(feedback.diagonal().clone().unsqueeze(1)), dead, used)
+    root = feedback.diagonal().clone()
+    return Factor(order, feedback.div_(root.unsqueeze(1)), root.square(), dead, used)
 
 
 def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tensor | None:
@@ -76,6 +79,23 @@ def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tenso
     damped.diagonal().masked_fill_(dead[order], 1).add_(ridge)
     lower, info = torch.linalg.cholesky_ex(damped)
     return lower if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None
+
+
+def toward_original(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> Tensor:
+    """The weight [out, in] that brings back a share of what the inputs' drift has changed in the outputs.
+
+    Least squares for inputs X that were X0 in the original: W' = W + strength W (X0 - X)^T X (X^T X)^-1, with the
+    damped matrix that GPTQ has factorised anyway. All of it (1) would fit the calibration inputs more than others.
+    drift: (X0 - X)^T X, [in, in].
+    """
+    wanted = product(weight.masked_fill(factor.dead, 0), drift)[:, factor.order].T
+    # H = F^T diag(pivots) F
+    wanted = torch.linalg.solve_triangular(factor.feedback.T, wanted, upper=True, unitriangular=True)
+    wanted = wanted.div_(factor.pivots.unsqueeze(1))
+    wanted = torch.linalg.solve_triangular(factor.feedback, wanted, upper=False, unitriangular=True)
+    result = weight.clone()
+    result[:, factor.order] += strength * wanted.T
+    return result
 
 
 def quantize(

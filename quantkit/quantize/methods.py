@@ -7,7 +7,7 @@ awq   the same after scaling the input channels, where an earlier op can absorb 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
+from quantkit.quantize.tune import offsets
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_
 
@@ -27,12 +28,21 @@ class Options:
     damp: added to diag(H), as a share of its mean
     rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
     refine: how often codes and scales are gone over again after GPTQ (see `refine`)
+    correct: the share of the inputs' drift from the original's that GPTQ makes up for (see `gptq.toward_original`)
+    tune: move codes and scales of each layer by gradients afterwards (see `tune`)
     """
 
     act_order: bool = True
     damp: float = 0.01
     rounding: str = "gptq"
     refine: int = 2
+    correct: float = 0.5
+    tune: bool = False
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the inputs of the original model are wanted beside those of the quantized one."""
+        return self.tune or (self.rounding == "gptq" and self.correct > 0)
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,13 @@ class SiteInput:
 @dataclass(frozen=True)
 class SiteResult:
     """quantized: name -> QuantizedTensor; scale: per producer channel, to divide it by, or None when nothing is folded;
-    records: name -> what happened, for the report.
+    records: name -> what happened, for the report; offsets: name -> see `tune.offsets`, if the result is to be tuned.
     """
 
     quantized: dict[str, QuantizedTensor]
     scale: Tensor | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
 
 
 Method = Callable[[SiteInput, Options], SiteResult]
@@ -80,7 +91,7 @@ def round_to_nearest(site: SiteInput, options: Options) -> SiteResult:
 def compensate(site: SiteInput, options: Options) -> SiteResult:
     """GPTQ: see `gptq`."""
     assert site.stats is not None
-    return _round(site.weights, site, site.stats.gram, options)
+    return _round(site.weights, site, site.stats.gram, site.stats.drift, options)
 
 
 def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
@@ -88,33 +99,39 @@ def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
     assert site.stats is not None
     names = [name for name, scheme in site.schemes.items() if scheme is not None]
     if site.channel is None or not names:
-        return _round(site.weights, site, site.stats.gram, options)
+        return _round(site.weights, site, site.stats.gram, site.stats.drift, options)
     weights = [site.weights[name] for name in names]
     schemes = [scheme for scheme in site.schemes.values() if scheme is not None]
     search = awq.search_scale(weights, schemes, site.stats.gram, site.stats.abs_mean, site.channel, site.min_zero)
     columns = search.scale[site.channel]
     scaled = {name: weight.float() * columns for name, weight in site.weights.items()}
-    result = _round(scaled, site, rescale_(site.stats.gram, columns), options)
+    drift = None if site.stats.drift is None else rescale_(site.stats.drift, columns)
+    result = _round(scaled, site, rescale_(site.stats.gram, columns), drift, options)
     for record in result.records.values():
         record["scale"] = search.kind
         record["scale_gain"] = 1 - search.error / search.unscaled_error if search.unscaled_error > 0 else 0.0
-    return SiteResult(result.quantized, search.scale, result.records)
+    return replace(result, scale=search.scale)
 
 
 METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq": scale_and_round}
 
 
-def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options: Options) -> SiteResult:
+def _round(
+    weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, drift: Tensor | None, options: Options
+) -> SiteResult:
     factor = (
         gptq.factorize(gram, damp=options.damp, act_order=options.act_order) if options.rounding == "gptq" else None
     )
     quantized, records = {}, {}
+    starts: dict[str, Tensor] = {}
     for scheme in dict.fromkeys(site.schemes.values()):
         if scheme is None:
             continue
         names = [name for name in site.schemes if site.schemes[name] == scheme]
         rows = [len(weights[name]) for name in names]
         weight = torch.cat([weights[name].float() for name in names])  # rows know nothing of each other
+        if factor is not None and drift is not None:
+            weight = gptq.toward_original(weight, drift, factor, options.correct)
         together = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
         error = output_error(dequantize(together) - weight, gram).split(rows)
         energy = output_error(weight, gram, exact=False).split(rows)
@@ -122,8 +139,10 @@ def _round(weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, options
             quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
             if factor is not None and factor.damp != options.damp:
                 records[name]["damp_raised_to"] = factor.damp
+        if options.tune:
+            starts |= dict(zip(names, offsets(weight, together).split(rows), strict=True))
     in_order = [name for name in site.schemes if name in quantized]
-    return SiteResult({n: quantized[n] for n in in_order}, None, {n: records[n] for n in in_order})
+    return SiteResult({n: quantized[n] for n in in_order}, None, {n: records[n] for n in in_order}, starts)
 
 
 def _round_rows(

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More calibration text than there is: what the original model itself would have written in many places.
+
+Tuning by gradients learns the few calibration windows by heart. The original model can say what is right for any text,
+so each copy of the windows has a share of its tokens replaced by what the model, having read the original ones before
+it, would put there. One pass over the original model gives all the copies.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration import TokenSet
+from quantkit.evaluation import (
+    Progress,
+    advance,
+    embed_tokens,
+    embedding_names,
+    ending_names,
+    loaded,
+    open_states,
+)
+from quantkit.machine import return_freed_memory
+from quantkit.model.streaming import StreamedModel, assign, drop, logits, outside_loaded, read_layer, read_outside
+
+SHARE = 0.4  # of the tokens of a copy are replaced
+
+
+@torch.no_grad()
+def resample(
+    model: StreamedModel,
+    tokens: TokenSet,
+    copies: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    spill: Path,
+    place: str | None = None,
+) -> Tensor:
+    """Token ids int64 [copies * samples, seqlen], copy after copy, the same on every run on the same device.
+
+    spill: see `activations.open_stream`
+    """
+    states = open_states(model, tokens, dtype, device, spill, place)
+    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
+        embed_tokens(model, tokens, states, device)
+    for index, layer in enumerate(model.layers):
+        progress.ending(f"let the original model rewrite the calibration text: layer {index + 1}")
+        assign(layer, loaded(read_layer(model, index), device, dtype))
+        advance(model, index, states)
+        drop(layer)
+        return_freed_memory()
+    generator = torch.Generator(device).manual_seed(0)
+    written: list[list[Tensor]] = [[] for _ in range(copies)]
+    with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
+        for batch in states.batches():
+            ids = tokens.input_ids[batch].to(device)
+            chances = logits(model, states.states[batch].to(device))[:, :-1].float().softmax(-1).flatten(0, 1)
+            for copy in written:
+                next_ids = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1)
+                replaced = torch.rand(next_ids.shape, generator=generator, device=device) < SHARE
+                rest = torch.where(replaced, next_ids, ids[:, 1:])
+                copy.append(torch.cat([ids[:, :1], rest], 1).cpu())
+    return torch.cat([torch.cat(copy) for copy in written])
