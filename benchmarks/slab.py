@@ -3,7 +3,8 @@
 
     python benchmarks/slab.py deepseek-r1-32b --layers 2 --method awq --samples 128 --seqlen 2048 --device cuda:0
 
-prints seconds per layer and the peaks of memory. Random weights say nothing about accuracy; they take the same time.
+prints seconds per layer and stage, the operations and bytes that a layer cannot do without, and the peaks of memory.
+Random weights say nothing about accuracy; they take the same time.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from quantkit.checkpoint.writer import write_json, write_shard
 from quantkit.choices import choose_scheme
 from quantkit.formats import FORMATS
 from quantkit.machine import choose_device, peak_device_bytes, peak_rss_bytes, versions
+from quantkit.memory import Streams, keep, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline import Job, run
-from quantkit.plan import make_plan
+from quantkit.plan import Plan, make_plan
 from quantkit.quantize.methods import Options
+from quantkit.quantize.refine import SWEEPS
 from quantkit.recipe import Recipe, resolver, shipped
+from quantkit.units import parse_bytes
 
 
 class Clock:
@@ -92,6 +97,27 @@ def make_slab(recipe: str, layers: int, vocabulary: int, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
+def counted(plan: Plan, tokens: int, refine: int) -> dict[str, int]:
+    """Operations and bytes of one layer, each done once: the floor that its stages can be held against.
+
+    forward: of its linears over the calibration tokens; gram: half of each site's symmetric product; factorise; round:
+    GPTQ's updates; refine: the first residual, and the updates of each sweep and refit; read, written: bytes
+    """
+    linears = [linear for linear in plan.linears if linear.layer == 0]
+    sites = {linear.in_features: 0 for linear in linears} | {linears[0].in_features: 3}  # q/k/v, o, gate/up
+    squares = sum(max(1, times) * width**2 for width, times in sites.items())
+    updates = sum(2 * linear.out_features * linear.in_features**2 for linear in linears)
+    return {
+        "forward": 2 * tokens * sum(linear.out_features * linear.in_features for linear in linears),
+        "gram": tokens * squares,
+        "factorise": sum(max(1, times) * width**3 // 3 for width, times in sites.items()),
+        "round": updates // 2,
+        "refine": updates * (refine * (SWEEPS + 1) + 2 if refine else 0),
+        "bytes_read": 2 * sum(linear.out_features * linear.in_features for linear in linears),
+        "bytes_written": plan.shards[1].tensor_bytes,
+    }
+
+
 def main() -> None:
     """Build the slab, quantize it, print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,6 +129,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--refine", type=int, default=Options.refine)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--vram", help="keep to so much GPU memory, such as 22GiB")
+    parser.add_argument("--ram", help="keep to so much RAM, such as 16GiB")
     parser.add_argument("--folder", type=Path, help="keep the slab here, and use it if it is there")
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,9 +150,21 @@ def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]
     ids = torch.randint(said.vocabulary, (said.samples, said.seqlen), generator=generator)
     tokens = None if said.method == "rtn" else TokenSet(ids, "random", "random", "random")
     device = choose_device(said.device)
+    job = Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device)
+    layout = lay_out(
+        model,
+        plan.linears,
+        Streams([] if tokens is None else [(said.samples, said.seqlen)], compared=False),
+        device,
+        job.dtype.itemsize,
+        calibrated=tokens is not None,
+        vram=parse_bytes(said.vram, "--vram") if said.vram else None,
+        ram=parse_bytes(said.ram, "--ram") if said.ram else None,
+    )
+    keep(layout, device)
     clock = Clock()
     began = time.perf_counter()
-    run(Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device), clock)
+    run(replace(job, place=layout.place, batch=layout.batch), clock)
     return {
         "recipe": said.recipe,
         "method": said.method,
@@ -133,6 +173,8 @@ def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]
         "seconds": time.perf_counter() - began,
         "seconds_per_layer": clock.layers,
         "stages": clock.stages,
+        "counted": counted(plan, 0 if tokens is None else ids.numel(), said.refine),
+        "memory": layout.record(),
         "peak_device_gib": peak_device_bytes(device) / 2**30,
         "peak_rss_gib": peak_rss_bytes() / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ours against other tools on a CPU: the same model, token ids and threads, one after the other in one run.
+
+    python benchmarks/cpu.py MODEL IDS.safetensors --samples 128 --threads 2 \\
+        --python llmcompressor=ENV/bin/python --python autoawq=ENV/bin/python
+
+Each tool runs in its own process and environment. What is timed is quantizing and saving: not imports, nor loading the
+model, nor verification. Tools whose environment is not named are left out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOOLS = {
+    "quantkit gptq": "quantkit",
+    "quantkit awq": "quantkit",
+    "llm-compressor gptq": "llmcompressor",
+    "llm-compressor awq": "llmcompressor",
+    "GPTQModel gptq": "gptqmodel",
+    "AutoAWQ awq": "autoawq",
+}
+
+
+def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
+    """Our pipeline without verification."""
+    import torch
+    from rich.console import Console
+    from safetensors.torch import load_file
+
+    from quantkit.calibration import TokenSet
+    from quantkit.choices import choose_scheme
+    from quantkit.formats import FORMATS
+    from quantkit.model.streaming import open_model
+    from quantkit.pipeline import Job, run
+    from quantkit.plan import make_plan
+    from quantkit.progress import display
+    from quantkit.quantize.methods import Options
+    from quantkit.recipe import Recipe, resolver
+
+    opened = open_model(model)
+    scheme = choose_scheme(method, Recipe(), 4, 128, None)
+    plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])
+    tokens = TokenSet(load_file(ids)["input_ids"][:samples], "ids", "ids", "ids")
+    job = Job(opened, plan, method, Options(), tokens, None, out, torch.device("cpu"))
+
+    def work() -> None:
+        with display(Console(stderr=True), job.device) as progress:
+            run(job, progress)
+
+    return work
+
+
+def by_llmcompressor(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
+    """llm-compressor's oneshot: GPTQ symmetric, AWQ asymmetric, groups of 128."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=method == "gptq", strategy="group", group_size=128)
+    scheme: dict[str, Any] = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
+    scheme |= {"ignore": ["lm_head"]}
+    recipe = [GPTQModifier(**scheme) if method == "gptq" else AWQModifier(**scheme)]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = load_file(ids)["input_ids"][:samples]
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+    data = Dataset.from_list(rows)
+
+    def work() -> None:
+        oneshot(
+            model=loaded,
+            dataset=data,
+            recipe=recipe,
+            max_seq_length=tokens.shape[1],
+            num_calibration_samples=len(tokens),
+        )
+        loaded.save_pretrained(out, save_compressed=True)
+
+    return work
+
+
+def by_gptqmodel(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
+    """GPTQModel's GPTQ, symmetric, groups of 128."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from safetensors.torch import load_file
+
+    config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, offload_to_disk=False, device="cpu")
+    loaded = GPTQModel.load(str(model), config, dtype=torch.float32)
+    tokens = load_file(ids)["input_ids"][:samples]
+    data = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+
+    def work() -> None:
+        loaded.quantize(data, batch_size=1, backend=BACKEND.AUTO, calibration_data_min_length=1)
+        loaded.save(str(out))
+
+    return work
+
+
+def by_autoawq(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
+    """AutoAWQ: zero points, groups of 128. It takes text, so it is given what the ids decode to."""
+    import torch
+    from awq import AutoAWQForCausalLM
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoAWQForCausalLM.from_pretrained(str(model), device_map={"": "cpu"}, torch_dtype=torch.float32)
+    tokens = load_file(ids)["input_ids"][:samples]
+    text = [tokenizer.decode(row) for row in tokens]
+    config = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+
+    def work() -> None:
+        loaded.quantize(
+            tokenizer,
+            quant_config=config,
+            calib_data=text,
+            max_calib_samples=len(tokens),
+            max_calib_seq_len=tokens.shape[1],
+        )
+        loaded.save_quantized(str(out))
+
+    return work
+
+
+def time_here(tool: str, model: Path, ids: Path, samples: int) -> dict[str, float]:
+    """Run one tool in this process."""
+    prepare = {
+        "quantkit": by_quantkit,
+        "llmcompressor": by_llmcompressor,
+        "gptqmodel": by_gptqmodel,
+        "autoawq": by_autoawq,
+    }[TOOLS[tool]]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = prepare(tool.rpartition(" ")[2], model, ids, samples, Path(scratch) / "out")
+        began, used = time.perf_counter(), time.process_time()
+        work()
+        return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
+
+
+def main() -> None:
+    """Run every tool that an environment is named for; print one JSON document with the ratios to ours."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("ids", type=Path)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--python", action="append", default=[], metavar="TOOL=PYTHON")
+    parser.add_argument("--tool", choices=TOOLS, help="run only this one, here")
+    said = parser.parse_args()
+    if said.tool:
+        print(json.dumps(time_here(said.tool, said.model, said.ids, said.samples)))
+        return
+    pythons = {"quantkit": sys.executable} | dict(pair.split("=", 1) for pair in said.python)
+    threads = {name: str(said.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    found: dict[str, dict[str, float]] = {}
+    for tool in (tool for tool in TOOLS if TOOLS[tool] in pythons):
+        words = [pythons[TOOLS[tool]], __file__, str(said.model), str(said.ids), "--tool", tool]
+        words += ["--samples", str(said.samples)]
+        done = subprocess.run(words, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0:
+            found[tool] = json.loads(done.stdout.splitlines()[-1])
+        print(tool, found.get(tool, "failed"), file=sys.stderr, flush=True)
+    ratios = {
+        tool: figures["seconds"] / found[ours]["seconds"]
+        for tool, figures in found.items()
+        if (ours := f"quantkit {tool.rpartition(' ')[2]}") in found and ours != tool
+    }
+    print(json.dumps({"samples": said.samples, "threads": said.threads, "tools": found, "ratios": ratios}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
