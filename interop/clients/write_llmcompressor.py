@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.awq import AWQModifier
-from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM
 
 
@@ -18,7 +18,7 @@ def quantize(model: Path, ids: torch.Tensor, out: Path, format: str) -> None:
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=symmetry == "sym", strategy="group", group_size=128)
     scheme = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
     scheme |= {"ignore": ["lm_head"]}
-    recipe = [GPTQModifier(**scheme)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**scheme)]
+    recipe = [GPTQModifier(**scheme) if method == "gptq" else AWQModifier(**scheme)]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     oneshot(
