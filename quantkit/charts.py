@@ -151,6 +151,59 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     return svg(title, joined(parts))
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point of a scatter chart: where, its colour, a short label beside it ("": none), and its words on hovering."""
+
+    x: float
+    y: float
+    colour: int
+    label: str
+    hover: str
+
+
+def scatter_chart(
+    title: str, marks: Sequence[Mark], x: Axis, y: Axis, *, front: Sequence[tuple[float, float]], limit: float | None
+) -> Markup:
+    """Points, the line through those that no other beats, and a dashed line at the most that x may be."""
+    parts = [frame(x, y)]
+    if limit is not None and x.low <= limit <= x.high:
+        parts.append(rule(_x(x, limit), TOP, _x(x, limit), HEIGHT - BOTTOM, "limit"))
+    path = " ".join(f"{_x(x, px):.1f},{_y(y, py):.1f}" for px, py in front)
+    parts.append(Markup('<polyline points="{}" class="line" style="stroke:var(--soft);stroke-width:1"/>').format(path))
+    for mark in marks:
+        at = (_x(x, mark.x), _y(y, mark.y))
+        parts.append(
+            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" style="fill:var(--c{})"><title>{}</title></circle>').format(
+                *at, mark.colour, mark.hover
+            )
+        )
+    taken: list[tuple[float, float]] = []
+    for mark in sorted((mark for mark in marks if mark.label), key=lambda mark: mark.x):
+        left, top = _x(x, mark.x) + 6, _y(y, mark.y) - 6
+        while any(abs(top - other) < 11 and abs(left - start) < 46 for start, other in taken):
+            top -= 11
+        taken.append((left, top))
+        near_edge = left > WIDTH - RIGHT - 46
+        parts.append(text(left - 12 if near_edge else left, top, mark.label, "tick", "end" if near_edge else "start"))
+    return svg(title, joined(parts))
+
+
+def near_axis(low: float, high: float, label: str, write: Callable[[float], str] = "{:g}".format) -> Axis:
+    """From a round number below `low` to one above `high`, without going down to zero."""
+    span = max(high - low, 1e-9 * max(abs(high), 1.0), 1e-12)
+    power = 10 ** math.floor(math.log10(span / 4))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * 5 >= span * (1 - 1e-9))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    return Axis(
+        first * step,
+        last * step,
+        tuple((i * step, write(round(i * step, 12))) for i in range(first, last + 1)),
+        label,
+    )
+
+
 def memory_chart(
     parts: Sequence[tuple[str, Callable[[int], float]]],
     *,

@@ -83,6 +83,10 @@ class States(StrEnum):
     auto, device, ram, file = "auto", "device", "ram", "file"
 
 
+class Inputs(StrEnum):
+    quantized, original = "quantized", "original"
+
+
 class Rounding(StrEnum):
     gptq, nearest = "gptq", "nearest"
 
@@ -111,10 +115,11 @@ Seed = Annotated[int, typer.Option("--seed", help="Order of the calibration docu
 Eval = Annotated[str | None, typer.Option("--eval", help="Evaluation SOURCE.  [default: eval, bundled]")]
 EvalSamples = Annotated[int | None, typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: all]")]
 Budget = Annotated[
-    str, typer.Option("--budget", help="Memory of the card that weights, KV cache and workspace may take.")
+    str | None,
+    typer.Option("--budget", help="Memory that weights, KV cache and workspace may take.  [default: 22GiB]"),
 ]
 Context = Annotated[str | None, typer.Option("--context", help="Tokens of context that must fit.  [default: 8k]")]
-KvOption = Annotated[Kv, typer.Option("--kv", help="Type of the KV cache.")]
+KvOption = Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache.  [default: fp16]")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/...]")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
@@ -138,6 +143,10 @@ Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may
 HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
 Correct = Annotated[
     float, typer.Option("--correct", min=0.0, max=1.0, help="Share of earlier layers' errors that is made up for.")
+]
+InputsOption = Annotated[
+    Inputs,
+    typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),
 ]
 RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
 
@@ -165,9 +174,9 @@ def _add_method(method: str, help: str) -> None:
         seed: Seed = 0,
         eval: Eval = None,
         eval_samples: EvalSamples = None,
-        budget: Budget = "22GiB",
+        budget: Budget = None,
         context: Context = None,
-        kv: KvOption = Kv.fp16,
+        kv: KvOption = None,
         device: Device = "auto",
         vram: Vram = None,
         ram: Ram = None,
@@ -183,6 +192,7 @@ def _add_method(method: str, help: str) -> None:
         damp: Damp = 0.01,
         correct: Correct = 0.5,
         rounding: RoundingOption = Rounding.gptq,
+        inputs: InputsOption = Inputs.quantized,
         json: Json = False,
     ) -> None:
         _quantize(method, locals())
@@ -210,9 +220,9 @@ def fit(
     sym: Sym = None,
     format: FormatOption = None,
     recipe: RecipeOption = None,
-    budget: Budget = "22GiB",
+    budget: Budget = None,
     context: Context = None,
-    kv: KvOption = Kv.fp16,
+    kv: KvOption = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
     engine: For = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write the chart as an HTML page.")] = None,
@@ -233,9 +243,9 @@ def fit(
             symmetric=sym,
             format=format.value if format else None,
             recipe=recipe,
-            budget=parse_bytes(budget, "--budget"),
+            budget=parse_bytes(budget or "22GiB", "--budget"),
             context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value,
+            kv=kv.value if kv else "fp16",
             tensor_parallel=tensor_parallel,
             offline=offline,
             engine=engine.value if engine else None,
@@ -369,6 +379,200 @@ def convert(
 
 
 @app.command()
+def sweep(
+    model: Model,
+    method: Annotated[str, typer.Option("--method", help="Methods, with commas: awq,gptq,rtn.")] = "awq,gptq",
+    w_bit: Annotated[str, typer.Option("--w-bit", help="Bits of a weight, with commas.")] = "3,4",
+    group: Annotated[str, typer.Option("--group", help="Group sizes, with commas; -1: whole rows.")] = "64,128,256",
+    sym: Sym = None,
+    format: FormatOption = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    eval: Eval = None,
+    eval_samples: EvalSamples = None,
+    budget: Budget = None,
+    context: Context = None,
+    kv: KvOption = None,
+    device: Device = "auto",
+    out: Out = None,
+    fresh: Fresh = False,
+    offline: Offline = False,
+    states: HiddenStates = States.auto,
+    act_order: ActOrder = True,
+    damp: Damp = 0.01,
+    json: Json = False,
+) -> None:
+    """Measure every method x bits x group in one pass over the model: a table, JSON, CSV, and KL against size.
+
+    All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
+    """
+    with _told(resumes=True):
+        from quantkit.machine import choose_device
+        from quantkit.quantize.methods import Options
+        from quantkit.runs import Request
+        from quantkit.summary import sweep_summary
+        from quantkit.sweep import SweepRequest, sweep
+        from quantkit.units import parse_bytes, parse_tokens
+
+        quiet_libraries()
+        methods = _listed(method, "--method")
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
+        request = Request(
+            method=methods[0],
+            model=model,
+            command=_command(),
+            symmetric=sym,
+            format=format.value if format else None,
+            calib=calib,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            evaluation=eval,
+            eval_samples=eval_samples,
+            budget=parse_bytes(budget, "--budget") if budget else None,
+            context=parse_tokens(context, "--context") if context else None,
+            kv=kv.value if kv else None,
+            device=choose_device(device),
+            options=Options(act_order, damp),
+            out=out,
+            fresh=fresh,
+            offline=offline,
+            place=None if states is States.auto else states.value,
+        )
+        result = sweep(
+            SweepRequest(request, methods, _numbers(w_bit, "--w-bit"), _numbers(group, "--group")), _console()
+        )
+        _print_json(result) if json else _console().print(sweep_summary(result), highlight=False)
+
+
+def _listed(text: str, option: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not found:
+        raise InputError(f"{option}: expected at least one value, got {text!r}")
+    return found
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _listed(text, option))
+    except ValueError:
+        raise InputError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
+
+
+class Kernels(StrEnum):
+    vllm, sglang, transformers = "vllm", "sglang", "transformers"
+    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
+    any = "any"
+
+
+class Searched(StrEnum):
+    gptq, awq = "gptq", "awq"
+
+
+@app.command()
+def allocate(
+    model: Model,
+    budget: Annotated[str, typer.Option("--budget", help="What weights, KV cache and workspace may take: 22GiB.")],
+    context: Context = None,
+    kv: KvOption = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="The budget is for the files of weights alone, in exact bytes.")
+    ] = False,
+    menu: Annotated[
+        str | None,
+        typer.Option("--menu", help="What a part may be: W3g128,W4rows,16bit...  [default: W3 to W8, 16bit]"),
+    ] = None,
+    engine: Annotated[
+        Kernels | None,
+        typer.Option("--engine", help="Whose kernels must run it.  [default: vllm; any with --menu, --weights-only]"),
+    ] = None,
+    method: Annotated[Searched, typer.Option("--method", help="How integers are chosen.")] = Searched.gptq,
+    sym: Sym = None,
+    format: FormatOption = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    probe_samples: Annotated[
+        int, typer.Option("--probe-samples", min=1, help="Calibration windows that measure KL instead.")
+    ] = 16,
+    every: Annotated[int, typer.Option("--every", min=1, help="Swap parts in each n-th layer; interpolate.")] = 1,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Measure the result, and correct by it.")] = True,
+    table: Annotated[Path | None, typer.Option("--table", help="Keep measurements here for other budgets.")] = None,
+    eval: Eval = None,
+    eval_samples: EvalSamples = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe.  [default: MODEL-allocated.yaml]")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Quantize with it, verify, and repair.")] = False,
+    run_out: Annotated[Path | None, typer.Option("--run-out", help="Folder of --run.  [default: outputs/...]")] = None,
+    fresh: Fresh = False,
+    offline: Offline = False,
+    max_ppl_increase: MaxPpl = None,
+    max_kl: MaxKl = None,
+    json: Json = False,
+) -> None:
+    """Choose bits and groups by part so that all fits and the expected KL is least; writes a recipe with the reasons.
+
+    Costs one pass over the model to measure, one to check. With L layers a swap is L / 2 more layer runs on the probes.
+    """
+    with _told(resumes=run):
+        from quantkit.allocate import AllocateRequest, allocate
+        from quantkit.machine import choose_device
+        from quantkit.runs import Request
+        from quantkit.summary import allocate_summary
+        from quantkit.units import parse_bytes, parse_tokens
+        from quantkit.verify import parse_percent
+
+        quiet_libraries()
+        request = Request(
+            method=method.value,
+            model=model,
+            command=_command(),
+            symmetric=sym,
+            format=format.value if format else None,
+            calib=calib,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            evaluation=eval,
+            eval_samples=eval_samples,
+            budget=parse_bytes(budget, "--budget"),
+            context=parse_tokens(context, "--context") if context else None,
+            kv=kv.value if kv else None,
+            device=choose_device(device),
+            max_ppl_increase=parse_percent(max_ppl_increase) if max_ppl_increase else None,
+            max_kl=max_kl,
+            out=run_out,
+            fresh=fresh,
+            offline=offline,
+        )
+        result = allocate(
+            AllocateRequest(
+                run=request,
+                weights_only=weights_only,
+                menu=menu,
+                engine=engine.value if engine else None,
+                probe_samples=probe_samples,
+                every=every,
+                check=check,
+                quantize=run,
+                out=out,
+                table=table,
+            ),
+            _console(),
+        )
+        _console().print(allocate_summary(result), highlight=False)
+        if json:
+            _print_json(result)
+    if ((result.get("run") or {}).get("verification") or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)
+
+
+@app.command()
 def push(
     out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")],
     repo_id: Annotated[str, typer.Argument(help="The repository: org/name.")],
@@ -470,9 +674,9 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             seed=said["seed"],
             evaluation=said["eval"],
             eval_samples=said["eval_samples"],
-            budget=parse_bytes(said["budget"], "--budget"),
+            budget=parse_bytes(said["budget"], "--budget") if said["budget"] else None,
             context=parse_tokens(said["context"], "--context") if said["context"] else None,
-            kv=said["kv"].value,
+            kv=said["kv"].value if said["kv"] else None,
             device=choose_device(said["device"]),
             options=_options(method, said),
             max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said["max_ppl_increase"] else None,
@@ -485,6 +689,7 @@ def _quantize(method: str, said: dict[str, Any]) -> None:
             place=None if said["states"] is States.auto else said["states"].value,
             vram=parse_bytes(said["vram"], "--vram") if said["vram"] else None,
             ram=parse_bytes(said["ram"], "--ram") if said["ram"] else None,
+            inputs=said["inputs"].value,
         )
         result, out = quantize(request, _console())
         _console().print(summary(result, out), highlight=False)

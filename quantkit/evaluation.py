@@ -5,18 +5,21 @@ What a run (`pipeline`) and a later look at its files (`remeasure`) have in comm
 running a layer over a stream, and comparing the logits at the end. Both therefore compute the same figures.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantkit.activations import Stream, open_stream
+from quantkit.activations import Stream, open_stream, samples_per_sum
 from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError
+from quantkit.model.families import Site
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
+from quantkit.products import mirror_
+from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
 from quantkit.verify import Comparison
 
 
@@ -74,8 +77,8 @@ def embed_tokens(model: StreamedModel, tokens: TokenSet, stream: Stream, device:
         stream.states[batch] = embed(model, tokens.input_ids[batch].to(device)).to(stream.states.device)
 
 
-def advance(model: StreamedModel, index: int, stream: Stream) -> None:
-    """Run the materialised layer over a stream, in place.
+def advance(model: StreamedModel, index: int, stream: Stream, *, keep: bool = True) -> None:
+    """Run the materialised layer over a stream, in place; without `keep` the stream stays as it is.
 
     Raises:
         NumericsError: its output is not finite.
@@ -85,7 +88,54 @@ def advance(model: StreamedModel, index: int, stream: Stream) -> None:
         output = run_layer(model, index, stream.states[batch].to(device))
         if not bool(torch.isfinite(output).all()):
             raise NumericsError(f"{model.layer_name(index)}: its output is not finite; check the model's weights")
-        stream.states[batch] = output
+        if keep:
+            stream.states[batch] = output
+
+
+def observe(
+    model: StreamedModel, index: int, sites: Sequence[Site], stream: Stream, *, keep: bool = True
+) -> tuple[SiteStats, ...]:
+    """Advance a stream through the materialised layer, and sum up what each site reads on the way: one run for all.
+
+    Without `keep` the stream stays as it is.
+
+    Raises:
+        NumericsError: an output or a site's inputs are not finite.
+    """
+    layer = model.layers[index]
+    device = next(iter(layer.parameters())).device
+    first = [layer.get_submodule(site.linears[0]) for site in sites]
+    widths = [cast(Tensor, linear.weight).shape[1] for linear in first]
+    found = tuple(empty_stats(width, device) for width in widths)
+    at_once = samples_per_sum(stream.states.shape[1])
+    waiting: list[list[Tensor]] = [[] for _ in sites]
+
+    def add(number: int, at_least: int) -> None:
+        """Sum up what waits in pieces of a fixed number of samples, so that memory does not decide the last bits."""
+        while waiting[number] and sum(map(len, waiting[number])) >= at_least:
+            together = torch.cat(waiting[number])
+            add_inputs(found[number], together[:at_once])
+            waiting[number] = [together[at_once:]] if len(together) > at_once else []
+
+    def watch(number: int) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            waiting[number].append(args[0])
+            add(number, at_once)
+
+        return see
+
+    handles = [linear.register_forward_pre_hook(watch(number)) for number, linear in enumerate(first)]
+    try:
+        advance(model, index, stream, keep=keep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number, stats in enumerate(found):
+        add(number, 1)
+        mirror_(stats.gram)
+    for site, stats in zip(sites, found, strict=True):
+        require_finite_stats(stats, f"{model.layer_name(index)}.{site.linears[0]}")
+    return found
 
 
 def relative_error(original: Stream, quantized: Stream) -> float:
@@ -107,20 +157,35 @@ def compare(
     stored: Iterable[tuple[str, Tensor]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The figures of `verify.Comparison`, from the streams that have left the last layer, and the dtype of both.
+    """The figures of `verify.Comparison`, from the streams that have left the last layer; see `compare_all`."""
+    return compare_all(model, tokens, original, [quantized], source, stored, device)[0]
+
+
+def compare_all(
+    model: StreamedModel,
+    tokens: TokenSet,
+    original: Stream,
+    quantized: Sequence[Stream],
+    source: Mapping[str, Tensor],
+    stored: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The figures of `verify.Comparison` for each quantized stream, and the dtype; all have left the last layer.
 
     source: the tensors outside the layers of the original, on the device in the dtype of the run; stored: those of the
-    quantized model as its files hold them, one after the other, because what is equal is held once
+    quantized models as files hold them, one after the other, because what is equal is held once
     """
     quantized_outside = {}
     for name, tensor in stored:
         tensor = tensor.to(device, source[name].dtype)
         quantized_outside[name] = source[name] if torch.equal(tensor, source[name]) else tensor
-    comparison = Comparison()
+    comparisons = [Comparison() for _ in quantized]
     for batch in original.batches():
+        ids = tokens.input_ids[batch].to(device)
         with outside_loaded(model, source):
             reference = logits(model, original.states[batch].to(device))
         with outside_loaded(model, quantized_outside):
-            found = logits(model, quantized.states[batch].to(device))
-        comparison.add(reference, found, tokens.input_ids[batch].to(device))
-    return comparison.result() | {"dtype": dtype_name(original.states.dtype)}
+            for stream, comparison in zip(quantized, comparisons, strict=True):
+                comparison.add(reference, logits(model, stream.states[batch].to(device)), ids)
+    dtype = dtype_name(original.states.dtype)
+    return [comparison.result() | {"dtype": dtype} for comparison in comparisons]

@@ -11,7 +11,7 @@ A finished layer is a finished shard, hashed and entered in the journal. A run t
 from the disk and only runs them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint, open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
 from quantkit.dtypes import dtype_name, torch_dtype
-from quantkit.errors import NumericsError, OutputError
+from quantkit.errors import NumericsError, OutputError, SchemeError
 from quantkit.evaluation import (
     Progress,
     advance,
@@ -38,6 +38,7 @@ from quantkit.evaluation import (
     embedding_names,
     ending_names,
     loaded,
+    observe,
     open_states,
     relative_error,
     run_dtype,
@@ -58,6 +59,7 @@ from quantkit.model.streaming import (
     run_to,
 )
 from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
+from quantkit.quantize.gptq import Factor
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
 from quantkit.quantize.tune import Loss, tune
@@ -77,9 +79,12 @@ DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the s
 class Job:
     """Everything that determines a run.
 
-    method: a name in METHODS; calibration: None when the method needs none; evaluation: None to leave out verification;
-    device: where the layers run; place: where hidden states live ("device", "ram", "file"; None lets memory decide);
-    batch: samples in a micro-batch (None: as many as are usual).
+    method: a name in METHODS, for the linears whose plan names no other; calibration: None when no method needs one;
+    evaluation: None to leave out verification; device: where the layers run;
+    place: where hidden states live ("device", "ram", "file"; None lets memory decide);
+    batch: samples in a micro-batch (None: as many as are usual);
+    inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original";
+    amend: whether finished layers of another recipe are made anew (from the first that differs), not refused.
     """
 
     model: StreamedModel
@@ -92,6 +97,8 @@ class Job:
     device: torch.device
     place: str | None = None
     batch: int | None = None
+    inputs: str = "quantized"
+    amend: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,7 +108,7 @@ class Job:
     @property
     def follows_original(self) -> bool:
         """Whether the calibration samples travel through the original model too."""
-        return self.calibration is not None and self.options.needs_original
+        return self.calibration is not None and self.options.needs_original and self.inputs == "quantized"
 
     @property
     def tuning_copies(self) -> int:
@@ -111,9 +118,11 @@ class Job:
         return min(MOST_COPIES, -(-TUNING_TOKENS // self.calibration.input_ids.numel()) - 1)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be continued: everything that the bytes of the shards depend on."""
+        """What must be the same for a run to be continued: everything that the bytes of the shards depend on.
+
+        Mixed schemes stand in the records of the layers instead: see `_compare_recipes`.
+        """
         schemes = {str(linear.scheme) for linear in self.plan.linears}
-        same = len(schemes) == 1
         return {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -121,11 +130,15 @@ class Job:
             "device": device_name(self.device),
             "method": self.method,
             "format": self.plan.format.name,
-            "scheme": schemes.pop() if same else {linear.name: str(linear.scheme) for linear in self.plan.linears},
+            "scheme": schemes.pop() if len(schemes) == 1 and not self.amend else "by linear",
             "options": vars(self.options),
             "calibration": self.calibration.sha256 if self.calibration else None,
             "model": fingerprint(self.model.checkpoint),
-        }
+        } | ({"inputs": self.inputs} if self.inputs != "quantized" else {})
+
+    def method_of(self, linear: LinearPlan) -> str:
+        """The method that chooses the integers of a linear."""
+        return linear.method or self.method
 
 
 @dataclass(frozen=True)
@@ -164,9 +177,11 @@ def run(
     missing = [shard.file_bytes for shard in job.plan.shards if not (job.out / shard.file).exists()]
     require_disk(job.out, sum(missing) + DISK_MARGIN)
     sites = sites_of(job.model)
+    _require_one_method(job, sites)
     with open_journal(job.out, job.identity(), fresh=fresh) as journal:
         if TUNING in journal.finished and not journal.verify_unit(journal.finished[TUNING]):
             journal.drop_from(TUNING)
+        _compare_recipes(job, journal)
         for shard in job.plan.shards:
             unit = journal.finished.get(shard.unit)
             if unit is not None and not journal.verify_unit(unit):
@@ -174,6 +189,44 @@ def run(
         outcome = _run(job, sites, journal, progress)
         finish(outcome)
         return outcome
+
+
+def _require_one_method(job: Job, sites: tuple[Site, ...]) -> None:
+    for index in range(len(job.model.layers)):
+        linears = job.plan.layer(index)
+        for site in sites:
+            found = {job.method_of(linears[name]) for name in site.linears}
+            if len(found) > 1:
+                names = ", ".join(linears[name].name for name in site.linears)
+                raise SchemeError(f"{names} read the same input: give them one method, got {', '.join(sorted(found))}")
+
+
+def _compare_recipes(job: Job, journal: Journal) -> None:
+    """Forget the finished layers from the first on that was made by another recipe, or refuse to.
+
+    Raises:
+        OutputError: a layer differs and the job does not amend.
+    """
+    for shard in job.plan.shards:
+        unit = journal.finished.get(shard.unit)
+        if unit is None or not shard.unit.startswith("layer."):
+            continue
+        keys = ("name", "bits", "group_size", "symmetric", "method")
+        found = {tuple(record[key] for key in keys) for record in unit.record["linears"]}
+        wanted = {
+            (x.name, x.scheme.bits, x.scheme.group_size, x.scheme.symmetric, job.method_of(x))
+            for x in job.plan.layer(int(shard.unit.removeprefix("layer."))).values()
+            if x.scheme is not None
+        }
+        if found != wanted:
+            if not job.amend:
+                name = min(found ^ wanted)[0]
+                raise OutputError(
+                    f"{job.out} holds a run with another recipe ({name} differs); repeat that one to continue it, "
+                    "start over with --fresh, or choose another --out"
+                )
+            journal.drop_from(shard.unit)
+            return
 
 
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
@@ -200,10 +253,13 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
         _embed(job, job.evaluation, original)
         _embed(job, job.calibration, wanted)
+        if job.inputs == "original":
+            _embed(job, job.calibration, calibration)
         _learn_steps(job)
     with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
         _embed(job, job.evaluation, quantized)
-        _embed(job, job.calibration, calibration)
+        if job.inputs == "quantized":
+            _embed(job, job.calibration, calibration)
 
     layer_errors = []
     finished = set(journal.finished)  # when the run began
@@ -217,11 +273,17 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             if original:
                 progress.stage("run the original")
                 advance(model, index, original)
+            observed = None
+            if calibration and job.inputs == "original":
+                progress.stage("calibrate on the original")
+                observed = observe(model, index, sites, calibration)
             shard = shards[f"layer.{index}"]
             reused = shard.unit in finished
             unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
             if not reused:
-                result = _quantize_layer(job, index, sites, calibration, wanted, weights, gram_samples, progress)
+                result = _quantize_layer(
+                    job, index, sites, calibration, wanted, weights, gram_samples, observed, progress
+                )
             if wanted and (unfinished or (job.options.tune and not reused)):
                 progress.stage("run the original")
                 assign(model.layers[index], weights)
@@ -236,11 +298,11 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
                 writing.submit(partial(_write_layer, job, journal, shard, stored, records))
                 del result
-            del source, weights
+            del source, weights, observed
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
             del stored
             progress.stage("run the quantized")
-            for stream in (quantized, calibration if unfinished else None):
+            for stream in (quantized, calibration if unfinished and job.inputs == "quantized" else None):
                 if stream:
                     advance(model, index, stream)
             drop(model.layers[index])
@@ -341,6 +403,26 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def quantize_observed(
+    job: Job,
+    index: int,
+    sites: tuple[Site, ...],
+    observed: Sequence[SiteStats | None],
+    factors: Sequence[Factor | None],
+    source: Mapping[str, Tensor],
+    progress: Progress,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Quantize a layer from what its sites read in the original, writing nothing.
+
+    source: the layer's tensors as stored; it is materialised from them first. The statistics may be rescaled in place.
+    Returns the layer's tensors as a written shard would stand for them (names local to the layer), and the records.
+    """
+    assign(job.model.layers[index], _loaded(job, source))
+    result = _quantize_layer(job, index, sites, None, None, {}, 0, observed, progress, factors)
+    kept = {name: to_stored(name, result.changed.get(name, tensor)) for name, tensor in source.items()}
+    return kept | {f"{name}.weight": dequantize(q) for name, q in result.quantized.items()}, result.records
+
+
 # ---------------------------------------------------------------- streams
 
 
@@ -381,28 +463,35 @@ def _quantize_layer(
     wanted: Stream | None,
     weights: Mapping[str, Tensor],
     gram_samples: int,
+    observed: Sequence[SiteStats | None] | None,
     progress: Progress,
+    factors: Sequence[Factor | None] | None = None,
 ) -> LayerResult:
     """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
 
     wanted: the calibration samples as they enter this layer in the original model; weights: those
     of this layer in the original model
+    observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
     """
     layer, linears = job.model.layers[index], job.plan.layer(index)
     result = LayerResult()
-    for site in sites:
+    for number, site in enumerate(sites):
         if all(linears[name].scheme is None for name in site.linears):
             continue
+        method = job.method_of(linears[site.linears[0]])
         name = f"{job.model.layer_name(index)}.{site.linears[0]}"
-        stats = None
-        if calibration is not None:
+        stats = None if observed is None else observed[number]
+        if stats is None and calibration is not None and method != "rtn":
             progress.stage(f"calibrate {_kinds(site)}")
             stats = _collect(job, index, site, calibration, wanted, weights, gram_samples)
             require_finite_stats(stats, name)
         progress.stage(f"quantize {_kinds(site)}")
         channel = fold_channels(job.model, index, site)
+        inputs = _site_input(job, layer, linears, site, stats, channel)
+        if factors is not None:
+            inputs = replace(inputs, factor=factors[number])
         try:
-            outcome = METHODS[job.method](_site_input(job, layer, linears, site, stats, channel), job.options)
+            outcome = METHODS[method](inputs, job.options)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         if outcome.scale is not None and channel is not None:
@@ -598,7 +687,7 @@ def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -
                 "bits": quantized.scheme.bits,
                 "group_size": quantized.scheme.group_size,
                 "symmetric": quantized.scheme.symmetric,
-                "method": job.method,
+                "method": job.method_of(linear),
                 "out_features": linear.out_features,
                 "in_features": linear.in_features,
                 "bytes": sum(spec.nbytes for spec in specs.values()),

@@ -4,11 +4,12 @@
 One unit of work is one shard: the embeddings first, then one per decoder layer, then what comes after the layers.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.checkpoint.writer import shard_bytes, shard_name
+from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.model.shapes import Shapes
@@ -20,7 +21,10 @@ STORED = "float16"  # everything that is not quantized: exact for BF16 within fl
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """A linear of a decoder layer: full name, layer number, name within the layer, shape; scheme None keeps 16 bit."""
+    """A linear of a decoder layer: full name, layer number, name within the layer, shape; scheme None keeps 16 bit.
+
+    method: how its integers are chosen, where that is not the same for all
+    """
 
     name: str
     layer: int
@@ -28,6 +32,7 @@ class LinearPlan:
     out_features: int
     in_features: int
     scheme: Scheme | None
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,23 @@ class Plan:
         return {linear.local: linear for linear in self.linears if linear.layer == index}
 
 
-def make_plan(model: Shapes, resolve: Callable[[str, int], Scheme | None], fmt: Format, **config_options: Any) -> Plan:
-    """Plan the output of a model in a format.
+def make_plan(
+    model: Shapes,
+    resolve: Callable[[str, int], Scheme | None],
+    fmt: Format,
+    *,
+    method_of: Callable[[str, int], str] | None = None,
+    **config_options: Any,
+) -> Plan:
+    """Plan the output of a model in a format; resolve and method_of see each linear's full name and layer number.
 
     Raises:
         SchemeError: a linear that the format cannot hold, with what would; linears that engines fuse with different
             schemes; several schemes in a format that has one.
     """
     linears = [linear for index in range(len(model.layer_linears)) for linear in _linears(model, resolve, index)]
+    if method_of is not None:
+        linears = [replace(linear, method=method_of(linear.name, linear.layer)) for linear in linears]
     for linear in linears:
         if linear.scheme is not None:
             reason = fmt.why_not(linear.scheme, linear.out_features, linear.in_features)
@@ -136,3 +150,46 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
         ShardPlan(unit, shard_name(number, len(contents)), tensors)
         for number, (unit, tensors) in enumerate(contents, start=1)
     )
+
+
+def resolved(plan: Plan, method: str) -> list[dict[str, Any]]:
+    """What a recipe comes to: one row for the linears of one kind that are treated alike, in the order of the model.
+
+    kind, layers ("0-3,7"), bits, group_size, symmetric (None in 16 bit), method, linears (a number), bytes.
+    """
+    rows: dict[tuple[str, Scheme | None, str | None], list[LinearPlan]] = {}
+    for linear in plan.linears:
+        used = None if linear.scheme is None else linear.method or method
+        rows.setdefault((linear.local.rpartition(".")[2], linear.scheme, used), []).append(linear)
+    return [
+        {
+            "kind": kind,
+            "layers": number_ranges([linear.layer for linear in linears]),
+            "bits": scheme.bits if scheme else 16,
+            "group_size": scheme.group_size if scheme else None,
+            "symmetric": scheme.symmetric if scheme else None,
+            "method": used,
+            "linears": len(linears),
+            "bytes": sum(linear_bytes(plan.format, linear) for linear in linears),
+        }
+        for (kind, scheme, used), linears in rows.items()
+    ]
+
+
+def linear_bytes(fmt: Format, linear: LinearPlan) -> int:
+    """Bytes of the tensors of a linear, without its bias."""
+    if linear.scheme is None:
+        return ITEMSIZE[STORED] * linear.out_features * linear.in_features
+    specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

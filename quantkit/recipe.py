@@ -6,24 +6,29 @@ default: {bits: 4, group_size: 128, symmetric: false}
 config: {model_type: qwen2, hidden_size: 5120, ...} # optional: lets `fit` answer before the model is here
 rules:                                              # the last rule that matches a linear decides
   - {kind: down_proj, layers: 0-7, bits: 8}
-  - {match: "model.layers.63.*", keep: 16bit}
+  - {match: "model.layers.63.*", keep: 16bit}        # a glob over the whole name
+  - {match: "re:.*[.](q|k|v)_proj", method: awq}     # or, after re:, a regular expression
+calibration: {source: mix, samples: 128, seqlen: 2048}
+budget: {memory: 22GiB, context: 16k, kv: fp16}
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.names import FUSED
 from quantkit.resources import recipes_dir
 from quantkit.scheme import Scheme
+from quantkit.units import parse_bytes, parse_tokens
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)  # a format may hold fewer
+REGEX = "re:"  # what makes of a pattern a regular expression
 
 
 class SchemeSpec(BaseModel):
@@ -31,7 +36,7 @@ class SchemeSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    bits: Literal[2, 3, 4, 8] | None = None
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
     group_size: int | None = None
     symmetric: bool | None = None
 
@@ -44,12 +49,23 @@ class SchemeSpec(BaseModel):
 
 
 class Rule(SchemeSpec):
-    """Picks linears by a glob over the full name (`match`), by the last part of it (`kind`), by layer numbers."""
+    """Picks linears by a pattern of the full name (`match`), by the last part of it (`kind`), by layer numbers."""
 
     match: str | None = None
     kind: str | None = None
     layers: str | None = None
     keep: Literal["16bit"] | None = None
+    method: Literal["awq", "gptq", "rtn"] | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith(REGEX):
+            try:
+                re.compile(value.removeprefix(REGEX))
+            except re.error as error:
+                raise ValueError(f"expected a regular expression after {REGEX} ({error})") from error
+        return value
 
     @field_validator("layers")
     @classmethod
@@ -63,7 +79,7 @@ class Rule(SchemeSpec):
 
     def applies(self, name: str, layer: int) -> bool:
         """Whether the linear `name` in decoder layer number `layer` is meant."""
-        if self.match is not None and not fnmatchcase(name, self.match):
+        if self.match is not None and not _matches(self.match, name):
             return False
         if self.kind is not None and name.rpartition(".")[2] != self.kind:
             return False
@@ -71,6 +87,12 @@ class Rule(SchemeSpec):
             int(low) <= layer <= int(high or low)
             for low, _, high in (part.partition("-") for part in self.layers.split(","))
         )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith(REGEX):
+        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
+    return fnmatchcase(name, pattern)
 
 
 class CalibrationSpec(BaseModel):
@@ -92,6 +114,35 @@ class LimitsSpec(BaseModel):
     max_kl: float | None = Field(default=None, ge=0)
 
 
+class BudgetSpec(BaseModel):
+    """The memory to fit in, the context that must fit, and the KV cache's type, when the command line does not say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    memory: str | None = None
+    context: str | int | None = None
+    kv: Literal["fp16", "fp8"] | None = None
+
+    @field_validator("memory", "context")
+    @classmethod
+    def _readable(cls, value: str | int | None, info: ValidationInfo) -> str | int | None:
+        parse = parse_bytes if info.field_name == "memory" else parse_tokens
+        try:
+            if value is not None:
+                parse(str(value), "")
+        except InputError as error:  # pydantic tells ValueErrors, with their place
+            raise ValueError(str(error).removeprefix(": ")) from error
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else parse_bytes(self.memory, "budget.memory")
+
+    @property
+    def context_tokens(self) -> int | None:
+        return None if self.context is None else parse_tokens(str(self.context), "budget.context")
+
+
 class Recipe(BaseModel):
     """A validated recipe file."""
 
@@ -104,6 +155,7 @@ class Recipe(BaseModel):
     default: SchemeSpec = Field(default_factory=SchemeSpec)
     rules: tuple[Rule, ...] = Field(default=(), strict=False)
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    budget: BudgetSpec = Field(default_factory=BudgetSpec)
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
 
 
@@ -111,10 +163,11 @@ def read_recipe(path: Path) -> Recipe:
     """Read and validate a recipe file.
 
     Raises:
-        InputError: unreadable, not YAML, or a field that is unknown or has a wrong value, with its place in the file.
+        InputError: unreadable, not YAML, or a field that is unknown or has a wrong value, with its line in the file.
     """
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw: Any = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
@@ -124,7 +177,25 @@ def read_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise InputError(f"recipe {path}: {place}: {first['msg']}, got {repr(first['input'])[:80]}") from error
+        line = _line(yaml.compose(text, yaml.SafeLoader), first["loc"])
+        raise InputError(
+            f"recipe {path}, line {line}: {place}: {first['msg']}, got {repr(first['input'])[:80]}"
+        ) from error
+
+
+def _line(node: yaml.Node | None, place: Iterable[str | int]) -> int:
+    """The line of the file at which the value at this place begins, or the nearest thing around it that is there."""
+    line = 1
+    for step in place:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == str(step)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+    return line
 
 
 def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | None]:
@@ -145,6 +216,27 @@ def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | N
         return None if kept else Scheme(**chosen)
 
     return resolve
+
+
+def method_resolver(recipe: Recipe, default: str) -> Callable[[str, int], str]:
+    """(full name, layer number) -> the method that rounds the linear: of the last rule that says one."""
+
+    def resolve(name: str, layer: int) -> str:
+        said = [rule.method for rule in recipe.rules if rule.method is not None and rule.applies(name, layer)]
+        return said[-1] if said else default
+
+    return resolve
+
+
+def unmatched(recipe: Recipe, linears: Iterable[tuple[str, int]]) -> list[str]:
+    """One line for each rule that applies to none of the linears (full name, layer number): most likely a typo."""
+    names = list(linears)
+    return [
+        f"recipe rule {number} ({', '.join(f'{k}: {v}' for k, v in rule.model_dump(exclude_none=True).items())}) "
+        "matches no linear"
+        for number, rule in enumerate(recipe.rules, start=1)
+        if not any(rule.applies(name, layer) for name, layer in names)
+    ]
 
 
 def check_fused(schemes: dict[str, Scheme | None]) -> None:

@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Job, Outcome, run
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
-from quantkit.recipe import Recipe, resolver, shipped
+from quantkit.recipe import Recipe, method_resolver, resolver, shipped, unmatched
 from quantkit.report import render_report
 from quantkit.scheme import Scheme
+from quantkit.summary import recipe_table
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
 
@@ -70,9 +71,9 @@ class Request:
     seed: int = 0
     evaluation: str | None = None
     eval_samples: int | None = None
-    budget: int = DEFAULT_BUDGET
+    budget: int | None = None
     context: int | None = None
-    kv: str = "fp16"
+    kv: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     options: Options = field(default_factory=Options)
     max_ppl_increase: float | None = None
@@ -85,6 +86,8 @@ class Request:
     engine: str | None = None
     vram: int | None = None
     ram: int | None = None
+    inputs: str = "quantized"
+    amend: bool = False  # another recipe than that of the finished layers makes anew what differs
 
 
 def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
@@ -102,20 +105,27 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     if fmt is GGUF:
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
-    plan = make_plan(model, resolver(recipe, scheme), fmt, **_config_options(request))
-    context = choose_context(request.context, positions(model.config))
-    memory = fit(model, plan, budget=request.budget, context=context, kv=request.kv, engine=request.engine)
-    calibrated, evaluated = _tokens(request, recipe, model, directory)
+    plan = make_plan(
+        model,
+        resolver(recipe, scheme),
+        fmt,
+        method_of=method_resolver(recipe, request.method),
+        **config_options(request.options),
+    )
+    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))
+    calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.linears if x.scheme})
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
     layout = _layout(request, job)
-    job = replace(job, place=layout.place, batch=layout.batch)
-    _announce(console, request, plan, job)
+    job = replace(job, place=layout.place, batch=layout.batch, inputs=request.inputs, amend=request.amend)
+    told = unmatched(recipe, [(linear.name, linear.layer) for linear in plan.linears])
+    _announce(console, request, recipe, job, told)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
     finished: list[dict[str, Any]] = []
 
     def finish(outcome: Outcome) -> None:
+        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
         result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
         measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
         finished.append(_finish(job, outcome, directory, result | measured))
@@ -159,8 +169,8 @@ def _label(model: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _config_options(request: Request) -> dict[str, Any]:
-    options = request.options
+def config_options(options: Options) -> dict[str, Any]:
+    """What only some formats write down of how a method worked."""
     return {"damp_percent": options.damp, "desc_act": False, "static_groups": options.act_order}
 
 
@@ -169,9 +179,21 @@ def positions(config: PretrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _tokens(
-    request: Request, recipe: Recipe, model: StreamedModel, directory: Path
+def serving(request: Request, recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
+    """The keywords of `fit.fit`: the budget, the context that must fit, and the KV cache.
+
+    As asked, or as the recipe says, or 22 GiB, 8k tokens (all that a smaller model allows) and fp16.
+    """
+    said = recipe.budget
+    context = choose_context(request.context or said.context_tokens, positions(config))
+    budget = request.budget or said.memory_bytes or DEFAULT_BUDGET
+    return {"budget": budget, "context": context, "kv": request.kv or said.kv or "fp16"}
+
+
+def tokens_of(
+    request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str | None]
 ) -> tuple[TokenSet | None, TokenSet | None]:
+    """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
     limit = positions(model.config) or DEFAULT_SEQLEN
     said = recipe.calibration
     seqlen = request.seqlen or said.seqlen or min(DEFAULT_SEQLEN, limit)
@@ -181,7 +203,7 @@ def _tokens(
     vocabulary = model.config.vocab_size
     tokenizer = tokenizer_of(directory)
     calibrated = evaluated = None
-    if request.method != "rtn":
+    if any(method != "rtn" for method in methods):
         calibrated = calibration.load(
             request.calib or said.source or "mix",
             tokenizer,
@@ -232,7 +254,8 @@ def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
     return load
 
 
-def _announce(console: Console, request: Request, plan: Plan, job: Job) -> None:
+def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told: Sequence[str]) -> None:
+    plan = job.plan
     schemes: dict[str, int] = {}
     for linear in plan.linears:
         label = str(linear.scheme) if linear.scheme else "16 bit"
@@ -245,8 +268,10 @@ def _announce(console: Console, request: Request, plan: Plan, job: Job) -> None:
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
             lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
-    for line in lines:
+    for line in (*lines, *told):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if recipe.rules:
+        console.print(recipe_table(resolved(plan, job.method)))
 
 
 def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +358,8 @@ def _document(
         "method": request.method,
         "format": plan.format.name,
         "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
-        "options": vars(request.options) | {"seed": request.seed},
+        "options": vars(request.options) | {"seed": request.seed, "inputs": request.inputs},
+        "recipe": resolved(plan, request.method),
         "calibration": tokens_record(job.calibration),
         "layers": [record for unit in outcome.units for record in unit.record["linears"]],
         "bits_per_weight": plan.bits_per_weight,

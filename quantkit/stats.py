@@ -52,24 +52,35 @@ def collect(
     originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
     decides how the sums are split, and so their last bits.
     """
-    stats = SiteStats(
+    stats = empty_stats(in_features, device)
+    if originals is not None:
+        stats.drift = torch.zeros(in_features, in_features, device=device)
+    for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
+        add_inputs(stats, tensor, original)
+    mirror_(stats.gram)
+    return stats
+
+
+def empty_stats(in_features: int, device: torch.device) -> SiteStats:
+    """Nothing summed up yet."""
+    return SiteStats(
         torch.zeros(in_features, in_features, device=device),
         torch.zeros(in_features, device=device),
         torch.zeros((), device=device),
-        drift=None if originals is None else torch.zeros(in_features, in_features, device=device),
     )
-    for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
-        x = tensor.reshape(-1, in_features)
-        magnitude = x.abs()
-        stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
-        stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
-        del magnitude
-        accumulate_gram_(stats.gram, x)
-        if stats.drift is not None and original is not None:
-            accumulate_(stats.drift, (original.reshape(x.shape).float() - x.float()).to(x.dtype), x)
-        stats.tokens += len(x)
-    mirror_(stats.gram)
-    return stats
+
+
+def add_inputs(stats: SiteStats, inputs: Tensor, original: Tensor | None = None) -> None:
+    """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    magnitude = x.abs()
+    stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
+    stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
+    del magnitude
+    accumulate_gram_(stats.gram, x)
+    if stats.drift is not None and original is not None:
+        accumulate_(stats.drift, (original.reshape(x.shape).float() - x.float()).to(x.dtype), x)
+    stats.tokens += len(x)
 
 
 def require_finite_stats(stats: SiteStats, name: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands print when they are done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,95 @@ def summary(result: dict[str, Any], out: Path) -> Group:
         lines += _verdict_lines(measured)
     lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
+
+
+def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What a recipe comes to: see `plan.resolved`."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("kind", "layers", "scheme", "method"):
+        table.add_column(heading)
+    table.add_column("size", justify="right")
+    for row in rows:
+        scheme = "16 bit"
+        if row["group_size"] is not None:
+            group = "rows" if row["group_size"] == -1 else f"g{row['group_size']}"
+            scheme = f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"
+        table.add_row(row["kind"], row["layers"], scheme, row["method"] or "", format_bytes(row["bytes"]))
+    return table
+
+
+def sweep_summary(result: Mapping[str, Any]) -> Group:
+    """The settings of a sweep by size; * marks those that no other beats in both size and KL."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("setting")
+    for heading in ("size", "bits", "perplexity", "KL", "top-1", "time", "longest context"):
+        table.add_column(heading, justify="right")
+    table.add_column("loads in")
+    rows = [row for row in result["settings"] if row["why_not"] is None]
+    for row in sorted(rows, key=lambda row: row["total_bytes"]):
+        engines = ", ".join(engine for engine, reason in row["engines"].items() if reason is None)
+        table.add_row(
+            row["name"] + (" *" if row["pareto"] else ""),
+            format_bytes(row["total_bytes"]),
+            f"{row['bits_per_weight']:.3f}",
+            _figure(row["perplexity"], ".4f"),
+            _figure(row["kl_divergence"], ".5f"),
+            _figure(row["top1_agreement"], ".2%"),
+            format_seconds(row["seconds"]),
+            f"{row['longest_context']:,}",
+            engines or "none known",
+        )
+    refused = [row for row in result["settings"] if row["why_not"] is not None]
+    lines: list[Any] = [table, *(Text(f"{row['name']}: {row['why_not']}", style="yellow") for row in refused)]
+    lines += [Text(note, style="yellow") for note in result["fallbacks"]]
+    shared = format_seconds(result["shared_seconds"])
+    lines.append(Text(f"took {format_seconds(result['seconds'])}, {shared} of it shared by all; {result['note']}"))
+    lines.append(Text(f"pictures and tables: {result['out']}/sweep.html, sweep.json, sweep.csv"))
+    return Group(*lines)
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "not finite" if value is None else format(value, style)
+
+
+def allocate_summary(result: Mapping[str, Any]) -> Group:
+    """What was chosen for each part of each layer, what it is expected to cost, and beside it the uniform choices."""
+    kinds = list(dict.fromkeys("/".join(_short(part["linears"])) for part in result["parts"]))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("layer", *kinds):
+        table.add_column(heading)
+    rows: dict[int, dict[str, str]] = {}
+    for part in result["parts"]:
+        rows.setdefault(part["layer"], {})["/".join(_short(part["linears"]))] = part["entry"]
+    for layer, row in rows.items():
+        table.add_row(str(layer), *(row.get(kind, "") for kind in kinds))
+    lines: list[Any] = [table]
+    lines += [
+        f"uniform {uniform['entry']}: {uniform['total_bytes']:,} bytes, expected KL {uniform['predicted_kl']:.5f}"
+        for uniform in result["uniform"]
+    ]
+    lines.append(
+        f"chosen: {result['total_bytes']:,} bytes of weights ({result['counted_bytes']:,} of "
+        f"{result['budget_bytes']:,} counted), {result['bits_per_weight']:.3f} bits per weight, "
+        f"expected KL {result['predicted_kl']:.5f}"
+    )
+    if "checked_kl" in result:
+        lines.append(
+            f"checked: KL {result['checked_kl']:.5f} where the sum of the parts was {result['predicted_by_sum']:.5f}; "
+            f"{result['mended']} parts changed by it"
+        )
+    lines += [f"{engine}: {why or 'loads it'}" for engine, why in result["engines"].items()]
+    run = result.get("run")
+    if run and run["verification"]:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        _add_figures(table, run["verification"])
+        lines += [table, *_verdict_lines(run["verification"]), f"repairs: {len(run['repairs'])}"]
+    lines.append(f"recipe: {result['recipe']}" + (f"; checkpoint: {run['out']}" if run else ""))
+    return Group(*(line if isinstance(line, Table) else Text(str(line)) for line in lines))
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    return [name.rpartition(".")[2].removesuffix("_proj") for name in names]
 
 
 def verify_summary(result: dict[str, Any], out: Path) -> Group:

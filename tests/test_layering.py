@@ -44,13 +44,15 @@ ALLOWED: dict[str, str] = {
         " evaluation"
     ),
     # the loop
-    "evaluation": "errors dtypes calibration activations verify model",
+    "evaluation": "errors dtypes calibration activations verify model stats products",
     "resample": "errors machine calibration model evaluation",
     "pipeline": (
         "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model"
         " plan stored evaluation resample"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
+    "knapsack": "",
+    "sensitivity": "errors scheme stats machine quantize calibration activations verify model evaluation",
     # what is shown and written for people
     "progress": "units",
     "summary": "errors units hub",
@@ -67,7 +69,15 @@ ALLOWED: dict[str, str] = {
     "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
-        " machine verify progress report card choices fitting gguf document"
+        " machine verify progress report card choices fitting gguf document summary"
+    ),
+    "allocate": (
+        "errors units scheme quantize formats checkpoint calibration recipe model plan fit loaders progress choices"
+        " runs knapsack sensitivity"
+    ),
+    "sweep": (
+        "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"
+        " pipeline progress report choices runs"
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
@@ -84,7 +94,7 @@ ALLOWED: dict[str, str] = {
     ),
     "cli": (
         "errors units quantize machine verify runs library inspection document summary fit hub card report choices"
-        " fitting reverify convert export_gguf"
+        " fitting reverify convert export_gguf allocate sweep"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -106,7 +116,7 @@ LIBRARIES: dict[str, str] = {
     "transformers": "gguf calibration model runs cli",
     "accelerate": "model",
     "typer": "cli",
-    "rich": "export_gguf progress cli runs reverify convert fit inspection library summary",
+    "rich": "export_gguf progress cli runs allocate sweep reverify convert fit inspection library summary",
 }
 
 # Pure parts: tensors in, tensors out.

@@ -438,3 +438,38 @@ def test_accuracy_on_a_trained_model(tmp_path: Path, shared: Path, method: str, 
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert result["verification"]["perplexity_fp16"] == pytest.approx(8.5207, abs=1e-3)
     assert result["verification"]["kl_divergence"] <= limit
+
+
+def test_a_rule_may_name_its_method(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(
+        "rules:\n  - {kind: down_proj, method: rtn, bits: 8}\n  - {layers: '1', kind: o_proj, method: awq}\n"
+        "  - {kind: nowhere, bits: 3}\n"
+    )
+    out = tmp_path / "out"
+    shown = done(*command("gptq", qwen2, out, ids, "--recipe", str(recipe)))
+    result = json.loads((out / "quantkit.json").read_text())
+    methods = {(layer["layer"], layer["kind"]): layer["method"] for layer in result["layers"]}
+    assert methods[0, "down_proj"] == "rtn"
+    assert methods[0, "o_proj"] == "gptq"
+    assert methods[1, "o_proj"] == "awq"
+    assert {(row["kind"], row["layers"], row["bits"], row["method"]) for row in result["recipe"]} >= {
+        ("down_proj", "0-1", 8, "rtn"),
+        ("o_proj", "0", 4, "gptq"),
+        ("o_proj", "1", 4, "awq"),
+    }
+    assert sum(row["bytes"] for row in result["recipe"]) == sum(layer["bytes"] for layer in result["layers"])
+    assert "recipe rule 3" in shown.stderr
+    assert any("recipe rule 3" in note for note in result["fallbacks"])
+    assert "W8 g32 sym" in shown.stderr
+    naive = naive_figures(qwen2, decoded_model(out, qwen2), load_file(ids)["input_ids"])
+    assert result["verification"]["kl_divergence"] == pytest.approx(naive["kl_divergence"], rel=1e-3)
+
+
+def test_linears_that_read_the_same_input_need_one_method(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text("rules:\n  - {kind: up_proj, method: rtn}\n")
+    refused = quantkit(*command("gptq", qwen2, tmp_path / "out", ids, "--recipe", str(recipe)))
+    assert refused.returncode == 1
+    assert "one method" in refused.stderr
+    assert "up_proj" in refused.stderr

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import InputError, SchemeError
-from quantkit.recipe import Recipe, Rule, check_fused, read_recipe, resolver, shipped
+from quantkit.recipe import (
+    Recipe,
+    Rule,
+    check_fused,
+    method_resolver,
+    read_recipe,
+    resolver,
+    shipped,
+    unmatched,
+)
 from quantkit.resources import recipes_dir
 from quantkit.scheme import Scheme
 
@@ -97,7 +106,7 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
     ("text", "words"),
     [
         ("rules:\n- {kind: a, bitz: 4}", ["rules.0.bitz", "4"]),
-        ("rules:\n- {bits: 4}\n- {bits: 5}", ["rules.1.bits", "2, 3, 4 or 8", "got 5"]),
+        ("rules:\n- {bits: 4}\n- {bits: 9}", ["line 3", "rules.1.bits", "7 or 8", "got 9"]),
         ("rules:\n- {bits: '4'}", ["rules.0.bits", "'4'"]),
         ("rules:\n- {bits: true}", ["rules.0.bits"]),
         ("rules:\n- {group_size: 0}", ["rules.0.group_size", "positive number", "got 0"]),
@@ -129,7 +138,7 @@ def test_mistakes_are_told_in_one_line_with_their_place(text: str, words: list[s
     with pytest.raises(InputError) as refused:
         recipe(tmp_path, text)
     message = str(refused.value)
-    assert message.startswith(f"recipe {tmp_path / 'recipe.yaml'}: ")
+    assert message.startswith(f"recipe {tmp_path / 'recipe.yaml'}")
     assert "\n" not in message
     assert len(message) < 500 + len(str(tmp_path))
     assert all(word in message for word in words), message
@@ -180,6 +189,54 @@ def test_linears_that_engines_do_not_fuse_are_free() -> None:
             "mlp.down_proj": eight,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("default: {bits: 4}\nrules:\n- {bits: 4}\n# a comment\n- kind: a\n  bits: 9", 6),
+        ("default: {bits: 4}\nrules:\n- {bits: 4}\n\n- kind: a\n  bitz: 4", 6),
+        ("calibration:\n  samples: 4\n  seqlen: 1", 3),
+        ("description: a\nlimit: 5", 2),
+        ("rules:\n- {bits: 4}\n- 7", 3),
+        ("rules:\n- match: 're:a('\n  bits: 4", 2),
+        ("budget:\n  memory: 22GiB\n  context: soon", 3),
+        ("- a", 1),
+    ],
+)
+def test_mistakes_point_at_their_line(text: str, line: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"recipe\.yaml, line {line}: "):
+        recipe(tmp_path, text)
+
+
+def test_a_regular_expression_matches_the_whole_name(tmp_path: Path) -> None:
+    rules = '- {match: "re:.*[.](up|down)_proj", bits: 8}'
+    assert resolved(tmp_path, rules, DOWN) == Scheme(8, 128, False)
+    assert resolved(tmp_path, rules, UP) == Scheme(8, 128, False)
+    assert resolved(tmp_path, '- {match: "re:down_proj", bits: 8}', DOWN) == DEFAULT
+
+
+def test_the_last_rule_that_names_a_method_decides(tmp_path: Path) -> None:
+    said = recipe(tmp_path, "rules:\n- {method: awq}\n- {kind: down_proj, method: rtn}\n- {kind: down_proj, bits: 8}")
+    method = method_resolver(said, "gptq")
+    assert [method(name, 5) for name in (DOWN, UP)] == ["rtn", "awq"]
+    assert method_resolver(Recipe(), "gptq")(UP, 5) == "gptq"
+
+
+def test_rules_that_match_nothing_are_told(tmp_path: Path) -> None:
+    said = recipe(
+        tmp_path, "rules:\n- {kind: down_proj, bits: 8}\n- {kind: downproj, bits: 8}\n- {layers: '7', bits: 3}"
+    )
+    told = unmatched(said, [(DOWN, 5), (UP, 5)])
+    assert len(told) == 2
+    assert told[0].startswith("recipe rule 2 (bits: 8, kind: downproj)")
+    assert told[1].startswith("recipe rule 3")
+
+
+def test_the_budget(tmp_path: Path) -> None:
+    said = recipe(tmp_path, "budget: {memory: 22GiB, context: 16k, kv: fp8}").budget
+    assert (said.memory_bytes, said.context_tokens, said.kv) == (22 * 2**30, 16384, "fp8")
+    assert recipe(tmp_path, "budget: {context: 4096}").budget.context_tokens == 4096
 
 
 # ---------------------------------------------------------------- what ships

@@ -52,6 +52,7 @@ class SiteInput:
     weights: name -> [out, in], all reading the same inputs; schemes: name -> Scheme, or None to stay in 16 bit
     channel: int64 [in], the producer's channel behind each column, or None when no op can absorb a scale
     min_zero: the smallest zero point that the format stores safely
+    factor: of the Gram matrix, where it is known already from another scheme; used by gptq, which scales nothing
     """
 
     weights: Mapping[str, Tensor]
@@ -59,6 +60,7 @@ class SiteInput:
     stats: SiteStats | None
     channel: Tensor | None
     min_zero: int = 0
+    factor: gptq.Factor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def round_to_nearest(site: SiteInput, options: Options) -> SiteResult:
 def compensate(site: SiteInput, options: Options) -> SiteResult:
     """GPTQ: see `gptq`."""
     assert site.stats is not None
-    return _round(site.weights, site, site.stats.gram, site.stats.drift, options)
+    return _round(site.weights, site, site.stats.gram, site.stats.drift, options, site.factor)
 
 
 def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
@@ -117,11 +119,15 @@ METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq"
 
 
 def _round(
-    weights: Mapping[str, Tensor], site: SiteInput, gram: Tensor, drift: Tensor | None, options: Options
+    weights: Mapping[str, Tensor],
+    site: SiteInput,
+    gram: Tensor,
+    drift: Tensor | None,
+    options: Options,
+    factor: gptq.Factor | None = None,
 ) -> SiteResult:
-    factor = (
-        gptq.factorize(gram, damp=options.damp, act_order=options.act_order) if options.rounding == "gptq" else None
-    )
+    if factor is None and options.rounding == "gptq":
+        factor = gptq.factorize(gram, damp=options.damp, act_order=options.act_order)
     quantized, records = {}, {}
     starts: dict[str, Tensor] = {}
     for scheme in dict.fromkeys(site.schemes.values()):

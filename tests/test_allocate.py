@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits under a budget: the solver against trying everything, swaps against whole models, and bytes against files."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.allocate import (
+    AllocateRequest,
+    allocate,
+    choose,
+    corrected,
+    entry_name,
+    parse_menu,
+    pose,
+    split,
+    table_of,
+)
+from quantkit.errors import InputError
+from quantkit.knapsack import solve
+from quantkit.model.streaming import open_model
+from quantkit.progress import Display
+from quantkit.quantize.methods import Options
+from quantkit.recipe import Recipe, read_recipe, resolver
+from quantkit.runs import Request, quantize
+from quantkit.scheme import Scheme
+from quantkit.sensitivity import Measured, Settings, measure
+from tests.conftest import make_qwen2
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+MENU = "W3g32,W4g32,W8g32,16bit"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen2(tmp_path_factory.mktemp("allocated"), layers=3, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "ids.safetensors"
+    save_file({"input_ids": torch.randint(0, 96, (16, 32), generator=torch.Generator().manual_seed(1))}, path)
+    return path
+
+
+def asked(model: Path, tokens: Path, out: Path, budget: int, **changes: Any) -> AllocateRequest:
+    run = Request(
+        method="gptq",
+        model=str(model),
+        command="quantkit allocate",
+        calib=str(tokens),
+        samples=16,
+        seqlen=32,
+        evaluation=str(tokens),
+        budget=budget,
+        out=out / "run",
+        offline=True,
+        max_ppl_increase=9.0,
+    )
+    fixed: dict[str, Any] = {
+        "weights_only": True,
+        "menu": MENU,
+        "probe_samples": 4,
+        "out": out / "recipe.yaml",
+    }
+    run = replace(run, **{key: value for key, value in changes.items() if key in vars(run) and key != "out"})
+    return AllocateRequest(run, **(fixed | {k: v for k, v in changes.items() if k not in vars(run)}))
+
+
+def uniform_bytes(model: Path, scheme: Scheme, tokens: Path, out: Path) -> int:
+    problem, _ = pose(asked(model, tokens, out, 1), Recipe(), open_model(model))
+    return problem.size(problem.plan(dict.fromkeys(problem.parts, scheme)))
+
+
+# ---------------------------------------------------------------- the solver
+
+ROWS = st.lists(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(0, 60)), min_size=1, max_size=4), min_size=1, max_size=5
+)
+
+
+@given(rows=ROWS, unit=st.sampled_from([1, 3, 4096]), budget=st.integers(0, 300))
+def test_no_other_choice_within_the_budget_is_better(
+    rows: list[list[tuple[float, int]]], unit: int, budget: int
+) -> None:
+    values = [[value for value, _ in row] for row in rows]
+    costs = [[cost * unit for _, cost in row] for row in rows]
+    everything = itertools.product(*(range(len(row)) for row in rows))
+    possible = [
+        sum(value[i] for value, i in zip(values, chosen, strict=True))
+        for chosen in everything
+        if sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget * unit
+    ]
+    found = solve(values, costs, budget * unit)
+    if not possible:
+        assert found is None
+    else:
+        assert found is not None
+        assert sum(cost[i] for cost, i in zip(costs, found, strict=True)) <= budget * unit
+        assert sum(value[i] for value, i in zip(values, found, strict=True)) <= min(possible) + 1e-8
+
+
+# ---------------------------------------------------------------- the menu
+
+
+def test_menu() -> None:
+    assert parse_menu("W3g128, w4rows,16bit,W3g128", True) == (Scheme(3, 128, True), Scheme(4, -1, True), None)
+    assert [entry_name(entry) for entry in parse_menu("W3g128,W4rows,16bit", False)] == ["W3g128", "W4rows", "16bit"]
+
+
+@pytest.mark.parametrize("text", ["W9g128", "4g128", "W4", "W4g0", "W4-128", "", "16"])
+def test_menu_refuses(text: str) -> None:
+    with pytest.raises((InputError, Exception), match=r"menu|group_size"):
+        parse_menu(text, True)
+
+
+def test_engine_drops_what_it_has_no_kernel_for(model: Path, tokens: Path, tmp_path: Path) -> None:
+    request = asked(model, tokens, tmp_path, 10**9, engine="vllm")
+    problem, notes = pose(request, Recipe(), open_model(model))
+    assert set(problem.menu[0, 0]) == {Scheme(4, 32, True), Scheme(8, 32, True), None}
+    assert any("W3g32 left out" in note and "vLLM" in note for note in notes)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_a_swap_is_the_model_with_that_part_rounded(model: Path, tokens: Path, tmp_path: Path) -> None:
+    """The swapped streams against whole models of transformers, for a part in the middle and one at the end."""
+    streamed = open_model(model)
+    request = asked(model, tokens, tmp_path, 10**9)
+    problem, _ = pose(request, Recipe(), streamed)
+    ids = load_file(tokens)["input_ids"]
+    from quantkit.calibration import load
+
+    given_tokens = load(str(tokens), None, samples=16, seqlen=32, seed=0, vocab_size=96, offline=True)  # type: ignore[arg-type]
+    calibration, probe = split(given_tokens, 4)
+    swaps = [((1, 3), Scheme(3, 32, True)), ((2, 0), Scheme(4, 32, True)), ((0, 2), None)]
+    settings = Settings("gptq", Options(refine=0), CPU, tmp_path)
+    found = measure(streamed, calibration, probe, problem.menu, {}, swaps, settings, Display(QUIET, CPU))
+    assert found.kl == 0
+    assert found.swapped[swaps[2]] == pytest.approx(0, abs=1e-9)
+    assert set(found.losses[1, 3]) == {None, *problem.menu[1, 3]}
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for part, scheme in swaps[:2]:
+        whole = rounded_whole(model, streamed, problem, part, scheme, calibration.input_ids)
+        with torch.no_grad():
+            p, q = (m(ids[12:]).logits[:, :-1].double().log_softmax(-1) for m in (reference, whole))
+        assert found.swapped[part, scheme] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def rounded_whole(
+    model: Path, streamed: Any, problem: Any, part: tuple[int, int], scheme: Scheme, ids: torch.Tensor
+) -> torch.nn.Module:
+    """The model with one part rounded by GPTQ on its own inputs, everything in memory at once."""
+    from quantkit.quantize.methods import METHODS, SiteInput
+    from quantkit.scheme import dequantize
+    from quantkit.stats import add_inputs, empty_stats
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layer = whole.get_submodule(streamed.layer_name(part[0]))
+    linears = {name: layer.get_submodule(name) for name in problem.sites[part[1]].linears}
+    first = next(iter(linears.values()))
+    stats = empty_stats(first.weight.shape[1], CPU)
+    handle = first.register_forward_pre_hook(lambda module, args: add_inputs(stats, args[0]))
+    with torch.no_grad():
+        whole(ids)
+        handle.remove()
+        weights = {name: linear.weight.data for name, linear in linears.items()}
+        site = SiteInput(weights, dict.fromkeys(weights, scheme), stats, None)
+        for name, quantized in METHODS["gptq"](site, Options(refine=0)).quantized.items():
+            linears[name].weight.data = dequantize(quantized)
+    return whole
+
+
+def test_layers_between_probed_ones_are_interpolated(model: Path, tokens: Path, tmp_path: Path) -> None:
+    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    w4 = Scheme(4, 32, True)
+    losses: dict[Any, Any] = {
+        part: {entry: 0.5 for entry in row if entry} | {None: 0.0} for part, row in problem.menu.items()
+    }
+    swapped = {((layer, site), w4): kl for layer, kl in ((0, 0.01), (2, 0.04)) for site in range(4)}
+    table = table_of(problem, Measured(losses, 0.0, swapped))
+    assert [table[layer, 1][w4] for layer in range(3)] == pytest.approx([0.01, 0.02, 0.04])
+    assert table[1, 1][None] == 0
+
+
+def test_the_corrected_table_sums_to_what_was_measured(model: Path, tokens: Path, tmp_path: Path) -> None:
+    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    w3, w4 = Scheme(3, 32, True), Scheme(4, 32, True)
+    table = {part: {w3: 0.04, w4: 0.01, Scheme(8, 32, True): 0.0001, None: 0.0} for part in problem.parts}
+    choice = dict.fromkeys(problem.parts, w4)
+    swapped = {(part, None): 0.2 - (0.03 if part == (1, 2) else 0.01) for part in problem.parts}
+    found = corrected(problem, table, Measured({}, 0.2, swapped), choice)
+    assert sum(found[part][w4] for part in problem.parts) == pytest.approx(0.2)
+    assert found[1, 2][w4] == pytest.approx(3 * found[0, 0][w4])
+    assert found[1, 2][w3] == pytest.approx(4 * found[1, 2][w4])
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_bytes_recipe_and_files_agree(model: Path, tokens: Path, tmp_path: Path) -> None:
+    budget = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path) + 2000
+    result = allocate(asked(model, tokens, tmp_path, budget, quantize=True, check=True), QUIET)
+    out = Path(result["run"]["out"])
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert result["total_bytes"] == result["counted_bytes"] == size <= budget
+    assert size > budget - 4000
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+    written = json.loads((out / "quantkit.json").read_text())
+    resolve = resolver(recipe, Scheme(4, 32, True))
+    for layer in written["layers"]:
+        assert resolve(layer["name"], layer["layer"]) == Scheme(layer["bits"], layer["group_size"], layer["symmetric"])
+    chosen = {(part["layer"], name): part["entry"] for part in result["parts"] for name in part["linears"]}
+    for layer in written["layers"]:
+        local = layer["name"].partition(f"layers.{layer['layer']}.")[2]
+        assert chosen[layer["layer"], local] == f"W{layer['bits']}g{layer['group_size']}"
+    assert written["engines"]["transformers"] is None
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.isfinite(loaded(load_file(tokens)["input_ids"][:1]).logits).all()
+
+
+def test_a_table_serves_other_budgets(model: Path, tokens: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    small = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    first = allocate(asked(model, tokens, tmp_path, small, table=table, check=False), QUIET)
+    before = table.read_bytes()
+    again = allocate(asked(model, tokens, tmp_path, small, table=table, check=False), QUIET)
+    assert again == first
+    larger = allocate(asked(model, tokens, tmp_path, small + 9000, table=table, check=False), QUIET)
+    assert larger["predicted_kl"] < first["predicted_kl"]
+    assert table.read_bytes() == before
+    with pytest.raises(InputError, match="another model, calibration, menu"):
+        allocate(asked(model, tokens, tmp_path, small, table=table, check=False, menu="W4g32,W8g32"), QUIET)
+
+
+def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:
+    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    generator = torch.Generator().manual_seed(3)
+    table: Any = {
+        part: dict(
+            zip(row, torch.rand(len(row), generator=generator).sort(descending=True).values.tolist(), strict=True)
+        )
+        for part, row in problem.menu.items()
+    }
+    least = problem.size(problem.plan(dict.fromkeys(problem.parts, Scheme(3, 32, True))))
+    sums = []
+    for budget in range(least, least + 60_000, 6_000):
+        posed = replace(problem, budget=budget)
+        choice = choose(posed, table)
+        assert choice is not None
+        assert posed.size(posed.plan(choice)) <= budget
+        sums.append(sum(table[part][entry] for part, entry in choice.items()))
+    assert sums == sorted(sums, reverse=True)
+
+
+def test_infeasible_budgets_say_by_how_much_and_what_would_fit(model: Path, tokens: Path, tmp_path: Path) -> None:
+    least = uniform_bytes(model, Scheme(3, 32, True), tokens, tmp_path)
+    with pytest.raises(InputError) as refused:
+        allocate(asked(model, tokens, tmp_path, least - 5000), QUIET)
+    assert "W3g32" in str(refused.value)
+    assert "too much" in str(refused.value)
+    assert f"{least - 5000} B" in str(refused.value) or "KiB" in str(refused.value)
+    streamed = open_model(model)
+    memory = asked(model, tokens, tmp_path, 1, weights_only=False, context=128)
+    problem, _ = pose(memory, Recipe(), streamed)
+    needed = problem.size(problem.plan(dict.fromkeys(problem.parts, Scheme(3, 32, True))))
+    with pytest.raises(InputError, match=r"what would fit: --context \d+; --kv fp8"):
+        allocate(asked(model, tokens, tmp_path, needed - 1000, weights_only=False, context=128), QUIET)
+
+
+def test_another_recipe_redoes_only_what_follows_its_first_change(model: Path, tokens: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    run = replace(
+        asked(model, tokens, tmp_path, 10**9).run, recipe=recipe, format="compressed-tensors", out=out, amend=True
+    )
+    recipe.write_text("default: {bits: 4, group_size: 32, symmetric: true}\nrules: [{kind: o_proj, bits: 8}]\n")
+    quantize(run, QUIET)
+    journal = (out / "journal.jsonl").read_text().splitlines()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    recipe.write_text(recipe.read_text().replace("bits: 8}", "bits: 8}, {kind: down_proj, layers: '1', bits: 8}"))
+    with pytest.raises(Exception, match="another recipe"):
+        quantize(replace(run, amend=False), QUIET)
+    changed, _ = quantize(run, QUIET)
+    assert (out / "journal.jsonl").read_text().splitlines()[:3] == journal[:3]
+    assert kept["model-00002-of-00005.safetensors"] == (out / "model-00002-of-00005.safetensors").stat().st_mtime_ns
+    fresh, _ = quantize(replace(run, out=tmp_path / "fresh"), QUIET)
+    assert {f["name"]: f["sha256"] for f in changed["files"]} == {f["name"]: f["sha256"] for f in fresh["files"]}
