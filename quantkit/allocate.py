@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import fingerprint
@@ -314,7 +314,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     problem, notes = pose(request, recipe, model)
     serve = serving(run, recipe, model.config)
     _require_room(request, problem, serve)
-    calibrated, _ = tokens_of(replace(run, verify=False), recipe, model, directory, {run.method})
+    calibrated, evaluated = tokens_of(run, recipe, model, directory, {run.method})
     assert calibrated is not None
     calibration, probe = split(calibrated, request.probe_samples)
     for line in notes:
@@ -333,9 +333,14 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     if choice is None:
         raise InputError(f"--budget: nothing of the menu fits in {format_bytes(problem.budget)}")
     predicted = sum(table[part][entry] for part, entry in choice.items())
-    document: dict[str, Any] = {"predicted_by_sum": predicted}
+    document: dict[str, Any] = {"predicted_by_sum": predicted, "text_ratio": 1.0}
+    elsewhere = None
+    if evaluated is not None and evaluated.seqlen == probe.seqlen:
+        elsewhere = evaluated.input_ids[: request.probe_samples]
     if request.check:
-        checked = check(request, problem, calibration, probe, choice, console)
+        checked = check(request, problem, calibration, probe, elsewhere, choice, console)
+        if checked.kl_elsewhere is not None and checked.kl > 0:
+            document["text_ratio"] = checked.kl_elsewhere / checked.kl
         table = corrected(problem, table, checked, choice)
         document |= {"checked_kl": checked.kl, "additivity": checked.kl / predicted if predicted > 0 else None}
         first, choice = choice, choose(problem, table) or choice
@@ -343,17 +348,18 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         document["mended"] = sum(first[part] != entry for part, entry in choice.items())
     out = request.out or Path(f"{Path(run.model).name}-allocated.yaml")
     plan = problem.plan(choice)
-    document |= _document(problem, choice, table, plan, predicted, serve)
+    document |= _document(problem, choice, table, plan, predicted, document["text_ratio"], serve)
     write_text(out, recipe_text(request, problem, choice, table, document, calibrated, serve))
     document["recipe"] = str(out)
     if request.quantize:
 
         def again(table: Table, choice: Choice) -> Table:
-            return corrected(problem, table, check(request, problem, calibration, probe, choice, console), choice)
+            return corrected(problem, table, check(request, problem, calibration, probe, None, choice, console), choice)
 
         def write(table: Table, choice: Choice) -> None:
             predicted = sum(table[part][entry] for part, entry in choice.items())
-            document.update(_document(problem, choice, table, problem.plan(choice), predicted, serve))
+            ratio = document["text_ratio"]
+            document.update(_document(problem, choice, table, problem.plan(choice), predicted, ratio, serve))
             write_text(out, recipe_text(request, problem, choice, table, document, calibrated, serve))
 
         document["run"] = _run_and_repair(request, problem, table, choice, out, again, write, console)
@@ -365,12 +371,16 @@ def check(
     problem: Problem,
     calibration: TokenSet,
     probe: TokenSet,
+    elsewhere: Tensor | None,
     choice: Choice,
     console: Console,
 ) -> Measured:
-    """The true KL of an allocation, rounded as a run rounds it, and of the same with each part back in 16 bit."""
+    """The true KL of an allocation, rounded as a run rounds it, and of the same with each part back in 16 bit.
+
+    elsewhere: windows of the evaluation text, to tell the KL that is to be expected there; they decide nothing
+    """
     swaps: list[Swap] = [(part, None) for part in choice if _probed(problem, part[0], request.every)]
-    return _measure(request, problem, calibration, probe, {}, choice, swaps, request.run.options, console)
+    return _measure(request, problem, calibration, probe, {}, choice, swaps, request.run.options, console, elsewhere)
 
 
 def pose(request: AllocateRequest, recipe: Recipe, model: StreamedModel) -> tuple[Problem, list[str]]:
@@ -483,6 +493,7 @@ def _measure(
     swaps: Sequence[Swap],
     options: Options,
     console: Console,
+    elsewhere: Tensor | None = None,
 ) -> Measured:
     run = request.run
     entries = {entry for row in problem.menu.values() for entry in row if entry is not None}
@@ -498,7 +509,7 @@ def _measure(
         soft_wrap=True,
     )
     with display(console, run.device) as progress:
-        return measure(problem.model, calibration, probe, menu, base, swaps, settings, progress)
+        return measure(problem.model, calibration, probe, menu, base, swaps, settings, progress, elsewhere)
 
 
 # ---------------------------------------------------------------- what is written
@@ -564,17 +575,24 @@ def _pairs(swapped: Mapping[str, float]) -> list[tuple[tuple[str, str, str], flo
 
 
 def _document(
-    problem: Problem, choice: Choice, table: Table, plan: Plan, predicted: float, serve: Mapping[str, Any]
+    problem: Problem,
+    choice: Choice,
+    table: Table,
+    plan: Plan,
+    predicted: float,
+    ratio: float,
+    serve: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """What is told of an allocation; ratio: of the evaluation text's KL to the probing windows'."""
     uniform = []
     for entry in dict.fromkeys(entry for row in problem.menu.values() for entry in row):
         if all(entry in row for row in problem.menu.values()) and entry is not None:
             alike = problem.plan(dict.fromkeys(problem.parts, entry))
             kl = sum(table[part][entry] for part in problem.parts)
-            uniform.append({"entry": entry_name(entry), "total_bytes": alike.file_bytes, "predicted_kl": kl})
+            uniform.append({"entry": entry_name(entry), "total_bytes": alike.file_bytes, "predicted_kl": kl * ratio})
     memory = fit(problem.model, plan, **serve)
     return {
-        "predicted_kl": predicted,
+        "predicted_kl": predicted * ratio,
         "total_bytes": plan.file_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "budget_bytes": problem.budget,
@@ -615,7 +633,8 @@ def recipe_text(
         f"# {document['total_bytes']:,} bytes of weights, {document['bits_per_weight']:.3f} bits per weight; budget "
         f"{problem.budget:,} bytes ({counted})",
         f"# expected KL {document['predicted_kl']:.5f} nats"
-        + (f", measured for the first choice {document['checked_kl']:.5f}" if "checked_kl" in document else ""),
+        + (f"; the first choice was checked: {document['checked_kl']:.5f} on" if "checked_kl" in document else "")
+        + (" windows kept from calibration" if "checked_kl" in document else ""),
         *(
             f"# uniform {u['entry']}: {u['total_bytes']:,} bytes, expected KL {u['predicted_kl']:.5f}"
             for u in document["uniform"]
@@ -627,7 +646,9 @@ def recipe_text(
     ]
     if not request.weights_only:
         lines.append(f"budget: {{memory: {problem.budget}B, context: {serve['context']}, kv: {serve['kv']}}}")
-    lines.append("rules: # the KL that each layer's part adds there, and what the next smaller entry would add")
+    lines.append(
+        "rules: # the KL that each layer's part adds on those windows, and what the next smaller entry would add"
+    )
     groups: dict[tuple[int, Entry], list[int]] = {}
     for (layer, number), entry in choice.items():
         if entry != default:

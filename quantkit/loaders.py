@@ -62,7 +62,7 @@ GPTQ_TORCH = _kernel("Torch", "2 3 4 8", "2 3 4 8", (-1, 16, 32, 64, 128, 256, 5
 GPTQ_TORCH_SYMMETRIC = replace(GPTQ_TORCH, asymmetric=frozenset())
 AWQ_TORCH = _kernel("AWQ Torch", "4", "4", (-1, 16, 32, 64, 128), out_multiple=8)
 AWQ_TRANSFORMERS = _kernel("AWQ Torch", "4", "4", (*USUAL, 256), out_multiple=8)
-DECOMPRESSED = _kernel("decompression", "2 3 4 8", "", 1)
+DECOMPRESSED = _kernel("decompression", "2 3 4 5 6 8", "", 1)
 CONVERTED = _kernel("conversion", "2 4 8", "2 4 8", 1)
 CONVERTED_ANY = _kernel("conversion", "2 3 4 5 6 7 8", "2 3 4 5 6 7 8", 1)
 BLOCKS = _kernel("blocks", "4 5 6 8", "4 5 6 8", 16)

@@ -97,6 +97,8 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
         QuantkitError: anything the user can fix, before hours are spent where that can be known before.
     """
     began = time.monotonic()
+    if request.inputs == "original" and request.options.tune:
+        raise InputError("--inputs original: --quality best tunes on quantized inputs; leave one of them out")
     recipe = choose_recipe(request.recipe, request.model)
     scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)

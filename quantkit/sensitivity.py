@@ -18,6 +18,7 @@ swaps say what each part costs where the allocation stands.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +76,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """losses: part -> entry -> share of its output; kl: of the base; swapped: swap -> KL; tokens predicted."""
+    """losses: part -> entry -> share of its output; kl: of the base on the probe; swapped: swap -> KL there;
+
+    tokens: that were predicted there; kl_elsewhere: of the base on other windows, None where there were none
+    """
 
     losses: dict[Part, dict[Entry, float]]
     kl: float
     swapped: dict[Swap, float]
     tokens: int = 0
+    kl_elsewhere: float | None = None
 
 
 @torch.no_grad()
@@ -93,9 +98,11 @@ def measure(
     swaps: Sequence[Swap],
     settings: Settings,
     progress: Progress,
+    elsewhere: Tensor | None = None,
 ) -> Measured:
     """Measure in one pass over the model.
 
+    elsewhere: further windows, int64 [n, seqlen of the probe], on which only the base is measured
     menu: the entries to round each part at; base: the parts that are quantized in the base (others are 16 bit);
     swaps: what to measure the KL of; their entries are rounded whether or not the menu has them.
     """
@@ -104,6 +111,9 @@ def measure(
     dtype = run_dtype(model, device, f"{model.layer_name(0)}.{sites[0].linears[0]}.weight")
     move_buffers(model.model, device)
     quantized = any(entry is not None for entry in base.values())
+    swapped = probe.samples
+    if elsewhere is not None and quantized:
+        probe = replace(probe, input_ids=torch.cat([probe.input_ids, elsewhere]))
     streams = 2 + quantized + len(swaps)
     room = (streams * probe.input_ids.numel() + calibration.input_ids.numel()) * model.config.hidden_size
     place = choose_place(room * dtype.itemsize, device)
@@ -126,11 +136,11 @@ def measure(
         assign(layer, source)
         progress.stage("run the calibration tokens")
         here = {swap: swap[0][1] for swap in swaps if swap[0][0] == index}
-        before = standing.states.clone() if quantized or here else None
+        before = standing.states[:swapped].clone() if here else None
         stats = observe(model, index, sites, calibrated, keep=not quantized)
         if quantized:
             advance(model, index, original)
-        based: dict[str, Tensor] = {}
+        standing_weights: dict[str, Tensor] = {}
         tried: dict[Swap, dict[str, Tensor]] = {}
         for number, site in enumerate(sites):
             part = (index, number)
@@ -140,22 +150,22 @@ def measure(
             for entry, weights, loss in _rounded(model, index, site, stats[number], wanted, settings):
                 losses[part][entry] = loss
                 if base.get(part) == entry:
-                    based |= weights
+                    standing_weights |= weights
                 if (part, entry) in here:
                     tried[part, entry] = weights
         del stats
         progress.stage("run the swaps")
         if before is not None:
             for swap, number in here.items():
-                stream = opened(probe, "swap")
+                stream = opened(replace(probe, input_ids=probe.input_ids[:swapped]), "swap")
                 stream.states.copy_(before)
                 weights = tried.get(
                     swap, {f"{name}.weight": source[f"{name}.weight"] for name in sites[number].linears}
                 )
-                assign(layer, source | based | weights)
+                assign(layer, source | standing_weights | weights)
                 advance(model, index, stream)
                 alive[swap] = stream
-        assign(layer, source | based)
+        assign(layer, source | standing_weights)
         for swap, stream in alive.items():
             if swap not in here:
                 advance(model, index, stream)
@@ -168,9 +178,22 @@ def measure(
         progress.finished(index, worst, False)
     progress.ending("compare the logits")
     outside = loaded(read_outside(model, ending_names(model)), device, dtype)
-    figures = compare_all(model, probe, original, [standing, *alive.values()], outside, outside.items(), device)
-    kls = [float(figure["kl_divergence"]) for figure in figures]
-    return Measured(losses, kls[0], dict(zip(alive, kls[1:], strict=True)), figures[0]["tokens"])
+
+    def divergences(windows: slice, streams: Sequence[Stream]) -> list[dict[str, Any]]:
+        tokens = replace(probe, input_ids=probe.input_ids[windows])
+        reference, *others = (replace(s, states=s.states[windows]) for s in (original, *streams))
+        return compare_all(model, tokens, reference, others, outside, outside.items(), device)
+
+    based, *others = divergences(slice(0, swapped), [standing, *alive.values()])
+    kls = [float(figure["kl_divergence"]) for figure in others]
+    further = divergences(slice(swapped, None), [standing])[0] if probe.samples > swapped else None
+    return Measured(
+        losses,
+        float(based["kl_divergence"]),
+        dict(zip(alive, kls, strict=True)),
+        based["tokens"],
+        None if further is None else float(further["kl_divergence"]),
+    )
 
 
 def _copy(source: Stream, target: Stream) -> Stream:

@@ -189,7 +189,16 @@ def settings_of(
                     "engines": memory["engines"],
                 }
                 job = Job(
-                    model, plan, method, run.options, calibrated, evaluated, out, run.device, run.place, "original"
+                    model,
+                    plan,
+                    method,
+                    run.options,
+                    calibrated,
+                    evaluated,
+                    out,
+                    run.device,
+                    run.place,
+                    inputs="original",
                 )
                 settings.append(Setting(name, job, document))
     return settings, refused
