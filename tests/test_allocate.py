@@ -74,8 +74,9 @@ def asked(model: Path, tokens: Path, out: Path, budget: int, **changes: Any) -> 
         "probe_samples": 4,
         "out": out / "recipe.yaml",
     }
-    run = replace(run, **{key: value for key, value in changes.items() if key in vars(run) and key != "out"})
-    return AllocateRequest(run, **(fixed | {k: v for k, v in changes.items() if k not in vars(run)}))
+    own = AllocateRequest.__dataclass_fields__
+    run = replace(run, **{key: value for key, value in changes.items() if key not in own})
+    return AllocateRequest(run, **(fixed | {key: value for key, value in changes.items() if key in own}))
 
 
 def uniform_bytes(model: Path, scheme: Scheme, tokens: Path, out: Path) -> int:
