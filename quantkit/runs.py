@@ -114,6 +114,8 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
         method_of=method_resolver(recipe, request.method),
         **config_options(request.options),
     )
+    if request.options.tune and any(x.method == "rtn" for x in plan.linears if x.scheme):
+        raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))
     calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.linears if x.scheme})
     out = request.out or default_out(request, scheme, fmt)
