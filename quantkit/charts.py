@@ -178,14 +178,15 @@ def scatter_chart(
                 *at, mark.colour, mark.hover
             )
         )
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[float, float]] = []  # labels stand below their points, where no other setting can be
     for mark in sorted((mark for mark in marks if mark.label), key=lambda mark: mark.x):
-        left, top = _x(x, mark.x) + 6, _y(y, mark.y) - 6
-        while any(abs(top - other) < 11 and abs(left - start) < 46 for start, other in taken):
-            top -= 11
-        taken.append((left, top))
-        near_edge = left > WIDTH - RIGHT - 46
-        parts.append(text(left - 12 if near_edge else left, top, mark.label, "tick", "end" if near_edge else "start"))
+        middle, top = min(_x(x, mark.x), WIDTH - RIGHT - 22), _y(y, mark.y) + 16
+        while any(abs(top - other) < 12 and abs(middle - at) < 48 for at, other in taken):
+            top += 12
+        if top > HEIGHT - BOTTOM - 4:
+            top = _y(y, mark.y) - 10
+        taken.append((middle, top))
+        parts.append(text(middle, top, mark.label, "tick", "middle"))
     return svg(title, joined(parts))
 
 

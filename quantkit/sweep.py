@@ -407,11 +407,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="0.45", linewidth=1, label="Pareto front")
     for number, (x, y, row) in enumerate(front):
         label = f"W{row['bits']} {'rows' if row['group_size'] == -1 else 'g' + str(row['group_size'])}"
-        axes.annotate(label, (x, y), (6, 7 + 9 * (number % 2)), textcoords="offset points", fontsize=8)
+        below = -14 - 9 * (number % 2)
+        axes.annotate(label, (x, y), (0, below), textcoords="offset points", fontsize=8, ha="center")
     room = rows[0]["total_bytes"] + result["budget"] - rows[0]["memory_bytes"]
     low, high = axes.get_xlim()
     if low <= room / unit <= high:
         axes.axvline(room / unit, color="tab:red", linestyle="--", label=f"room in {format_bytes(result['budget'])}")
+    axes.margins(0.08, 0.12)
     axes.set(yscale="log", xlabel=f"files of weights, {name}", ylabel="KL against FP16, nats", title=result["model"])
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(frameon=False)
