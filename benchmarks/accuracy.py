@@ -3,9 +3,9 @@
 
     python benchmarks/accuracy.py MODEL CALIB.safetensors EVAL.safetensors [--bits 4 3 2] [--tools awq gptq-best ...]
 
-Tools: rtn, awq, gptq, awq-best, gptq-best are quantkit's own, asymmetric, `best` with `--quality best`. autoawq, gptqmodel,
-llmcompressor-gptq, llmcompressor-awq and autoround run in environments of their own, which interop/environments.py makes;
-they know 4 bits, AutoRound also 2 and 3. Every checkpoint is measured by `quantkit verify`, on the evaluation ids and on
+Tools: rtn, awq, gptq, awq-best, gptq-best are our own, asymmetric, `best` with `--quality best`. autoawq, gptqmodel,
+llmcompressor-gptq, llmcompressor-awq and autoround have environments of their own, made by interop/environments.py;
+they know 4 bits, AutoRound also 2, 3. Every checkpoint is measured by `quantkit verify`, on the evaluation ids and on
 the calibration ids: a method that learns its calibration text by heart shows in the gap. One JSON object for each goes
 to stdout, a table to stderr. Times are of quantizing alone.
 """
