@@ -93,7 +93,7 @@ def test_their_meta_layout_is_our_specs(group_size: int, symmetric: bool) -> Non
     theirs = compressors.PackedQuantizationCompressor.compress(state, their_scheme(scheme))
     specs = OURS.specs(scheme, 8, 64)
     for key, value in theirs.items():
-        assert (value.dtype, tuple(value.shape)) == (specs[key].dtype, specs[key].shape), key
+        assert (str(value.dtype), tuple(value.shape)) == (f"torch.{specs[key].dtype}", specs[key].shape), key
 
 
 def model(layers: int) -> torch.nn.Module:

@@ -263,7 +263,7 @@ def test_changed_request_is_refused_and_fresh_starts_over(tmp_path: Path, qwen2:
 
 
 def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
-    model = make_qwen2(tmp_path / "model", layers=8)
+    model = make_qwen2(tmp_path / "model", layers=40)  # time enough for the signal
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("awq", model, out, ids, "--fresh"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True

@@ -188,6 +188,7 @@ class Between(nn.Module):
     def __init__(self, decoder: nn.Module, change: Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Any]]]):
         super().__init__()
         self.layers, self.embed_tokens, self.change = decoder.layers, decoder.embed_tokens, change
+        self.norm = decoder.norm
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         hidden = self.embed_tokens(input_ids)
