@@ -266,7 +266,11 @@ def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
     model = make_qwen2(tmp_path / "model", layers=40)  # time enough for the signal
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command("awq", model, out, ids, "--fresh"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        command("awq", model, out, ids, "--fresh"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
