@@ -520,7 +520,7 @@ def allocate(
     Costs one pass over the model to measure, one to check. With L layers a swap is L / 2 more layer runs on the probes.
     """
     with _told(resumes=run):
-        from quantkit.allocate import AllocateRequest, allocate
+        from quantkit.allocation.command import AllocateRequest, allocate
         from quantkit.machine import choose_device
         from quantkit.runs import Request
         from quantkit.summary import allocate_summary

@@ -51,8 +51,6 @@ ALLOWED: dict[str, str] = {
         " plan stored evaluation resample"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
-    "knapsack": "",
-    "sensitivity": "errors scheme stats machine quantize calibration activations verify model evaluation",
     # what is shown and written for people
     "progress": "units",
     "summary": "errors units hub",
@@ -71,9 +69,9 @@ ALLOWED: dict[str, str] = {
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
         " machine verify progress report card choices fitting gguf document summary"
     ),
-    "allocate": (
-        "errors units scheme quantize formats checkpoint calibration recipe model plan fit loaders progress choices"
-        " runs knapsack sensitivity"
+    "allocation": (
+        "errors units scheme stats machine quantize formats checkpoint calibration activations recipe model plan stored"
+        " fit loaders evaluation verify progress choices runs"
     ),
     "sweep": (
         "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"
@@ -94,7 +92,7 @@ ALLOWED: dict[str, str] = {
     ),
     "cli": (
         "errors units quantize machine verify runs library inspection document summary fit hub card report choices"
-        " fitting reverify convert export_gguf allocate sweep"
+        " fitting reverify convert export_gguf allocation sweep"
     ),
     "__main__": "cli",
     "__init__": "",
@@ -116,7 +114,7 @@ LIBRARIES: dict[str, str] = {
     "transformers": "gguf calibration model runs cli",
     "accelerate": "model",
     "typer": "cli",
-    "rich": "export_gguf progress cli runs allocate sweep reverify convert fit inspection library summary",
+    "rich": "export_gguf progress cli runs allocation sweep reverify convert fit inspection library summary",
 }
 
 # Pure parts: tensors in, tensors out.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each part of a model loses at each entry of a menu, and what that does to the model's output.
 
-A *part* is a site of a decoder layer: linears that read the same input and have one scheme. One pass over the model,
-layer by layer, gives for each part the share of its output that each entry's rounding loses,
+One pass over the model, layer by layer, gives for each part the share of its output that each entry's rounding loses,
 
     loss(part, entry) = tr((W - Q) H (W - Q)^T) / tr(W H W^T)
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.activations import Stream, choose_place
+from quantkit.allocation.menu import Entry, Part
 from quantkit.calibration import TokenSet
 from quantkit.evaluation import (
     Progress,
@@ -54,8 +54,6 @@ from quantkit.quantize.methods import METHODS, Options, SiteInput
 from quantkit.scheme import Scheme, dequantize
 from quantkit.stats import SiteStats, output_error
 
-Part = tuple[int, int]  # layer, number of the site within it
-Entry = Scheme | None  # None: 16 bit
 Swap = tuple[Part, Entry]
 
 

@@ -15,26 +15,20 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantkit.allocate import (
-    AllocateRequest,
-    allocate,
-    choose,
-    corrected,
-    entry_name,
-    parse_menu,
-    pose,
-    split,
-    table_of,
-)
+from quantkit.allocation.command import AllocateRequest, allocate, budget_of, split
+from quantkit.allocation.knapsack import solve
+from quantkit.allocation.menu import entry_name, parse_menu
+from quantkit.allocation.problem import Problem, pose
+from quantkit.allocation.sensitivity import Measured, Settings, measure
+from quantkit.allocation.table import choose, corrected, table_of
 from quantkit.errors import InputError
-from quantkit.knapsack import solve
+from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
 from quantkit.progress import Display
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe, read_recipe, resolver
 from quantkit.runs import Request, quantize
 from quantkit.scheme import Scheme
-from quantkit.sensitivity import Measured, Settings, measure
 from tests.conftest import make_qwen2
 
 QUIET = Console(quiet=True)
@@ -79,8 +73,13 @@ def asked(model: Path, tokens: Path, out: Path, budget: int, **changes: Any) -> 
     return AllocateRequest(run, **(fixed | {key: value for key, value in changes.items() if key in own}))
 
 
+def posed(request: AllocateRequest) -> tuple[Problem, list[str]]:
+    model = open_model(Path(request.run.model))
+    return pose(request.run, Recipe(), budget_of(request, Recipe(), model.config), model, sites_of(model))
+
+
 def uniform_bytes(model: Path, scheme: Scheme, tokens: Path, out: Path) -> int:
-    problem, _ = pose(asked(model, tokens, out, 1), Recipe(), open_model(model))
+    problem, _ = posed(asked(model, tokens, out, 1))
     return problem.size(problem.plan(dict.fromkeys(problem.parts, scheme)))
 
 
@@ -128,7 +127,7 @@ def test_menu_refuses(text: str) -> None:
 
 def test_engine_drops_what_it_has_no_kernel_for(model: Path, tokens: Path, tmp_path: Path) -> None:
     request = asked(model, tokens, tmp_path, 10**9, engine="vllm")
-    problem, notes = pose(request, Recipe(), open_model(model))
+    problem, notes = posed(request)
     assert set(problem.menu[0, 0]) == {Scheme(4, 32, True), Scheme(8, 32, True), None}
     assert any("W3g32 left out" in note and "vLLM" in note for note in notes)
 
@@ -140,7 +139,7 @@ def test_a_swap_is_the_model_with_that_part_rounded(model: Path, tokens: Path, t
     """The swapped streams against whole models of transformers, for a part in the middle and one at the end."""
     streamed = open_model(model)
     request = asked(model, tokens, tmp_path, 10**9)
-    problem, _ = pose(request, Recipe(), streamed)
+    problem, _ = posed(request)
     ids = load_file(tokens)["input_ids"]
     from quantkit.calibration import load
 
@@ -170,7 +169,7 @@ def rounded_whole(
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     layer = whole.get_submodule(streamed.layer_name(part[0]))
-    linears = {name: layer.get_submodule(name) for name in problem.sites[part[1]].linears}
+    linears = {linear.local: layer.get_submodule(linear.local) for linear in problem.parts[part]}
     first = next(iter(linears.values()))
     stats = empty_stats(first.weight.shape[1], CPU)
     handle = first.register_forward_pre_hook(lambda module, args: add_inputs(stats, args[0]))
@@ -185,7 +184,7 @@ def rounded_whole(
 
 
 def test_layers_between_probed_ones_are_interpolated(model: Path, tokens: Path, tmp_path: Path) -> None:
-    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    problem, _ = posed(asked(model, tokens, tmp_path, 10**9))
     w4 = Scheme(4, 32, True)
     losses: dict[Any, Any] = {
         part: {entry: 0.5 for entry in row if entry} | {None: 0.0} for part, row in problem.menu.items()
@@ -197,12 +196,12 @@ def test_layers_between_probed_ones_are_interpolated(model: Path, tokens: Path, 
 
 
 def test_the_corrected_table_sums_to_what_was_measured(model: Path, tokens: Path, tmp_path: Path) -> None:
-    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    problem, _ = posed(asked(model, tokens, tmp_path, 10**9))
     w3, w4 = Scheme(3, 32, True), Scheme(4, 32, True)
     table = {part: {w3: 0.04, w4: 0.01, Scheme(8, 32, True): 0.0001, None: 0.0} for part in problem.parts}
     choice = dict.fromkeys(problem.parts, w4)
     swapped = {(part, None): 0.2 - (0.03 if part == (1, 2) else 0.01) for part in problem.parts}
-    found = corrected(problem, table, Measured({}, 0.2, swapped), choice)
+    found = corrected(table, Measured({}, 0.2, swapped), choice)
     assert sum(found[part][w4] for part in problem.parts) == pytest.approx(0.2)
     assert found[1, 2][w4] == pytest.approx(3 * found[0, 0][w4])
     assert found[1, 2][w3] == pytest.approx(4 * found[1, 2][w4])
@@ -247,7 +246,7 @@ def test_a_table_serves_other_budgets(model: Path, tokens: Path, tmp_path: Path)
 
 
 def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:
-    problem, _ = pose(asked(model, tokens, tmp_path, 10**9), Recipe(), open_model(model))
+    problem, _ = posed(asked(model, tokens, tmp_path, 10**9))
     generator = torch.Generator().manual_seed(3)
     table: Any = {
         part: dict(
@@ -258,10 +257,10 @@ def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -
     least = problem.size(problem.plan(dict.fromkeys(problem.parts, Scheme(3, 32, True))))
     sums = []
     for budget in range(least, least + 60_000, 6_000):
-        posed = replace(problem, budget=budget)
-        choice = choose(posed, table)
+        serve = dict(problem.budget.serve) | {"budget": budget}
+        choice = choose(replace(problem, budget=replace(problem.budget, serve=serve)), table)
         assert choice is not None
-        assert posed.size(posed.plan(choice)) <= budget
+        assert problem.size(problem.plan(choice)) <= budget
         sums.append(sum(table[part][entry] for part, entry in choice.items()))
     assert sums == sorted(sums, reverse=True)
 
@@ -273,9 +272,8 @@ def test_infeasible_budgets_say_by_how_much_and_what_would_fit(model: Path, toke
     assert "W3g32" in str(refused.value)
     assert "too much" in str(refused.value)
     assert f"{least - 5000} B" in str(refused.value) or "KiB" in str(refused.value)
-    streamed = open_model(model)
     memory = asked(model, tokens, tmp_path, 1, weights_only=False, context=128)
-    problem, _ = pose(memory, Recipe(), streamed)
+    problem, _ = posed(memory)
     needed = problem.size(problem.plan(dict.fromkeys(problem.parts, Scheme(3, 32, True))))
     with pytest.raises(InputError, match=r"what would fit: --context \d+; --kv fp8"):
         allocate(asked(model, tokens, tmp_path, needed - 1000, weights_only=False, context=128), QUIET)

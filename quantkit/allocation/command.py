@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The allocate command: measure, solve, check, write the recipe; and with `--run`, quantize with it and repair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from quantkit.allocation import kept
+from quantkit.allocation.menu import Entry, Part
+from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_room
+from quantkit.allocation.recipe_file import document_of, recipe_text
+from quantkit.allocation.sensitivity import Measured, Settings, Swap, measure
+from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, table_of, total
+from quantkit.calibration import TokenSet
+from quantkit.checkpoint.writer import write_text
+from quantkit.choices import choose_recipe, find_model
+from quantkit.errors import InputError
+from quantkit.fit import shapes_in
+from quantkit.model.families import FAMILIES
+from quantkit.model.sites import sites_of
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.progress import display
+from quantkit.quantize.methods import Options
+from quantkit.recipe import Recipe
+from quantkit.runs import Request, quantize, serving, tokens_of
+from quantkit.units import format_bytes
+
+PROBE_SAMPLES = 16
+MAX_REPAIRS = 2
+
+
+@dataclass(frozen=True)
+class AllocateRequest:
+    """What the user asked for beside what a run is asked for.
+
+    run: the request of the quantizing run, its `budget`, `context` and `kv` included; weights_only: the budget counts
+    the files of weights alone; engine: whose kernels must run every entry ("any": none asked for; None: vllm where the
+    menu is the default one and the budget is a card's); every: probe each n-th layer and interpolate; check: measure
+    the result and correct the table; table: where measurements are kept for other budgets
+    """
+
+    run: Request
+    weights_only: bool = False
+    menu: str | None = None
+    engine: str | None = None
+    probe_samples: int = PROBE_SAMPLES
+    every: int = 1
+    check: bool = True
+    quantize: bool = False
+    out: Path | None = None
+    table: Path | None = None
+
+    @property
+    def recipe(self) -> Path:
+        """The file to write."""
+        return self.out or Path(f"{Path(self.run.model).name}-allocated.yaml")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every pass of one command needs."""
+
+    request: AllocateRequest
+    model: StreamedModel
+    problem: Problem
+    calibration: TokenSet
+    probe: TokenSet
+    elsewhere: Tensor | None
+    console: Console
+
+
+def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
+    """Measure, solve, check, write the recipe, and with `quantize` run it; returns what there is to report.
+
+    Raises:
+        InputError: a budget that nothing of the menu fits in, with by how much and what would; a menu that cannot be.
+    """
+    run = request.run
+    if run.method == "rtn":
+        raise InputError("--method: expected gptq or awq; rtn needs no calibration and is not measured")
+    recipe = choose_recipe(None, run.model)
+    _refuse_early(request, recipe)
+    directory = find_model(run.model, offline=run.offline)
+    model = open_model(directory)
+    budget = budget_of(request, recipe, model.config)
+    problem, notes = pose(run, recipe, budget, model, sites_of(model))
+    require_room(problem)
+    calibrated, evaluated = tokens_of(run, recipe, model, directory, {run.method})
+    assert calibrated is not None
+    calibration, probe = split(calibrated, request.probe_samples)
+    elsewhere = None
+    if evaluated is not None and evaluated.seqlen == probe.seqlen:
+        elsewhere = evaluated.input_ids[: request.probe_samples]
+    for line in notes:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    work = Work(request, model, problem, calibration, probe, elsewhere, console)
+
+    table = table_of(problem, sensitivities(work, calibrated))
+    choice = choose(problem, table)
+    if choice is None:
+        raise InputError(f"--budget: nothing of the menu fits in {format_bytes(budget.nbytes)}")
+    told: dict[str, Any] = {"predicted_by_sum": total(table, choice), "text_ratio": 1.0}
+    if request.check:
+        checked = check(work, choice)
+        if checked.kl_elsewhere is not None and checked.kl > 0:
+            told["text_ratio"] = checked.kl_elsewhere / checked.kl
+        told |= {"checked_kl": checked.kl, "additivity": checked.kl / total(table, choice) if checked.kl else None}
+        table = corrected(table, checked, choice)
+        first, choice = choice, choose(problem, table) or choice
+        told["mended"] = sum(first[part] != entry for part, entry in choice.items())
+
+    def write(table: Table, choice: Choice) -> dict[str, Any]:
+        document = told | document_of(problem, choice, table, told["text_ratio"])
+        write_text(request.recipe, recipe_text(problem, choice, table, document, run, calibrated))
+        return document | {"recipe": str(request.recipe)}
+
+    document = write(table, choice)
+    return _run_and_repair(work, table, choice, document, write) if request.quantize else document
+
+
+def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
+    """Before a model is looked for, or downloaded: what its recipe says of its sizes tells whether anything fits."""
+    if recipe.config is None:
+        return
+    shapes = shapes_in(recipe.config)
+    sites = FAMILIES.get(shapes.config.model_type)
+    if sites is not None:
+        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes.config), shapes, sites)[0])
+
+
+def budget_of(request: AllocateRequest, recipe: Recipe, config: Any) -> Budget:
+    """The budget of a request for a model of this config."""
+    return Budget(request.weights_only, request.menu, request.engine, serving(request.run, recipe, config))
+
+
+def split(tokens: TokenSet, probes: int) -> tuple[TokenSet, TokenSet]:
+    """(the windows that calibrate, the last `probes` windows, which measure).
+
+    Raises:
+        InputError: no window would be left to calibrate with.
+    """
+    if not 0 < probes < tokens.samples:
+        raise InputError(
+            f"--probe-samples {probes}: expected 1 to {tokens.samples - 1}, as there are {tokens.samples} windows of "
+            "calibration in all"
+        )
+    at = tokens.samples - probes
+    return replace(tokens, input_ids=tokens.input_ids[:at]), replace(tokens, input_ids=tokens.input_ids[at:])
+
+
+# ---------------------------------------------------------------- the passes
+
+
+def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
+    """The first pass, or what an earlier one has left in the table's file."""
+    request, problem = work.request, work.problem
+    who = kept.identity(problem, work.model, calibrated, request.probe_samples, request.every)
+    found = None if request.table is None else kept.read_kept(request.table, who, problem)
+    if found is None:
+        swaps = probe_entries(problem, request.every)
+        cheap = replace(request.run.options, refine=0)
+        found = _pass(work, problem.menu, {}, swaps, cheap, None)
+        if request.table is not None:
+            kept.keep(request.table, who, problem, found)
+    return found
+
+
+def check(work: Work, choice: Choice) -> Measured:
+    """The true KL of an allocation, rounded as a run rounds it, and of the same with each part back in 16 bit.
+
+    Windows of the evaluation text run through it as well, to tell the KL that is to be expected there; they decide
+    nothing.
+    """
+    swaps: list[Swap] = [(part, None) for part in choice if is_probed(work.problem, part, work.request.every)]
+    return _pass(work, {}, choice, swaps, work.request.run.options, work.elsewhere)
+
+
+def _pass(
+    work: Work,
+    menu: Mapping[Part, Sequence[Entry]],
+    base: Mapping[Part, Entry],
+    swaps: Sequence[Swap],
+    options: Options,
+    elsewhere: Tensor | None,
+) -> Measured:
+    run, problem, calibration, probe = work.request.run, work.problem, work.calibration, work.probe
+    entries = {entry for row in problem.menu.values() for entry in row if entry is not None}
+    folder = work.request.recipe.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(run.method, options, run.device, folder, max(map(problem.fmt.min_zero, entries)))
+    what = "the allocation" if base else "the menu"
+    roundings = sum(map(len, menu.values())) or len(base)
+    work.console.print(
+        f"measuring {what}: one pass over {len(work.model.layers)} layers with {calibration.samples} x "
+        f"{calibration.seqlen} tokens, {roundings} roundings, {len(swaps)} swaps on {probe.samples} other windows",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with display(work.console, run.device) as progress:
+        return measure(work.model, calibration, probe, menu, base, swaps, settings, progress, elsewhere)
+
+
+# ---------------------------------------------------------------- running it
+
+
+def _run_and_repair(
+    work: Work,
+    table: Table,
+    choice: Choice,
+    document: dict[str, Any],
+    write: Callable[[Table, Choice], dict[str, Any]],
+) -> dict[str, Any]:
+    """Quantize with the recipe; while the verdict fails, measure where the allocation stands and solve again.
+
+    Layers before the first that changes are taken from the run before.
+    """
+    request = work.request
+    recipe = request.recipe
+    run = replace(
+        request.run,
+        recipe=recipe,
+        format=work.problem.fmt.name,
+        amend=True,
+        budget=None if request.weights_only else request.run.budget,  # of files, not of the card they are for
+        out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{recipe.stem}",
+    )
+    repairs: list[dict[str, Any]] = []
+    while True:
+        result, folder = quantize(run, work.console)
+        found = result["verification"]
+        if found is None or found["verdict"] == "pass" or len(repairs) == MAX_REPAIRS:
+            break
+        table = corrected(table, check(work, choice), choice)
+        better = choose(work.problem, table) or choice
+        changed = sum(choice[part] != entry for part, entry in better.items())
+        if changed == 0:
+            break
+        repairs.append({"reasons": found["reasons"], "kl_divergence": found["kl_divergence"], "changed": changed})
+        work.console.print(f"the verdict is FAIL; {changed} parts changed", highlight=False)
+        choice = better
+        document = write(table, choice)
+    ran = {"out": str(folder), "repairs": repairs, "verification": found, "total_bytes": result["total_bytes"]}
+    return document | {"run": ran}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass has measured, as a file: `--table` serves other budgets of the same model, calibration and menu."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.allocation.menu import Part, entry_name
+from quantkit.allocation.problem import Problem
+from quantkit.allocation.sensitivity import Measured
+from quantkit.calibration import TokenSet
+from quantkit.checkpoint.reader import fingerprint
+from quantkit.checkpoint.writer import write_json
+from quantkit.errors import InputError
+from quantkit.model.streaming import StreamedModel
+
+
+def identity(problem: Problem, model: StreamedModel, tokens: TokenSet, probes: int, every: int) -> dict[str, Any]:
+    """Everything that the measurements depend on; probes: windows that measure; every: see `table.is_probed`."""
+    menu = {_key(part): [entry_name(entry) for entry in entries] for part, entries in problem.menu.items()}
+    return {
+        "model": fingerprint(model.checkpoint),
+        "calibration": tokens.sha256,
+        "probe_samples": probes,
+        "every": every,
+        "method": problem.method,
+        "options": vars(problem.options),
+        "format": problem.fmt.name,
+        "menu": hashlib.sha256(json.dumps(menu, sort_keys=True).encode()).hexdigest(),
+        "symmetric": problem.symmetric,
+    }
+
+
+def keep(path: Path, identity: Mapping[str, Any], problem: Problem, measured: Measured) -> None:
+    """Write measurements to a JSON file."""
+    document = {
+        "identity": dict(identity),
+        "parts": {_key(part): [linear.name for linear in linears] for part, linears in problem.parts.items()},
+        "losses": {_key(p): {entry_name(e): x for e, x in row.items()} for p, row in measured.losses.items()},
+        "swapped": {f"{_key(p)} {entry_name(e)}": x for (p, e), x in measured.swapped.items()},
+        "tokens": measured.tokens,
+    }
+    write_json(path, document)
+
+
+def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Measured | None:
+    """Measurements kept by an earlier call; None when there are none.
+
+    Raises:
+        InputError: the file is damaged, or of another model, calibration or menu.
+    """
+    if not path.exists():
+        return None
+    named = {entry_name(entry): entry for row in problem.menu.values() for entry in row} | {"16bit": None}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["identity"] != json.loads(json.dumps(identity)):
+            raise InputError(f"--table {path}: of another model, calibration, menu or method; choose another file")
+        losses = {_part(p): {named[e]: float(x) for e, x in row.items()} for p, row in raw["losses"].items()}
+        pairs = [(*key.split(" "), value) for key, value in raw["swapped"].items()]
+        swapped = {(_part(p), named[e]): float(x) for p, e, x in pairs}
+        return Measured(losses, 0.0, swapped, int(raw["tokens"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"--table {path}: damaged ({type(error).__name__}); delete it, or choose another file"
+        ) from error
+
+
+def _key(part: Part) -> str:
+    return f"{part[0]}.{part[1]}"
+
+
+def _part(text: str) -> Part:
+    layer, _, site = text.partition(".")
+    return int(layer), int(site)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be decided: the parts of a model, what each may become, and the bytes of any choice.
+
+Nothing here needs more than shapes, so a budget that nothing fits in is refused before a weight is read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quantkit.allocation.menu import (
+    DEFAULT_MENU,
+    ENGINES,
+    Entry,
+    Part,
+    Parts,
+    entries_by_part,
+    entry_name,
+    parse_menu,
+)
+from quantkit.choices import choose_format
+from quantkit.errors import InputError, SchemeError
+from quantkit.fit import fit
+from quantkit.formats import Format
+from quantkit.loaders import heads_of
+from quantkit.model.families import Site
+from quantkit.model.shapes import Shapes
+from quantkit.plan import LinearPlan, Plan, linear_bytes, make_plan
+from quantkit.quantize.methods import Options
+from quantkit.recipe import Recipe
+from quantkit.runs import Request, config_options
+from quantkit.scheme import Scheme
+from quantkit.stored import sixteen_bit_linears
+from quantkit.units import format_bytes
+
+Choice = dict[Part, Entry]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user asked for, as far as it decides bytes; see `command.AllocateRequest`.
+
+    serve: the keywords of `fit.fit`
+    """
+
+    weights_only: bool
+    menu: str | None
+    engine: str | None
+    serve: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.serve["budget"])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The parts of a model with their linears, and the entries each may become.
+
+    method, options: of the run; symmetric: of all schemes
+    """
+
+    shapes: Shapes
+    parts: Parts
+    menu: Mapping[Part, tuple[Entry, ...]]
+    fmt: Format
+    method: str
+    options: Options
+    symmetric: bool
+    budget: Budget
+
+    def plan(self, choice: Mapping[Part, Entry]) -> Plan:
+        """The output with each part at its entry."""
+        of = {linear.name: entry for part, entry in choice.items() for linear in self.parts[part]}
+        return make_plan(self.shapes, lambda name, layer: of.get(name), self.fmt, **config_options(self.options))
+
+    def cost(self, part: Part, entry: Entry) -> int:
+        """Bytes of the tensors of a part's linears."""
+        return sum(linear_bytes(self.fmt, replace(linear, scheme=entry)) for linear in self.parts[part])
+
+    def size(self, plan: Plan) -> int:
+        """The exact bytes of a plan that count against the budget."""
+        return plan.file_bytes if self.budget.weights_only else int(self.fit(plan)["total_bytes"])
+
+    def fit(self, plan: Plan, **changes: Any) -> dict[str, Any]:
+        """The memory that a plan takes when it is served; see `fit.fit`."""
+        return fit(self.shapes, plan, **(dict(self.budget.serve) | changes))
+
+    def smallest(self) -> Choice:
+        """Every part at its entry of fewest bytes."""
+        return {part: min(entries, key=lambda e, p=part: self.cost(p, e)) for part, entries in self.menu.items()}  # type: ignore[misc]
+
+
+def pose(
+    run: Request, recipe: Recipe, budget: Budget, model: Shapes, sites: Sequence[Site]
+) -> tuple[Problem, list[str]]:
+    """What is to be decided, and one line for each entry of the menu that falls away.
+
+    Raises:
+        InputError: see `entries_by_part`; an engine or format that is not known.
+    """
+    symmetric = True if run.symmetric is None else run.symmetric
+    fmt = choose_format(run.format or "compressed-tensors", run.method, Scheme(4, 128, symmetric), recipe)
+    if not fmt.holds_mixed:
+        raise InputError(f"--format {fmt.name}: holds one scheme; use compressed-tensors or gptq")
+    engine = budget.engine or ("any" if budget.menu or budget.weights_only else "vllm")
+    if engine not in ENGINES:
+        raise InputError(f"--engine: expected {', '.join(ENGINES)}, got {engine!r}")
+    parts = parts_of(model, sites)
+    entries = parse_menu(budget.menu or DEFAULT_MENU, symmetric)
+    menu, notes = entries_by_part(parts, entries, fmt, engine, heads_of(model.config))
+    return Problem(model, parts, menu, fmt, run.method, run.options, symmetric, budget), notes
+
+
+def parts_of(model: Shapes, sites: Sequence[Site]) -> dict[Part, tuple[LinearPlan, ...]]:
+    """The linears of each site of each layer, in 16 bit."""
+    linears = {(linear.layer, linear.local): linear for linear in sixteen_bit_linears(model)}
+    return {
+        (layer, number): tuple(linears[layer, name] for name in site.linears)
+        for layer in range(len(model.layer_linears))
+        for number, site in enumerate(sites)
+    }
+
+
+def require_room(problem: Problem) -> None:
+    """Refuse a budget that even the smallest entries do not fit in.
+
+    Raises:
+        InputError: by how much it is too small, and what would fit.
+    """
+    plan = problem.plan(problem.smallest())
+    needed, budget = problem.size(plan), problem.budget
+    if needed <= budget.nbytes:
+        return
+    least = ", ".join(sorted({entry_name(entry) for entry in problem.smallest().values()}))
+    kv = f"{budget.serve['context']:,} tokens of {budget.serve['kv']} KV cache"
+    what = "as files of weights" if budget.weights_only else f"with {kv} and the engine's workspace"
+    would = list(_would_fit(problem, plan))
+    raise InputError(
+        f"--budget {format_bytes(budget.nbytes)}: the smallest of the menu ({least}) takes {format_bytes(needed)} "
+        f"{what}, {format_bytes(needed - budget.nbytes)} too much; "
+        + (f"what would fit: {'; '.join(would)}" if would else f"a budget of {format_bytes(needed)} would fit")
+    )
+
+
+def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
+    budget = problem.budget
+    if not budget.weights_only:
+        longest = problem.fit(plan)["longest_context"]
+        if longest > 0:
+            yield f"--context {longest}"
+        if budget.serve["kv"] != "fp8":
+            eight = problem.fit(plan, kv="fp8")
+            if eight["fits"]:
+                yield "--kv fp8"
+            elif longest == 0 and eight["longest_context"] > 0:
+                yield f"--kv fp8 --context {eight['longest_context']}"
+    for bits, group in ((3, 128), (3, 256), (2, 128), (2, -1)):
+        entry = Scheme(bits, group, problem.symmetric)
+        try:
+            size = problem.size(problem.plan(dict.fromkeys(problem.parts, entry)))
+        except SchemeError:
+            continue
+        if size <= budget.nbytes:
+            yield f"--menu {entry_name(entry)},... ({format_bytes(size)})"
+            return
