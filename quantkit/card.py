@@ -65,7 +65,7 @@ def hub_id(result: Result) -> str | None:
 
 
 def _title(result: Result) -> str:
-    name = (hub_id(result) or wording.one_line(result["model"])).rstrip("/").rpartition("/")[2]
+    name = wording.short_name(hub_id(result) or result["model"])
     return f"{name} {result['method'].upper()} {wording.overall_scheme(result)}"
 
 

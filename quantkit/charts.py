@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 26, 42
+FARTHEST_BUDGET = 4  # times what is needed; a budget above that is named, as drawing it would flatten the rest
 RAMP = ((0xE8, 0xF1, 0xFA), (0x9E, 0xCA, 0xE1), (0x42, 0x92, 0xC6), (0x08, 0x51, 0x9C), (0x05, 0x1F, 0x4A))
 
 
@@ -211,21 +212,28 @@ def memory_chart(
     budget: float | None,
     longest: int | None,
     asked: int | None,
+    allowed: int | None = None,
     bends: Sequence[int] = (),
-    unit: float = 2.0**30,
 ) -> Markup:
     """Memory against context, stacked from below.
 
     parts: (name, context in tokens -> bytes, straight between the `bends`), from the bottom up
-    budget: bytes, drawn across; longest, asked: contexts in tokens, marked where given
+    budget: bytes, drawn across unless it would flatten the parts
+    longest, asked: contexts in tokens, marked where given
+    allowed: the most tokens that the model takes; the picture ends there
     """
+    marked = max(longest or 0, asked or 0)
+    reach = math.ceil(1.25 * max(marked, 4096) / 1024) * 1024
+    if allowed is not None:
+        reach = max(min(reach, allowed), marked)
+    needed = sum(part(reach) for _, part in parts)
+    in_sight = budget is not None and budget <= FARTHEST_BUDGET * needed
+    unit, unit_name = _unit(max(needed, budget or 0) if in_sight else needed)
 
     def total(context: int) -> float:
         return sum(part(context) for _, part in parts) / unit
 
-    reach = math.ceil(1.25 * max(longest or 0, asked or 0, 4096) / 1024) * 1024
-    unit_name = {2.0**30: "GiB", 2.0**20: "MiB"}.get(unit, "bytes")
-    top = max(total(reach), (budget or 0) * 1.05 / unit) or 1.0
+    top = max(total(reach), (budget or 0) * 1.05 / unit if in_sight else total(reach) * 1.15) or 1.0
     ticks = tuple(tick for tick in linear_axis(top).ticks if tick[0] <= top)
     x, y = context_axis(reach, "context, tokens"), Axis(0, top, ticks, unit_name)
     contexts = [0, *sorted(bend for bend in set(bends) if 0 < bend < reach), reach]
@@ -241,11 +249,11 @@ def memory_chart(
         )
         below = above
     if budget is not None:
-        at = _y(y, budget / unit)
-        drawn += [
-            rule(LEFT, at, WIDTH - RIGHT, at, "limit"),
-            text(LEFT + 4, at - 5, f"budget {budget / unit:.4g} {unit_name}", "mark"),
-        ]
+        size, name = _unit(budget)
+        label = f"budget {budget / size:.4g} {name}"
+        at = _y(y, budget / unit) if in_sight else TOP
+        drawn += [rule(LEFT, at, WIDTH - RIGHT, at, "limit")] if in_sight else []
+        drawn.append(text(LEFT + 4, at - 5, label if in_sight else f"{label}: far above ↑", "mark"))
     if asked and asked != longest:
         drawn.append(
             _dot(x, y, asked, total(asked), "ring", f"asked for: {asked:,} tokens, {total(asked):.2f} {unit_name}")
@@ -262,6 +270,10 @@ def memory_chart(
             ),
         ]
     return svg("Memory against context", joined(drawn))
+
+
+def _unit(size: float) -> tuple[float, str]:
+    return next(((unit, name) for unit, name in ((2.0**30, "GiB"), (2.0**20, "MiB")) if size >= unit), (1.0, "bytes"))
 
 
 def _dot(x: Axis, y: Axis, at: float, value: float, kind: str, hover: str) -> Markup:

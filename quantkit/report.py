@@ -15,6 +15,7 @@ from quantkit import charts, wording
 from quantkit.rendering import template
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOTAL = "total"  # the row of a table that is set in bold
 MIB, GIB = 2**20, 2**30
 Result = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ def render_report(result: Result) -> str:
     verification = result.get("verification")
     fit = (verification or {}).get("fit")
     return template("report.html.j2", escape=True).render(
-        model=wording.one_line(result["model"]),
+        model=wording.short_name(result["model"]),
         subtitle=f"{result['method'].upper()} · {wording.overall_scheme(result)} · stored as {result['format']}",
         version=result["quantkit_version"],
         verdict=(verification or {}).get("verdict"),
@@ -72,20 +73,53 @@ def render_report(result: Result) -> str:
 def render_fit(fit: Result, model: str, subtitle: str) -> str:
     """One self-contained page: memory against context, from the document of `fit.fit`."""
     chart, parts, longest = _memory(fit)
-    weights = [
-        [kind.replace("_", " "), wording.size(size), f"{size:,}"] for kind, size in fit["weights"].items() if size
-    ]
+    cards, problems = fit["tensor_parallel"]["cards"], fit["tensor_parallel"]["problems"]
+    verdict = f"Cannot be cut over {cards} cards" if problems else "Fits" if fit["fits"] else "Does not fit"
     engines = [[engine, reason or "loads it"] for engine, reason in fit["engines"].items()]
     return template("fit.html.j2", escape=True).render(
-        model=wording.one_line(model),
+        model=wording.short_name(model),
         subtitle=subtitle,
-        fits=fit["fits"],
+        good=fit["fits"] and not problems,
+        verdict=verdict,
+        problems=problems,
         longest=longest,
         chart=chart,
         parts=parts,
-        weights=Table(["kind", "size", "bytes"], weights),
+        weights=_sizes("kind", fit["weights"]),
+        workspace=_sizes("part", fit["workspace"]),
+        workspace_note=_workspace_note(fit["model"]),
+        needs=_needs(fit),
         engines=Table(["", ""], engines, figures=False),
     )
+
+
+def _sizes(name: str, sizes: Mapping[str, int]) -> Table:
+    rows = [[kind.replace("_", " "), wording.size(size), f"{size:,}"] for kind, size in sizes.items() if size]
+    return Table([name, "size", "bytes"], rows)
+
+
+def _workspace_note(model: Result) -> str:
+    """What the workspace is counted for: the constants of `fit`."""
+    return (
+        f"Counted for a prefill of {model['prefill_tokens']:,} tokens at once and {model['sequences']} sequence. "
+        "What an engine takes for itself (context, libraries, graphs) is an allowance, not a measurement."
+    )
+
+
+def _needs(fit: Result) -> Table | None:
+    """What quantizing will need; None for what is quantized already."""
+    if "ram_bytes" not in fit:
+        return None
+    hidden = wording.size(fit["hidden_states_bytes"])
+    rows = [
+        ("RAM", f"{wording.size(fit['ram_bytes'])} at most, on a CPU"),
+        ("GPU memory", f"{wording.size(fit['device_bytes'])} at most, with --device cuda"),
+        (
+            "disk",
+            f"{wording.size(fit['disk_bytes'])}, and {hidden} of hidden states a stream if RAM does not hold them",
+        ),
+    ]
+    return Table(["", ""], rows, figures=False)
 
 
 def render_sweep(sweep: Result) -> str:
@@ -100,7 +134,7 @@ def render_sweep(sweep: Result) -> str:
         ("time", f"{wording.duration(sweep['seconds'])}, {wording.duration(sweep['shared_seconds'])} of it shared"),
     ]
     return template("sweep.html.j2", escape=True).render(
-        model=wording.one_line(sweep["model"]),
+        model=wording.short_name(sweep["model"]),
         subtitle=f"{len(rows)} settings measured in one pass, {len(refused)} left out",
         chart=_sweep_chart(sweep, rows),
         settings=_sweep_table(sweep, rows),
@@ -252,8 +286,8 @@ def _memory(fit: Result) -> tuple[Chart, Table, str]:
             budget=budget,
             longest=longest,
             asked=asked,
+            allowed=fit.get("max_position_embeddings"),
             bends=[x["window"] for x in fit.get("kv_layers") or [] if x["window"]],
-            unit=GIB if max(fit["total_bytes"], budget or 0) >= GIB else MIB,
         ),
         [(i, name) for i, (name, _) in enumerate(parts)],
         "Stacked from below; the dashed line is the budget, the ring the context asked for, the dot the longest "
@@ -263,7 +297,7 @@ def _memory(fit: Result) -> tuple[Chart, Table, str]:
         ["weights", wording.size(weights)],
         ["workspace of the engine", wording.size(workspace)],
         [f"KV cache, {asked:,} tokens ({fit['kv']})", wording.size(card["kv_bytes"])],
-        ["total", wording.size(fit["total_bytes"])],
+        [TOTAL, wording.size(fit["total_bytes"])],
     ]
     if budget is not None:
         rows.append(["budget", wording.size(budget)])
@@ -286,7 +320,8 @@ def _longest(fit: Result) -> str:
     return f"The longest context that fits is {longest:,} tokens."
 
 
-def _accuracy(verification: Result) -> tuple[Table, Chart | None, Table]:
+def _accuracy(verification: Result) -> tuple[str, Table, Chart | None]:
+    """What it was measured on, the figures, and how the KL is spread."""
     rise = wording.percent(wording.increase(verification), signed=True)
     quantized, reference = (wording.figure(verification.get(k), 5) for k in ("perplexity", "perplexity_fp16"))
     percentiles = verification.get("kl_percentiles") or {}
@@ -297,8 +332,6 @@ def _accuracy(verification: Result) -> tuple[Table, Chart | None, Table]:
             ["KL mean, nats", "", wording.figure(verification.get("kl_divergence")), ""],
             *([f"KL {name}", "", wording.figure(value), ""] for name, value in percentiles.items()),
             ["top-1 agreement", "", wording.percent(verification.get("top1_agreement")), ""],
-            ["predicted tokens", "", f"{verification['tokens']:,}", ""],
-            *([["computed in", dtype, dtype, ""]] if (dtype := verification.get("dtype")) else []),
         ],
     )
     spread = [(name, value) for name, value in percentiles.items() if name != "max"]
@@ -311,7 +344,18 @@ def _accuracy(verification: Result) -> tuple[Table, Chart | None, Table]:
             charts.bar_chart("KL divergence per token", sorted(known, key=lambda bar: bar[1])),
             note="Nats, on a logarithmic scale. p99 = 99% of the tokens are below.",
         )
-    return table, chart, _protocol(verification.get("eval"))
+    return _measured_on(verification), table, chart
+
+
+def _measured_on(verification: Result) -> str:
+    """The evaluation in a sentence: how many tokens of what, cut how, computed in what."""
+    tokens, said = verification.get("eval"), [f"{verification['tokens']:,} predicted tokens"]
+    if tokens:
+        said[0] += f" of {tokens['source']}"
+        said.append(f"{tokens['samples']:,} windows of {tokens['seqlen']:,}")
+        said += [tokens["protocol"]] if tokens.get("protocol") else []
+    said += [f"computed in {verification['dtype']}"] if verification.get("dtype") else []
+    return f"{'; '.join(said)}."
 
 
 def _protocol(tokens: Result | None) -> Table:
@@ -402,10 +446,11 @@ def _bits(result: Result) -> tuple[str, Chart | None]:
     return f"{said[:1].upper()}{said[1:]}.", Chart("Scheme by kind and layer", svg, list(enumerate(names)))
 
 
-def _ran(result: Result) -> list[tuple[str, Table]]:
-    """What was run: tables with a heading."""
+def _ran(result: Result) -> list[list[tuple[str, Table]]]:
+    """What was run: tables with a heading, on the left and on the right."""
     limits = (result.get("verification") or {}).get("limits") or {}
     settings = [
+        ("model", wording.one_line(result["model"])),
         ("method", result["method"]),
         ("format", result["format"]),
         ("scheme asked for", wording.scheme(*(result["scheme"][k] for k in ("bits", "group_size", "symmetric")))),
@@ -420,12 +465,13 @@ def _ran(result: Result) -> list[tuple[str, Table]]:
         settings.append(("limit on perplexity", f"+{wording.limit(limits['max_ppl_increase'])} above FP16"))
         kl = limits.get("max_kl")
         settings.append(("limit on KL divergence", "none" if kl is None else f"{kl:g} nats"))
-    tables = [
-        ("Settings", Table(["", ""], [[name, str(v)] for name, v in settings if v is not None], figures=False)),
+    shown = [[name, str(v)] for name, v in settings if v is not None]
+    tokens = [
         ("Calibration", _protocol(result.get("calibration"))),
         ("Evaluation", _protocol((result.get("verification") or {}).get("eval"))),
     ]
-    return [(heading, table) for heading, table in tables if table.rows]
+    right = [(heading, table) for heading, table in tokens if table.rows]
+    return [[("Settings", Table(["", ""], shown, figures=False))], *([right] if right else [])]
 
 
 def _option(value: object) -> str | None:

@@ -84,6 +84,12 @@ def one_line(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
+def short_name(model: object) -> str:
+    """The last part of a folder's path or a hub id; the name of a recipe as it is."""
+    name = one_line(model)
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
 def increase(verification: Mapping[str, Any]) -> float | None:
     """How far perplexity rose above FP16's, relative; None if either is missing or not finite."""
     quantized, reference = verification.get("perplexity"), verification.get("perplexity_fp16")

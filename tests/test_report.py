@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from result_document import GIB, example
 
 from quantkit import charts, wording
-from quantkit.report import render_report
+from quantkit.fitting import FitRequest, fit_request
+from quantkit.report import render_fit, render_report
 
 NASTY = "<script>alert('x')</script>\" onload=x & {{ 7 * 7 }}\n</title>"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -109,6 +110,20 @@ def test_the_verdict_comes_first_then_the_parts_in_order() -> None:
     assert places == sorted(places)
 
 
+def test_the_accuracy_says_what_it_was_measured_on() -> None:
+    text = Page(render_report(example(4))).text
+    assert (
+        "262,016 predicted tokens of eval; 128 windows of 2,048; documents concatenated, cut into windows that don't "
+        "overlap; computed in bfloat16."
+    ) in text
+
+
+def test_a_folder_is_titled_by_its_last_part_and_named_in_full() -> None:
+    page = render_report(example(2, model="/data/models/some-7b/"))
+    assert "<h1>some-7b</h1>" in page
+    assert "model /data/models/some-7b/" in Page(page).text
+
+
 def test_a_fail_says_every_reason() -> None:
     result = example(4)
     result["verification"] |= {"verdict": "fail", "reasons": ["perplexity is too high", "it does not fit"]}
@@ -182,6 +197,30 @@ def test_the_report_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# --- the picture of `fit` -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "✓ Fits The longest context that fits is 12,712 tokens."),
+        ({"budget": 12 * GIB}, "✗ Does not fit No context fits"),
+        ({"group_size": 256, "tensor_parallel": 8}, "✗ Cannot be cut over 8 cards self_attn.o_proj: 640 in_features"),
+    ],
+)
+def test_the_page_of_fit(options: dict[str, Any], says: str) -> None:
+    asked = {"group_size": 128, "budget": 22 * GIB, "tensor_parallel": 1} | options
+    said = dict.fromkeys(("symmetric", "format", "recipe")) | {"bits": 4, "context": 12_288, "kv": "fp16"}
+    fit = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
+    page = render_fit(fit, "<b>", fit["scheme"])
+    parsed = Page(page)
+    assert says in parsed.text
+    for part in ("<b>", f"total {wording.size(fit['weights']['total'])} {fit['weights']['total']:,}", "To quantize"):
+        assert part in parsed.text
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
 # --- charts ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +278,23 @@ def test_memory_reaches_the_budget_at_the_longest_context() -> None:
     assert at == pytest.approx(float(dot[2]), abs=0.2)
 
 
+def test_a_budget_far_above_is_named_and_does_not_flatten_the_parts() -> None:
+    for budget, flat in ((3 * GIB, False), (22 * GIB, True)):
+        svg = charts.memory_chart([("weights", lambda _: GIB)], budget=budget, longest=4096, asked=None)
+        (weights,) = points(svg, "polygon")
+        top, base = min(y for _, y in weights), max(y for _, y in weights)
+        assert base - top > (charts.HEIGHT - charts.TOP - charts.BOTTOM) / 4
+        assert ('class="limit"' not in svg) is flat
+        assert ("budget 22 GiB: far above" in svg) is flat
+
+
+def test_the_picture_ends_where_the_model_does() -> None:
+    svg = charts.memory_chart([("KV cache", lambda n: n)], budget=None, longest=4096, asked=2048, allowed=4096)
+    dot = re.search(r'<circle cx="(\S+)" cy="\S+" r="4.5" class="dot"', svg)
+    assert dot is not None
+    assert float(dot[1]) == pytest.approx(charts.WIDTH - charts.RIGHT, abs=0.1)
+
+
 def test_layers_with_a_window_stop_growing() -> None:
     fit = {
         "kv_layers": [
@@ -249,7 +305,7 @@ def test_layers_with_a_window_stop_growing() -> None:
     assert wording.cache_bytes(fit, 50) == 2000
     assert wording.cache_bytes(fit, 400) == 3000 + 4000
     svg = charts.memory_chart(
-        [("KV cache", lambda n: wording.cache_bytes(fit, n))], budget=None, longest=400, asked=None, bends=[100], unit=1
+        [("KV cache", lambda n: wording.cache_bytes(fit, n))], budget=None, longest=400, asked=None, bends=[100]
     )
     (cache,) = points(svg, "polygon")
     assert len(cache) == 6
