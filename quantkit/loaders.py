@@ -17,7 +17,7 @@ from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 
 VERSIONS = {
-    "vllm": "vLLM 0.33",
+    "vllm": "vLLM 0.32",
     "sglang": "SGLang 0.5.23",
     "transformers": "transformers 5.23.0",
     "gptqmodel": "GPTQModel 7.7.0",
@@ -54,9 +54,13 @@ def _kernel(name: str, symmetric: str, asymmetric: str, groups: Sequence[int] | 
 USUAL = (-1, 32, 64, 128)
 MARLIN = _kernel("Marlin", "4 8", "4", USUAL)  # pads its tiles itself
 MARLIN_SYMMETRIC = _kernel("Marlin", "4 8", "", USUAL)
-MACHETE = _kernel("Machete", "4 8", "", (-1, 64, 128), in_multiple=64, out_multiple=128)
 EXLLAMA = _kernel("Exllama", "4 8", "", 1, out_multiple=8)
 TRITON = _kernel("TritonW4A16", "4", "4", (*USUAL, 256), out_multiple=8)
+# Reads the very words of compressed-tensors, dense also at 3, 5, 6 and 7 bits (humming-kernels 0.1.14, which vLLM's
+# requirements for CUDA name). Its tiles are of 2^n columns, and it has no zero points for whole rows.
+HUMMING_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+HUMMING_SYMMETRIC = _kernel("Humming", "2 3 4 5 6 7 8", "", (-1, *HUMMING_GROUPS))
+HUMMING_ASYMMETRIC = _kernel("Humming", "", "2 3 4 5 6 7 8", HUMMING_GROUPS)
 AWQ_GEMM = _kernel("AWQ gemm", "4", "4", 32, out_multiple=64, out_by_group=True)
 GPTQ_TORCH = _kernel("Torch", "2 3 4 8", "2 3 4 8", (-1, 16, 32, 64, 128, 256, 512, 1024))
 GPTQ_TORCH_SYMMETRIC = replace(GPTQ_TORCH, asymmetric=frozenset())
@@ -89,7 +93,7 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
         "awq": Loader((MARLIN, AWQ_GEMM)),
         "gptq": Loader((MARLIN_SYMMETRIC,), mixed=True),
         "gptq_v2": Loader((MARLIN_SYMMETRIC,), mixed=True),
-        "compressed-tensors": Loader((MARLIN, MACHETE, EXLLAMA, TRITON), mixed=True),
+        "compressed-tensors": Loader((MARLIN, EXLLAMA, TRITON, HUMMING_SYMMETRIC, HUMMING_ASYMMETRIC), mixed=True),
         "gguf": "reads gguf through a plugin only",
     },
     "sglang": {

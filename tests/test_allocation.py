@@ -126,10 +126,10 @@ def test_menu_refuses(text: str) -> None:
 
 
 def test_engine_drops_what_it_has_no_kernel_for(model: Path, tokens: Path, tmp_path: Path) -> None:
-    request = asked(model, tokens, tmp_path, 10**9, engine="vllm")
+    request = asked(model, tokens, tmp_path, 10**9, engine="sglang")
     problem, notes = posed(request)
     assert set(problem.menu[0, 0]) == {Scheme(4, 32, True), Scheme(8, 32, True), None}
-    assert any("W3g32 left out" in note and "vLLM" in note for note in notes)
+    assert any("W3g32 left out" in note and "SGLang" in note for note in notes)
 
 
 # ---------------------------------------------------------------- measuring

@@ -172,9 +172,9 @@ def test_no_name_breaks_out_of_its_place(text: str) -> None:
 
 def test_the_card_tells_which_engine_does_not_load_it_and_gives_no_command_for_it() -> None:
     result = example(2, format="gptq", method="gptq")
-    result["verification"]["fit"]["engines"]["vllm"] = "vLLM 0.33 has no kernel for W4 g128 asym in gptq"
+    result["verification"]["fit"]["engines"]["vllm"] = "vLLM 0.32 has no kernel for W4 g128 asym in gptq"
     card = render_card(result)
-    assert "**vLLM**: does not load this checkpoint. vLLM 0.33 has no kernel for W4 g128 asym in gptq." in card
+    assert "**vLLM**: does not load this checkpoint. vLLM 0.32 has no kernel for W4 g128 asym in gptq." in card
     assert "vllm serve" not in card
     assert "sglang.launch_server" in card
     assert "**transformers**: needs `pip install gptqmodel optimum accelerate`" in card

@@ -363,8 +363,10 @@ LOADS = {  # format, scheme -> the engines that load it
     ("compressed-tensors", Scheme(4, 128, False)): "vllm sglang llama.cpp",
     ("compressed-tensors", Scheme(4, 256, False)): "vllm llama.cpp",
     ("compressed-tensors", Scheme(8, -1, True)): "vllm sglang transformers llama.cpp",
-    ("compressed-tensors", Scheme(8, 128, False)): "llama.cpp",
-    ("compressed-tensors", Scheme(3, 64, True)): "transformers llama.cpp",
+    ("compressed-tensors", Scheme(8, 128, False)): "vllm llama.cpp",
+    ("compressed-tensors", Scheme(8, -1, False)): "llama.cpp",
+    ("compressed-tensors", Scheme(3, 64, True)): "vllm transformers llama.cpp",
+    ("compressed-tensors", Scheme(5, 128, False)): "vllm llama.cpp",
 }
 
 
