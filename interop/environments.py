@@ -16,6 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".interop"
 TORCH = ["torch==2.13.0", "-c", "constraints.txt"]
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+OPENBLAS = f"{{environment}}/{SITE}/scipy_openblas32"  # its functions are called scipy_cblas_...
+
+
+def _defined(**settings: str) -> list[str]:
+    """pip's arguments for what CMake is told."""
+    return [word for name, value in settings.items() for word in ("-C", f"cmake.define.{name}={value}")]
+
 
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "transformers": [
@@ -66,11 +74,18 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["transformers==4.57.6", "accelerate<1.9", "datasets", "sentencepiece", "gekko", "rouge", "peft<0.18"],
         ["--no-deps", "auto-gptq==0.7.1"],
     ],
-    # built from source, for any CPU with AVX2: by itself it takes what the CPU claims, which a virtual one may not run
+    # built from source, for any CPU with AVX2: by itself it takes what the CPU claims, which a virtual one may not run.
+    # With a BLAS it multiplies 32 rows and more by weights in float32, without rounding what they are multiplied with.
     "llamacpp": [
         TORCH,
-        ["safetensors", "numpy", "-c", "constraints.txt"],
-        ["llama-cpp-python==0.3.36", *("-C", "cmake.define.GGML_NATIVE=OFF"), *("-C", "cmake.define.LLAVA_BUILD=OFF")],
+        ["safetensors", "numpy", "scipy-openblas32==0.3.34.481.3", "-c", "constraints.txt"],
+        [
+            "llama-cpp-python==0.3.36",
+            *_defined(GGML_NATIVE="OFF", LLAVA_BUILD="OFF", GGML_CPU_REPACK="OFF", GGML_BLAS="ON"),
+            *_defined(GGML_BLAS_VENDOR="Generic", BLAS_LIBRARIES=f"{OPENBLAS}/lib/libscipy_openblas.so"),
+            *_defined(BLAS_INCLUDE_DIRS=f"{OPENBLAS}/include", CMAKE_CXX_FLAGS="-Dcblas_sgemm=scipy_cblas_sgemm"),
+            *_defined(CMAKE_INSTALL_RPATH=f"{OPENBLAS}/lib"),
+        ],
     ],
     # quantkit itself on the older stack: `make stacks`
     "transformers-4.51": [
@@ -106,7 +121,8 @@ def create(name: str) -> None:
         return
     venv.create(HOME / name, clear=True, with_pip=True)
     for arguments in ENVIRONMENTS[name]:
-        command = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+        words = [word.format(environment=(HOME / name).resolve()) for word in arguments]
+        command = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
         subprocess.run(command, cwd=ROOT, check=True)
     done.write_text(pins)
 
