@@ -38,8 +38,9 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) ->
     from quantkit.calibration import TokenSet
     from quantkit.choices import choose_scheme
     from quantkit.formats import FORMATS
+    from quantkit.job import Job
     from quantkit.model.streaming import open_model
-    from quantkit.pipeline import Job, run
+    from quantkit.pipeline import run
     from quantkit.plan import make_plan
     from quantkit.progress import display
     from quantkit.quantize.methods import Options

@@ -22,11 +22,12 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.writer import write_json, write_shard
 from quantkit.choices import choose_scheme
 from quantkit.formats import FORMATS
+from quantkit.job import Job
 from quantkit.machine import choose_device, peak_device_bytes, peak_rss_bytes, versions
 from quantkit.memory import Streams, keep, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build, open_model
-from quantkit.pipeline import Job, run
+from quantkit.pipeline import run
 from quantkit.plan import Plan, make_plan
 from quantkit.quantize.methods import Options
 from quantkit.quantize.refine import SWEEPS

@@ -29,7 +29,7 @@ from quantkit.fit import fit_checkpoint
 from quantkit.formats import FORMATS
 from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
-from quantkit.pipeline import DISK_MARGIN
+from quantkit.plan import DISK_MARGIN
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
 from quantkit.report import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files

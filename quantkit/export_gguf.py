@@ -34,7 +34,7 @@ from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.machine import device_name, peak_device_bytes, peak_rss_bytes, versions
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.pipeline import DISK_MARGIN
+from quantkit.plan import DISK_MARGIN
 from quantkit.progress import display
 from quantkit.report import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files

@@ -39,7 +39,7 @@ from quantkit.formats.reading import READERS
 from quantkit.jsonfile import read_object
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.plan import STORED, LinearPlan, Plan
+from quantkit.plan import DISK_MARGIN, STORED, LinearPlan, Plan
 from quantkit.stored import OUTSIDE, quantization_of, sixteen_bit_linears, stored_linears
 from quantkit.units import format_bytes
 
@@ -57,7 +57,6 @@ GRAM_COPIES = 4  # the Gram matrix, the drift, and two at a time of: damped, its
 WEIGHT_COPIES = (
     8  # of the widest linear while it is refined: scaled, codes, scales, zeros, difference, residual, two at work
 )
-DISK_MARGIN = 64 * MIB  # config, tokenizer, report and journal
 
 FARTHEST = 2**30  # tokens; what fits this many has no limit
 

@@ -11,25 +11,22 @@ A finished layer is a finished shard, hashed and entered in the journal. A run t
 from the disk and only runs them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantkit import __version__
-from quantkit.activations import TOKENS_A_STEP, Stream, choose_place, regrouped, samples_per_sum
+from quantkit.activations import Stream, choose_place
 from quantkit.background import read_ahead, writer
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
-from quantkit.checkpoint.reader import fingerprint, open_file
+from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
-from quantkit.dtypes import dtype_name, torch_dtype
-from quantkit.errors import NumericsError, OutputError, SchemeError
+from quantkit.dtypes import dtype_name
+from quantkit.errors import OutputError, SchemeError
 from quantkit.evaluation import (
     Progress,
     advance,
@@ -41,104 +38,16 @@ from quantkit.evaluation import (
     observe,
     open_states,
     relative_error,
-    run_dtype,
 )
-from quantkit.machine import device_name, return_freed_memory
+from quantkit.job import Job
+from quantkit.layer import LayerResult, quantize_layer, to_stored
+from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
-from quantkit.model.sites import fold_channels, sites_of
-from quantkit.model.streaming import (
-    StreamedModel,
-    assign,
-    drop,
-    embed,
-    move_buffers,
-    outside_loaded,
-    read_layer,
-    read_outside,
-    run_layer,
-    run_to,
-)
-from quantkit.plan import STORED, LinearPlan, Plan, ShardPlan
-from quantkit.quantize.gptq import Factor
-from quantkit.quantize.grid import to_float16
-from quantkit.quantize.methods import METHODS, Options, SiteInput, SiteResult
-from quantkit.quantize.tune import Loss, tune
-from quantkit.resample import resample
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
-from quantkit.stats import SiteStats, collect, require_finite_stats
+from quantkit.model.sites import sites_of
+from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
+from quantkit.plan import DISK_MARGIN, ShardPlan
 from quantkit.stored import dequantized
-
-TUNING = "tuning-tokens"
-TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
-MOST_COPIES = 3  # as copies of it
-JUDGES = 32  # one step in so many is kept back to judge the others
-DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that determines a run.
-
-    method: a name in METHODS, for the linears whose plan names no other; calibration: None when no method needs one;
-    evaluation: None to leave out verification; device: where the layers run;
-    place: where hidden states live ("device", "ram", "file"; None lets memory decide);
-    batch: samples in a micro-batch (None: as many as are usual);
-    inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original";
-    amend: whether finished layers of another recipe are made anew (from the first that differs), not refused.
-    """
-
-    model: StreamedModel
-    plan: Plan
-    method: str
-    options: Options
-    calibration: TokenSet | None
-    evaluation: TokenSet | None
-    out: Path
-    device: torch.device
-    place: str | None = None
-    batch: int | None = None
-    inputs: str = "quantized"
-    amend: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states and weights while running."""
-        return run_dtype(self.model, self.device, f"{self.plan.linears[0].name}.weight")
-
-    @property
-    def follows_original(self) -> bool:
-        """Whether the calibration samples travel through the original model too."""
-        return self.calibration is not None and self.options.needs_original and self.inputs == "quantized"
-
-    @property
-    def tuning_copies(self) -> int:
-        """How many rewritten copies of the calibration set tuning wants."""
-        if self.calibration is None or not self.options.tune:
-            return 0
-        return min(MOST_COPIES, -(-TUNING_TOKENS // self.calibration.input_ids.numel()) - 1)
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be continued: everything that the bytes of the shards depend on.
-
-        Mixed schemes stand in the records of the layers instead: see `_compare_recipes`.
-        """
-        schemes = {str(linear.scheme) for linear in self.plan.linears}
-        return {
-            "quantkit": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "device": device_name(self.device),
-            "method": self.method,
-            "format": self.plan.format.name,
-            "scheme": schemes.pop() if len(schemes) == 1 and not self.amend else "by linear",
-            "options": vars(self.options),
-            "calibration": self.calibration.sha256 if self.calibration else None,
-            "model": fingerprint(self.model.checkpoint),
-        } | ({"inputs": self.inputs} if self.inputs != "quantized" else {})
-
-    def method_of(self, linear: LinearPlan) -> str:
-        """The method that chooses the integers of a linear."""
-        return linear.method or self.method
+from quantkit.tuning import TUNING, learn_steps, tune_layer, tuning_tokens
 
 
 @dataclass(frozen=True)
@@ -148,18 +57,6 @@ class Outcome:
     units: tuple[Unit, ...]
     measured: dict[str, Any] | None
     fallbacks: tuple[str, ...]
-
-
-@dataclass
-class LayerResult:
-    """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized;
-    offsets: see `tune`.
-    """
-
-    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
-    changed: dict[str, Tensor] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    offsets: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -233,7 +130,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
     gram_samples = job.calibration.samples if job.calibration else 0
-    job = replace(job, calibration=_tuning_tokens(job, journal, progress))
+    job = replace(job, calibration=tuning_tokens(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
     for name, tensor in read_outside(model).items():  # what cannot be stored is told now, not after the last layer
@@ -255,7 +152,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         _embed(job, job.calibration, wanted)
         if job.inputs == "original":
             _embed(job, job.calibration, calibration)
-        _learn_steps(job)
+        learn_steps(job)
     with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
         _embed(job, job.evaluation, quantized)
         if job.inputs == "quantized":
@@ -281,7 +178,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             reused = shard.unit in finished
             unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
             if not reused:
-                result = _quantize_layer(
+                result = quantize_layer(
                     job, index, sites, calibration, wanted, weights, gram_samples, observed, progress
                 )
             if wanted and (unfinished or (job.options.tune and not reused)):
@@ -293,7 +190,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             else:
                 if job.options.tune and calibration and wanted:
                     progress.stage("tune")
-                    _tune_layer(job, index, result, calibration, wanted)
+                    tune_layer(job, index, result, calibration, wanted)
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
                 writing.submit(partial(_write_layer, job, journal, shard, stored, records))
@@ -339,18 +236,6 @@ def _written(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:
     stored = {name: written.read(name) for name in names if name in written.entries}
     rest = read_outside(job.model, [name for name in names if name not in stored])
     return stored | {name: to_stored(name, tensor) for name, tensor in rest.items()}
-
-
-def to_stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized, as the output stores it.
-
-    Raises:
-        NumericsError: a value beyond float16.
-    """
-    stored = tensor.to(torch_dtype(STORED))
-    if not bool(torch.isfinite(stored).all()):
-        raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
-    return stored
 
 
 def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
@@ -403,26 +288,6 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def quantize_observed(
-    job: Job,
-    index: int,
-    sites: tuple[Site, ...],
-    observed: Sequence[SiteStats | None],
-    factors: Sequence[Factor | None],
-    source: Mapping[str, Tensor],
-    progress: Progress,
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Quantize a layer from what its sites read in the original, writing nothing.
-
-    source: the layer's tensors as stored; it is materialised from them first. The statistics may be rescaled in place.
-    Returns the layer's tensors as a written shard would stand for them (names local to the layer), and the records.
-    """
-    assign(job.model.layers[index], _loaded(job, source))
-    result = _quantize_layer(job, index, sites, None, None, {}, 0, observed, progress, factors)
-    kept = {name: to_stored(name, result.changed.get(name, tensor)) for name, tensor in source.items()}
-    return kept | {f"{name}.weight": dequantize(q) for name, q in result.quantized.items()}, result.records
-
-
 # ---------------------------------------------------------------- streams
 
 
@@ -450,248 +315,3 @@ def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str,
     files = [open_file(job.out / shards[unit].file) for unit in ("embeddings", "head") if unit in shards]
     stored = ((name, file.read(name)) for file in files for name in file.entries if name in source)
     return compare(job.model, job.evaluation, original, quantized, source, stored, job.device)
-
-
-# ---------------------------------------------------------------- one layer
-
-
-def _quantize_layer(
-    job: Job,
-    index: int,
-    sites: tuple[Site, ...],
-    calibration: Stream | None,
-    wanted: Stream | None,
-    weights: Mapping[str, Tensor],
-    gram_samples: int,
-    observed: Sequence[SiteStats | None] | None,
-    progress: Progress,
-    factors: Sequence[Factor | None] | None = None,
-) -> LayerResult:
-    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
-
-    wanted: the calibration samples as they enter this layer in the original model; weights: those
-    of this layer in the original model
-    observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
-    """
-    layer, linears = job.model.layers[index], job.plan.layer(index)
-    result = LayerResult()
-    for number, site in enumerate(sites):
-        if all(linears[name].scheme is None for name in site.linears):
-            continue
-        method = job.method_of(linears[site.linears[0]])
-        name = f"{job.model.layer_name(index)}.{site.linears[0]}"
-        stats = None if observed is None else observed[number]
-        if stats is None and calibration is not None and method != "rtn":
-            progress.stage(f"calibrate {_kinds(site)}")
-            stats = _collect(job, index, site, calibration, wanted, weights, gram_samples)
-            require_finite_stats(stats, name)
-        progress.stage(f"quantize {_kinds(site)}")
-        channel = fold_channels(job.model, index, site)
-        inputs = _site_input(job, layer, linears, site, stats, channel)
-        if factors is not None:
-            inputs = replace(inputs, factor=factors[number])
-        try:
-            outcome = METHODS[method](inputs, job.options)
-        except NumericsError as error:
-            raise NumericsError(f"{name}: {error}") from error
-        if outcome.scale is not None and channel is not None:
-            schemes = {name: linears[name].scheme for name in site.linears}
-            _fold(layer, site, outcome.scale, channel.to(job.device), schemes, result)
-        result.quantized |= outcome.quantized
-        result.offsets |= outcome.offsets
-        _assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
-        result.records += _records(job, outcome, linears)
-    return result
-
-
-def _kinds(site: Site) -> str:
-    return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in site.linears)
-
-
-def _weight(layer: nn.Module, name: str) -> Tensor:
-    weight = layer.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _assign_float(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    dtype = next(iter(layer.parameters())).dtype
-    assign(layer, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-
-
-def _tuning_tokens(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
-    """The calibration set; for tuning, with copies that the original model has rewritten, kept for a next start."""
-    tokens = job.calibration
-    if tokens is None or not job.options.tune:
-        return tokens
-    copies = job.tuning_copies
-    if copies == 0:
-        return tokens
-    unit = journal.finished.get(TUNING)
-    if unit is None:
-        spill = job.out / ".rewritten-states.tmp"
-        ids = resample(job.model, tokens, copies, job.device, job.dtype, progress, spill, job.place)
-        file = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
-        unit = Unit(TUNING, file, write_shard(job.out / file, {"input_ids": ids}), {"linears": []})
-        journal.append(unit)
-    ids = torch.cat([tokens.input_ids, open_file(job.out / unit.file).read("input_ids")])
-    return replace(tokens, input_ids=ids)
-
-
-def _samples_a_step(seqlen: int) -> int:
-    return max(1, TOKENS_A_STEP // seqlen)
-
-
-def _learn_steps(job: Job) -> None:
-    """Let the model show what its layers are called with at the sizes of tuning's steps; inside `outside_loaded`."""
-    if job.options.tune and job.calibration is not None:
-        step = _samples_a_step(job.calibration.seqlen)
-        for samples in {min(step, job.calibration.samples), job.calibration.samples % step} - {0}:
-            embed(job.model, job.calibration.input_ids[:samples].to(job.device))
-
-
-def _tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
-    """Tune the layer's codes and scales towards the original's outputs; `wanted` holds those already.
-
-    Every sample is seen once, in an order of its own for each layer. The last ones only judge: a layer that they
-    find no better stays as it was.
-    """
-    layer = job.model.layers[index]
-    _assign_float(layer, result.changed)
-    seqlen = calibration.states.shape[1]
-    step = _samples_a_step(seqlen)
-    order = torch.randperm(len(calibration.states), generator=torch.Generator().manual_seed(index))
-
-    def loss(samples: Tensor) -> Loss:
-        def of(weights: Mapping[str, Tensor]) -> Tensor:
-            inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, wanted))
-            output = run_layer(job.model, index, inputs, {f"{name}.weight": w for name, w in weights.items()})
-            return (output.float() - target.float()).square().mean() / target.float().square().mean()
-
-        return of
-
-    losses = [loss(samples) for samples in order.split(step)]
-    judges = -(-len(losses) // JUDGES)
-    seen, kept_back = losses[:-judges], losses[-judges:]
-
-    def judged(quantized: Mapping[str, QuantizedTensor]) -> float:
-        weights = {name: dequantize(q, job.dtype) for name, q in quantized.items()}
-        return sum(float(loss(weights)) for loss in kept_back) / judges
-
-    tuned = tune(result.quantized, result.offsets, seen, job.dtype) if seen else result.quantized
-    before, after = judged(result.quantized), judged(tuned)
-    records = {record["name"].removeprefix(f"{job.model.layer_name(index)}."): record for record in result.records}
-    for name, quantized in tuned.items():
-        moved = float((quantized.codes != result.quantized[name].codes).float().mean())
-        records[name]["tuning"] = {"kept": after < before, "error_before": before, "error": after, "codes_moved": moved}
-    if after < before:
-        result.quantized = tuned
-
-
-def _site_input(
-    job: Job,
-    layer: nn.Module,
-    linears: Mapping[str, LinearPlan],
-    site: Site,
-    stats: SiteStats | None,
-    channel: Tensor | None,
-) -> SiteInput:
-    schemes = {name: linears[name].scheme for name in site.linears}
-    present = [scheme for scheme in schemes.values() if scheme is not None]
-    return SiteInput(
-        weights={name: _weight(layer, name) for name in site.linears},
-        schemes=schemes,
-        stats=stats,
-        channel=None if channel is None else channel.to(job.device),
-        min_zero=max(job.plan.format.min_zero(scheme) for scheme in present),
-    )
-
-
-def _collect(
-    job: Job,
-    index: int,
-    site: Site,
-    calibration: Stream,
-    wanted: Stream | None,
-    weights: Mapping[str, Tensor],
-    samples: int,
-) -> SiteStats:
-    layer = job.model.layers[index]
-    in_features = _weight(layer, site.linears[0]).shape[1]
-    so_far = dict(layer.named_parameters())
-
-    def inputs(stream: Stream, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        together = samples_per_sum(stream.states.shape[1])
-        return regrouped(_inputs(job, index, site, stream, parameters, samples), together)
-
-    originals = None if wanted is None else inputs(wanted, weights)
-    stats = collect(inputs(calibration, so_far), in_features, job.device, originals)
-    assign(layer, so_far)
-    return stats
-
-
-def _inputs(
-    job: Job, index: int, site: Site, stream: Stream, parameters: Mapping[str, Tensor], samples: int
-) -> Iterator[Tensor]:
-    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time, with these parameters."""
-    for batch in stream.batches(samples):
-        assign(job.model.layers[index], parameters)
-        yield run_to(job.model, index, stream.states[batch].to(job.device), site.linears[0])
-
-
-def _fold(
-    layer: nn.Module,
-    site: Site,
-    scale: Tensor,
-    channel: Tensor,
-    schemes: Mapping[str, Scheme | None],
-    result: LayerResult,
-) -> None:
-    """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
-
-    A producer that is quantized already keeps its codes: its rows' scales are divided.
-    """
-    producer = site.producer
-    assert producer is not None
-    parameters = dict(layer.named_parameters())
-
-    def exact(name: str) -> Tensor:
-        return result.changed.get(name, parameters[name].float())
-
-    changed = {f"{name}.weight": exact(f"{name}.weight") * scale[channel] for name in site.linears}
-    if f"{producer}.bias" in parameters:
-        changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
-    done = result.quantized.get(producer)
-    if done is None:
-        weight = exact(f"{producer}.weight")
-        changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
-    else:
-        scales = to_float16(done.scales.float() / scale.unsqueeze(1))
-        result.quantized[producer] = replace(done, scales=scales)
-        _assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
-    to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
-    result.changed |= {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
-    _assign_float(layer, changed)
-
-
-def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
-    records = []
-    for local, quantized in outcome.quantized.items():
-        linear = linears[local]
-        specs = job.plan.format.specs(quantized.scheme, linear.out_features, linear.in_features)
-        records.append(
-            {
-                "name": linear.name,
-                "layer": linear.layer,
-                "kind": local.rpartition(".")[2],
-                "bits": quantized.scheme.bits,
-                "group_size": quantized.scheme.group_size,
-                "symmetric": quantized.scheme.symmetric,
-                "method": job.method_of(linear),
-                "out_features": linear.out_features,
-                "in_features": linear.in_features,
-                "bytes": sum(spec.nbytes for spec in specs.values()),
-                **outcome.records[local],
-            }
-        )
-    return records

@@ -17,6 +17,7 @@ from quantkit.recipe import check_fused
 from quantkit.scheme import Scheme
 
 STORED = "float16"  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
+DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.export import export
 from quantkit.gguf.tokenizer import tokenizer_metadata
+from quantkit.job import Job
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.pipeline import Job, Outcome, run
+from quantkit.pipeline import Outcome, run
 from quantkit.plan import make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options

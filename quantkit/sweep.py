@@ -45,6 +45,8 @@ from quantkit.evaluation import (
     open_states,
 )
 from quantkit.fit import fit
+from quantkit.job import Job
+from quantkit.layer import quantize_observed, to_stored
 from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
@@ -58,7 +60,6 @@ from quantkit.model.streaming import (
     read_layer,
     read_outside,
 )
-from quantkit.pipeline import Job, quantize_observed, to_stored
 from quantkit.plan import make_plan
 from quantkit.progress import display
 from quantkit.quantize import gptq

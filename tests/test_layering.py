@@ -46,9 +46,12 @@ ALLOWED: dict[str, str] = {
     # the loop
     "evaluation": "errors dtypes calibration activations verify model stats products",
     "resample": "errors machine calibration model evaluation",
+    "job": "machine quantize calibration checkpoint model plan evaluation",
+    "layer": "errors dtypes scheme stats quantize activations model plan evaluation job",
+    "tuning": "scheme quantize checkpoint calibration activations model evaluation resample job layer",
     "pipeline": (
-        "errors dtypes scheme stats machine background formats quantize checkpoint calibration activations verify model"
-        " plan stored evaluation resample"
+        "errors dtypes machine background checkpoint calibration activations model plan stored evaluation job layer"
+        " tuning"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
@@ -66,7 +69,7 @@ ALLOWED: dict[str, str] = {
     "choices": "errors scheme formats checkpoint recipe library",
     "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices",
     "runs": (
-        "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory pipeline"
+        "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory job pipeline"
         " machine verify progress report card choices fitting gguf document summary"
     ),
     "allocation": (
@@ -75,7 +78,7 @@ ALLOWED: dict[str, str] = {
     ),
     "sweep": (
         "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"
-        " pipeline progress report choices runs"
+        " job layer progress report choices runs"
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
@@ -83,11 +86,11 @@ ALLOWED: dict[str, str] = {
     ),
     "repack": "errors dtypes scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (
-        "errors formats checkpoint choices fit loaders machine stored pipeline verify report card document runs"
+        "errors formats checkpoint choices fit loaders machine plan stored verify report card document runs"
         " reverify repack"
     ),
     "export_gguf": (
-        "errors formats gguf checkpoint calibration choices model pipeline progress machine stored report card"
+        "errors formats gguf checkpoint calibration choices model plan progress machine stored report card"
         " document runs reverify"
     ),
     "cli": (

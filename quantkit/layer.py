@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.activations import Stream, regrouped, samples_per_sum
+from quantkit.dtypes import torch_dtype
+from quantkit.errors import NumericsError
+from quantkit.evaluation import Progress, loaded
+from quantkit.job import Job
+from quantkit.model.families import Site
+from quantkit.model.sites import fold_channels
+from quantkit.model.streaming import assign, run_to
+from quantkit.plan import STORED, LinearPlan
+from quantkit.quantize.gptq import Factor
+from quantkit.quantize.grid import to_float16
+from quantkit.quantize.methods import METHODS, SiteInput, SiteResult
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.stats import SiteStats, collect, require_finite_stats
+
+
+@dataclass
+class LayerResult:
+    """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized;
+    offsets: see `tune`.
+    """
+
+    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
+
+
+def quantize_layer(
+    job: Job,
+    index: int,
+    sites: tuple[Site, ...],
+    calibration: Stream | None,
+    wanted: Stream | None,
+    weights: Mapping[str, Tensor],
+    gram_samples: int,
+    observed: Sequence[SiteStats | None] | None,
+    progress: Progress,
+    factors: Sequence[Factor | None] | None = None,
+) -> LayerResult:
+    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
+
+    wanted: the calibration samples as they enter this layer in the original model; weights: those
+    of this layer in the original model
+    observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
+    """
+    layer, linears = job.model.layers[index], job.plan.layer(index)
+    result = LayerResult()
+    for number, site in enumerate(sites):
+        if all(linears[name].scheme is None for name in site.linears):
+            continue
+        method = job.method_of(linears[site.linears[0]])
+        name = f"{job.model.layer_name(index)}.{site.linears[0]}"
+        stats = None if observed is None else observed[number]
+        if stats is None and calibration is not None and method != "rtn":
+            progress.stage(f"calibrate {_kinds(site)}")
+            stats = _collect(job, index, site, calibration, wanted, weights, gram_samples)
+            require_finite_stats(stats, name)
+        progress.stage(f"quantize {_kinds(site)}")
+        channel = fold_channels(job.model, index, site)
+        inputs = _site_input(job, layer, linears, site, stats, channel)
+        if factors is not None:
+            inputs = replace(inputs, factor=factors[number])
+        try:
+            outcome = METHODS[method](inputs, job.options)
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+        if outcome.scale is not None and channel is not None:
+            schemes = {name: linears[name].scheme for name in site.linears}
+            _fold(layer, site, outcome.scale, channel.to(job.device), schemes, result)
+        result.quantized |= outcome.quantized
+        result.offsets |= outcome.offsets
+        assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
+        result.records += _records(job, outcome, linears)
+    return result
+
+
+def _kinds(site: Site) -> str:
+    return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in site.linears)
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def assign_float(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    dtype = next(iter(layer.parameters())).dtype
+    assign(layer, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def quantize_observed(
+    job: Job,
+    index: int,
+    sites: tuple[Site, ...],
+    observed: Sequence[SiteStats | None],
+    factors: Sequence[Factor | None],
+    source: Mapping[str, Tensor],
+    progress: Progress,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Quantize a layer from what its sites read in the original, writing nothing.
+
+    source: the layer's tensors as stored; it is materialised from them first. The statistics may be rescaled in place.
+    Returns the layer's tensors as a written shard would stand for them (names local to the layer), and the records.
+    """
+    assign(job.model.layers[index], loaded(source, job.device, job.dtype))
+    result = quantize_layer(job, index, sites, None, None, {}, 0, observed, progress, factors)
+    kept = {name: to_stored(name, result.changed.get(name, tensor)) for name, tensor in source.items()}
+    return kept | {f"{name}.weight": dequantize(q) for name, q in result.quantized.items()}, result.records
+
+
+def to_stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that is not quantized, as the output stores it.
+
+    Raises:
+        NumericsError: a value beyond float16.
+    """
+    stored = tensor.to(torch_dtype(STORED))
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
+    return stored
+
+
+def _site_input(
+    job: Job,
+    layer: nn.Module,
+    linears: Mapping[str, LinearPlan],
+    site: Site,
+    stats: SiteStats | None,
+    channel: Tensor | None,
+) -> SiteInput:
+    schemes = {name: linears[name].scheme for name in site.linears}
+    present = [scheme for scheme in schemes.values() if scheme is not None]
+    return SiteInput(
+        weights={name: _weight(layer, name) for name in site.linears},
+        schemes=schemes,
+        stats=stats,
+        channel=None if channel is None else channel.to(job.device),
+        min_zero=max(job.plan.format.min_zero(scheme) for scheme in present),
+    )
+
+
+def _collect(
+    job: Job,
+    index: int,
+    site: Site,
+    calibration: Stream,
+    wanted: Stream | None,
+    weights: Mapping[str, Tensor],
+    samples: int,
+) -> SiteStats:
+    layer = job.model.layers[index]
+    in_features = _weight(layer, site.linears[0]).shape[1]
+    so_far = dict(layer.named_parameters())
+
+    def inputs(stream: Stream, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        together = samples_per_sum(stream.states.shape[1])
+        return regrouped(_inputs(job, index, site, stream, parameters, samples), together)
+
+    originals = None if wanted is None else inputs(wanted, weights)
+    stats = collect(inputs(calibration, so_far), in_features, job.device, originals)
+    assign(layer, so_far)
+    return stats
+
+
+def _inputs(
+    job: Job, index: int, site: Site, stream: Stream, parameters: Mapping[str, Tensor], samples: int
+) -> Iterator[Tensor]:
+    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time, with these parameters."""
+    for batch in stream.batches(samples):
+        assign(job.model.layers[index], parameters)
+        yield run_to(job.model, index, stream.states[batch].to(job.device), site.linears[0])
+
+
+def _fold(
+    layer: nn.Module,
+    site: Site,
+    scale: Tensor,
+    channel: Tensor,
+    schemes: Mapping[str, Scheme | None],
+    result: LayerResult,
+) -> None:
+    """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
+
+    A producer that is quantized already keeps its codes: its rows' scales are divided.
+    """
+    producer = site.producer
+    assert producer is not None
+    parameters = dict(layer.named_parameters())
+
+    def exact(name: str) -> Tensor:
+        return result.changed.get(name, parameters[name].float())
+
+    changed = {f"{name}.weight": exact(f"{name}.weight") * scale[channel] for name in site.linears}
+    if f"{producer}.bias" in parameters:
+        changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
+    done = result.quantized.get(producer)
+    if done is None:
+        weight = exact(f"{producer}.weight")
+        changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
+    else:
+        scales = to_float16(done.scales.float() / scale.unsqueeze(1))
+        result.quantized[producer] = replace(done, scales=scales)
+        assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
+    to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
+    result.changed |= {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
+    assign_float(layer, changed)
+
+
+def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
+    records = []
+    for local, quantized in outcome.quantized.items():
+        linear = linears[local]
+        specs = job.plan.format.specs(quantized.scheme, linear.out_features, linear.in_features)
+        records.append(
+            {
+                "name": linear.name,
+                "layer": linear.layer,
+                "kind": local.rpartition(".")[2],
+                "bits": quantized.scheme.bits,
+                "group_size": quantized.scheme.group_size,
+                "symmetric": quantized.scheme.symmetric,
+                "method": job.method_of(linear),
+                "out_features": linear.out_features,
+                "in_features": linear.in_features,
+                "bytes": sum(spec.nbytes for spec in specs.values()),
+                **outcome.records[local],
+            }
+        )
+    return records
