@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -587,22 +588,23 @@ def push(
         from quantkit.card import render_card
         from quantkit.document import RESULT, read_result
         from quantkit.hub import push as upload
-        from quantkit.summary import push_document, push_summary, upload_bar
+        from quantkit.summary import push_document, push_summary
 
         if (out / RESULT).is_file():
             read_result(out)  # a damaged one is told before anything goes up
-        with upload_bar(_console()) as progress:
-            result = upload(
-                out,
-                repo_id,
-                private=private,
-                revision=revision,
-                dry_run=dry_run,
-                force=force,
-                progress=progress,
-                card=lambda document: render_card(document, repo_id=repo_id),
-            )
-        _print_json(push_document(result)) if json else _console().print(push_summary(result), highlight=False)
+        console = _console()
+        result = upload(
+            out,
+            repo_id,
+            private=private,
+            revision=revision,
+            dry_run=dry_run,
+            force=force,
+            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            bars=console.is_terminal,
+            card=lambda document: render_card(document, repo_id=repo_id),
+        )
+        _print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)
 
 
 @app.command()

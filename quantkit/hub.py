@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a verified output folder to a repository on the Hugging Face hub, and a check that the same bytes arrived.
 
-The order is: choose the files, hash them, hold them against the verification, upload what the branch lacks one file at
-a time, publish everything in one commit, and compare what the hub then lists with the local hashes. So a reader of the
-repository sees the whole checkpoint or none of it, and `push` is its own resume: contents that the hub holds already
-(by sha256, committed or not) are not sent again. That is why this does not use `HfApi.upload_folder`, which publishes
-a large folder in several commits.
+The order is: choose the files, hash them, hold them against the verification, upload what the branch lacks, publish
+everything in one commit, and compare what the hub then lists with the local hashes. So a reader of the repository sees
+the whole checkpoint or none of it, and `push` is its own resume: contents that the hub holds already (by sha256,
+committed or not) are not sent again. That is why this does not use `HfApi.upload_folder`, which publishes a large
+folder in several commits.
 
 Messages never hold the token, a signed address, or a server's text as it came; see `_safe`.
 """
@@ -13,6 +13,7 @@ Messages never hold the token, a signed address, or a server's text as it came; 
 import builtins
 import hashlib
 import html
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +27,14 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.checkpoint.source import HUB_ID
 from quantkit.errors import InputError, OutputError, QuantkitError
 from quantkit.jsonfile import read_object
+from quantkit.units import format_bytes
 
 RESULT, CARD, JOURNAL = "quantkit.json", "README.md", "journal.jsonl"
 REQUIRED = ("config.json",)
@@ -51,7 +54,7 @@ DROPPED = {"TransportError", "ConnectionError", "Timeout", "TimeoutError", "Chun
 BRANCH = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ def push(
     force: bool,
     token: str | None = None,
     endpoint: str | None = None,
-    progress: Progress | None = None,
+    say: Say | None = None,
+    bars: bool = False,
     card: Callable[[dict[str, Any]], str] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PushResult:
@@ -282,8 +286,9 @@ def push(
     exists and is public is refused rather than published to. dry_run checks and lists, without any network. force goes
     ahead without a passing, matching verification and says so on the card that goes up: `card` makes it from the
     content of quantkit.json with the reasons added as "forced" (None: a note on top of README.md); nothing in `out` is
-    changed. token: None takes HF_TOKEN or the login's. progress(name, done, total) is called after each file, in bytes
-    over the whole push. sleep(seconds) waits between tries.
+    changed. token: None takes HF_TOKEN or the login's. say(line) is told what happens, one line for each step and each
+    wait; bars: the hub's library shows the bytes that travel, and how fast, on stderr. sleep(seconds) waits between
+    tries.
 
     Raises:
         InputError: repo_id, revision or the token cannot be used.
@@ -291,6 +296,8 @@ def push(
             sent. Running it again goes on from where it stopped.
     """
     require_names(repo_id, revision)
+    say = say or _silent
+    say(f"hashing the files of {out}")
     uploads = files_to_push(out)
     facts = _check(out, uploads, force=force)
     if facts["forced"]:
@@ -315,9 +322,9 @@ def push(
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, and a push needs the hub; unset it, or use --dry-run")
     secret = token or _token()
-    hub = _Hub(HfApi(endpoint=address, token=secret), repo_id, branch, secret, sleep)
-    with _quiet_bars(quiet=progress is not None):
-        return _push(hub, plan, private=private, progress=progress or _silent)
+    hub = _Hub(HfApi(endpoint=address, token=secret), repo_id, branch, secret, sleep, say)
+    with _library(bars=bars):
+        return _push(hub, plan, private=private)
 
 
 def require_names(repo_id: str, revision: str | None) -> None:
@@ -349,6 +356,7 @@ class _Hub:
     branch: str
     token: str = field(repr=False)
     sleep: Callable[[float], None]
+    say: Say
 
     def call(self, what: str, action: Callable[[], T]) -> T:
         """Do it, again after a wait when the hub is busy or the connection drops; `action` must bear repeating.
@@ -365,6 +373,9 @@ class _Hub:
                 wait = _wait(error, tried)
                 if wait is None:
                     raise OutputError(f"{self.repo_id}: {what}: {self._why(error)}") from None
+                status = _status(error)
+                said = "the connection dropped" if status is None else f"HTTP {status}"
+                self.say(f"{what}: {said}; again in {wait:.0f} s ({TRIES - tried} more tries)")
             self.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -404,19 +415,14 @@ class _Hub:
         return f"{kind}: {_line(_deepest(error), self.token)}; {again}"
 
 
-def _push(hub: _Hub, plan: PushResult, *, private: bool, progress: Progress) -> PushResult:
+def _push(hub: _Hub, plan: PushResult, *, private: bool) -> PushResult:
     _open_repository(hub, private=private)
     there = hub.files(hub.branch)
-    lacking = {upload.name for upload in plan.files if _difference(upload, there.get(upload.name))}
-    done = 0
-    progress("", done, plan.total_bytes)
-    operations = {}
-    for upload in plan.files:
-        if upload.name in lacking:
-            operations[upload.name] = _send(hub, upload)
-        done += upload.bytes
-        progress(upload.name, done, plan.total_bytes)
-    commit = _publish(hub, plan, operations) if operations else hub.head()
+    lacking = [upload for upload in plan.files if _difference(upload, there.get(upload.name))]
+    size = sum(upload.bytes for upload in lacking)
+    hub.say(f"{len(lacking)} of {len(plan.files)} files are to be sent, {format_bytes(size)}")
+    commit = _publish(hub, plan, _send(hub, lacking)) if lacking else hub.head()
+    hub.say(f"comparing the hashes of commit {commit}")
     published = hub.files(commit)
     for upload in plan.files:
         if difference := _difference(upload, published.get(upload.name)):
@@ -426,7 +432,7 @@ def _push(hub: _Hub, plan: PushResult, *, private: bool, progress: Progress) -> 
             )
     names = {upload.name for upload in plan.files} | {".gitattributes"}
     others = tuple(sorted(name for name in published if name not in names))
-    return replace(plan, commit=commit, sent=tuple(sorted(lacking)), others=others)
+    return replace(plan, commit=commit, sent=tuple(upload.name for upload in lacking), others=others)
 
 
 def _open_repository(hub: _Hub, *, private: bool) -> None:
@@ -442,17 +448,22 @@ def _open_repository(hub: _Hub, *, private: bool) -> None:
         hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=hub.branch, exist_ok=True))
 
 
-def _send(hub: _Hub, upload: Upload) -> CommitOperationAdd:
-    """Upload a large file's content (the hub skips what it holds by hash); small ones travel in the commit itself."""
-    operation = CommitOperationAdd(upload.name, upload.content if upload.content is not None else str(upload.path))
+def _send(hub: _Hub, lacking: Sequence[Upload]) -> list[CommitOperationAdd]:
+    """Upload the contents of large files (the hub skips what it holds by hash); small ones travel in the commit."""
+    operations = [
+        CommitOperationAdd(upload.name, upload.content if upload.content is not None else str(upload.path))
+        for upload in lacking
+    ]
     hub.call(
-        f"uploading {upload.name}",
-        lambda: hub.api.preupload_lfs_files(hub.repo_id, [operation], revision=hub.branch, free_memory=False),
+        "uploading",
+        lambda: hub.api.preupload_lfs_files(
+            hub.repo_id, operations, revision=hub.branch, free_memory=False, num_threads=1
+        ),
     )
-    return operation
+    return operations
 
 
-def _publish(hub: _Hub, plan: PushResult, operations: Mapping[str, CommitOperationAdd]) -> str:
+def _publish(hub: _Hub, plan: PushResult, operations: Sequence[CommitOperationAdd]) -> str:
     """One commit for everything. The answer to a first try may have been lost, so a second looks at what is there."""
     title = f"Upload {plan.total_bytes} bytes in {len(plan.files)} files with quantkit"
     attempts = count()
@@ -467,7 +478,7 @@ def _publish(hub: _Hub, plan: PushResult, operations: Mapping[str, CommitOperati
             if not any(_difference(upload, there.get(upload.name)) for upload in plan.files):
                 return str(hub.api.model_info(hub.repo_id, revision=hub.branch).sha)
         return hub.api.create_commit(
-            hub.repo_id, list(operations.values()), commit_message=title, revision=hub.branch, num_threads=1
+            hub.repo_id, list(operations), commit_message=title, revision=hub.branch, num_threads=1
         ).oid
 
     return hub.call("committing", commit)
@@ -569,17 +580,22 @@ def _token() -> str:
 
 
 @contextmanager
-def _quiet_bars(*, quiet: bool) -> Iterator[None]:
-    """Silence the hub library's own progress bars while the caller shows progress; the library knows no other way."""
-    if not quiet or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+def _library(*, bars: bool) -> Iterator[None]:
+    """The hub's library with or without its progress bars, and without its warnings, which quote signed addresses.
+
+    Both are settings of the whole process, which the library knows no other way for; they are put back.
+    """
+    verbosity, silence = hub_logging.get_verbosity(), not bars and not are_progress_bars_disabled()
+    hub_logging.set_verbosity(logging.ERROR)
+    if silence:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        hub_logging.set_verbosity(verbosity)
+        if silence:
+            enable_progress_bars()
 
 
-def _silent(name: str, done: int, total: int) -> None:
+def _silent(line: str) -> None:
     pass

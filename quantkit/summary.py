@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands print when they are done."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -197,19 +195,6 @@ def _verdict_lines(measured: dict[str, Any]) -> list[Text]:
     passed = measured["verdict"] == "pass"
     shown = Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red")
     return [shown, *(Text(f"  {reason}") for reason in measured["reasons"])]
-
-
-@contextmanager
-def upload_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar of bytes sent; calls are (file just finished, bytes so far, bytes in all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("upload", visible=False)
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name or "upload", completed=done, total=total, visible=True)
-
-        yield show
 
 
 def push_document(result: PushResult) -> dict[str, Any]:
