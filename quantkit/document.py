@@ -47,6 +47,13 @@ class File(_Part):
     sha256: str
 
 
+class Exported(_Part):
+    """The .gguf beside the shards, which is what llama.cpp loads."""
+
+    file: str
+    bytes: int
+
+
 class Tokens(_Part):
     """A calibration or evaluation set."""
 
@@ -153,6 +160,7 @@ class Document(_Part):
     versions: dict[str, str] = {}
     fallbacks: list[str] = []
     engines: dict[str, str | None] = {}
+    gguf: Exported | None = None
     verification: Verification | None
 
 

@@ -64,6 +64,7 @@ KINDS = {
     "embeddings": "embeddings",
     "lm_head": "lm_head",
     "codes": "codes",
+    "blocks": "blocks of codes and scales",
     "scales": "scales",
     "zeros": "zero points",
     "indices": "indices, shapes",
@@ -124,19 +125,19 @@ def fit(
     budget: bytes of one card; context: tokens of one sequence; kv: "fp16" or "fp8"; tensor_parallel: number of cards;
     engine: one that must load it
 
-    weights: bytes by kind and "total"; weights_16bit; file_bytes; kv_bytes, kv_bytes_per_token (while no window is
-    full), kv_layers; workspace: bytes by part and "total"; tensor_parallel: {cards, weights_bytes, kv_bytes,
-    kv_bytes_per_token, workspace_bytes: on one card, shards, problems}; total_bytes (on one card), budget_bytes, fits,
-    margin_bytes; longest_context that fits and the model allows, longest_context_in_memory (None: no limit),
-    max_position_embeddings; context, kv; disk_bytes, ram_bytes, device_bytes, hidden_states_bytes, quantizing: see
-    `_quantizing`; engines: name -> None or why not; model: the constants of the workspace.
+    weights: bytes by kind and "total"; weights_16bit; file_bytes (of a .gguf: without its header); kv_bytes,
+    kv_bytes_per_token (while no window is full), kv_layers; workspace: bytes by part and "total"; tensor_parallel:
+    {cards, weights_bytes, kv_bytes, kv_bytes_per_token, workspace_bytes: on one card, shards, problems}; total_bytes
+    (on one card), budget_bytes, fits, margin_bytes; longest_context that fits and the model allows,
+    longest_context_in_memory (None: no limit), max_position_embeddings; context, kv; disk_bytes, ram_bytes,
+    device_bytes, hidden_states_bytes, quantizing: see `_quantizing`; engines: name -> None or why not; model: the
+    constants of the workspace.
 
     Raises:
         InputError: a context, number of cards, or kind of cache that makes no sense.
         EngineError: the engine would not load it.
     """
-    tensors = {name: spec.nbytes for part in plan.shards for name, spec in part.tensors.items()}
-    stored = Stored(tensors, plan.file_bytes, plan.linears, plan.format.name)
+    stored = Stored(plan.loaded, plan.beside_bytes or plan.file_bytes, plan.linears, plan.format.name)
     result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
     return result | _quantizing(model, plan, calibration_tokens)
 
@@ -167,9 +168,18 @@ def fit_checkpoint(
     return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
 
 
-def fit_stored(model: Shapes, stored: Stored, *, budget: int, context: int, kv: str) -> dict[str, Any]:
+def fit_stored(
+    model: Shapes,
+    stored: Stored,
+    *,
+    budget: int,
+    context: int,
+    kv: str,
+    tensor_parallel: int = 1,
+    engine: str | None = None,
+) -> dict[str, Any]:
     """The same for tensors that are described otherwise than by safetensors; see `fit`."""
-    return _serving(model, stored, budget, context, kv, 1, None)
+    return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
 
 
 def shapes_in(raw: Mapping[str, Any]) -> Shapes:
@@ -255,7 +265,7 @@ def _serving(
 
 def _kinds(model: Shapes, stored: Stored) -> dict[str, str]:
     """Tensor name -> a key of KINDS."""
-    linears = {linear.name for linear in stored.linears}
+    linears = {linear.name: linear.scheme for linear in stored.linears}
     head = model.head_name
 
     def kind(name: str) -> str:
@@ -267,7 +277,7 @@ def _kinds(model: Shapes, stored: Stored) -> dict[str, str]:
         if key in _KIND_OF_KEY:
             return _KIND_OF_KEY[key]
         if owner in linears:
-            return "linears_16bit"
+            return "linears_16bit" if linears[owner] is None else "blocks"
         return "norms" if owner in model.norms else "other"
 
     return {name: kind(name) for name in stored.tensors}
@@ -440,7 +450,7 @@ def _quantizing(model: Shapes, plan: Plan, calibration_tokens: int) -> dict[str,
         "end": 8 * outside + 2 * 4 * TOKENS_AT_ONCE * vocabulary,
     }
     return {
-        "disk_bytes": plan.file_bytes + DISK_MARGIN,
+        "disk_bytes": plan.file_bytes + plan.beside_bytes + DISK_MARGIN,
         "ram_bytes": PROCESS_BYTES + max(moments.values()),
         "device_bytes": ENGINE_BYTES + 2 * max(layers) + grams + weight,
         "hidden_states_bytes": 4 * calibration_tokens * hidden,

@@ -7,7 +7,9 @@ from typing import Any
 
 from quantkit.checkpoint.writer import write_text
 from quantkit.choices import choose_context, choose_format, choose_recipe, choose_scheme, find_model
-from quantkit.fit import fit, fit_checkpoint, shapes_in
+from quantkit.document import RESULT, read_result
+from quantkit.errors import OutputError
+from quantkit.fit import fit, fit_checkpoint, fit_stored, shapes_in
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import make_plan
@@ -43,15 +45,11 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     """
     folder = Path(request.model)
     raw = read_object(folder / "config.json", EXPECTED) if (folder / "config.json").is_file() else {}
+    if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
+        return {"name": folder.resolve().name, "scheme": "as stored"} | _fit_gguf(request, folder)
     if quantization_of(raw):
-        result = fit_checkpoint(
-            folder,
-            budget=request.budget,
-            context=choose_context(request.context, raw.get("max_position_embeddings")),
-            kv=request.kv,
-            tensor_parallel=request.tensor_parallel,
-            engine=request.engine,
-        )
+        context = choose_context(request.context, raw.get("max_position_embeddings"))
+        result = fit_checkpoint(folder, context=context, **_asked(request))
         return {"name": folder.resolve().name, "scheme": "as stored"} | result
     model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)
@@ -59,16 +57,35 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     plan = make_plan(model, resolver(recipe, scheme), fmt)
-    result = fit(
-        model,
-        plan,
-        budget=request.budget,
-        context=choose_context(request.context, getattr(model.config, "max_position_embeddings", None)),
-        kv=request.kv,
-        tensor_parallel=request.tensor_parallel,
-        engine=request.engine,
-    )
+    context = choose_context(request.context, getattr(model.config, "max_position_embeddings", None))
+    result = fit(model, plan, context=context, **_asked(request))
     return {"name": request.model, "scheme": f"{scheme}, stored as {fmt.name}"} | result
+
+
+def _asked(request: FitRequest) -> dict[str, Any]:
+    return {
+        "budget": request.budget,
+        "kv": request.kv,
+        "tensor_parallel": request.tensor_parallel,
+        "engine": request.engine,
+    }
+
+
+def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
+    """What llama.cpp loads of a folder of ours: the .gguf, not the safetensors that a run leaves beside it."""
+    from quantkit.gguf.reading import find_gguf, open_gguf_model  # imports torch
+    from quantkit.model.config import load_config
+    from quantkit.model.streaming import build
+
+    recorded = read_result(folder)
+    path = find_gguf(folder, recorded)
+    if path is None:
+        raise OutputError(
+            f"{folder}: several .gguf files, or one that {RESULT} does not know; expected the one it made"
+        )
+    model = build(load_config(find_model(str(recorded["model"]), offline=request.offline)))
+    context = choose_context(request.context, getattr(model.config, "max_position_embeddings", None))
+    return fit_stored(model, open_gguf_model(path, model).stored(), context=context, **_asked(request))
 
 
 def fit_page(result: dict[str, Any], path: Path) -> None:

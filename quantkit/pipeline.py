@@ -72,7 +72,7 @@ def run(
         NumericsError: weights, activations or statistics that are not finite, with the layer's name.
     """
     missing = [shard.file_bytes for shard in job.plan.shards if not (job.out / shard.file).exists()]
-    require_disk(job.out, sum(missing) + DISK_MARGIN)
+    require_disk(job.out, sum(missing) + job.plan.beside_bytes + DISK_MARGIN)
     sites = sites_of(job.model)
     _require_one_method(job, sites)
     with open_journal(job.out, job.identity(), fresh=fresh) as journal:

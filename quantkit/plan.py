@@ -73,15 +73,30 @@ class Plan:
         return sum(shard.file_bytes for shard in self.shards)
 
     @property
+    def loaded(self) -> dict[str, int]:
+        """Bytes by name of the tensors that an engine loads: of gguf those of the one file, not those beside it."""
+        specs = {name: spec for shard in self.shards for name, spec in shard.tensors.items()}
+        if self.format.block_bytes is None:
+            return {name: spec.nbytes for name, spec in specs.items()}
+        quantized = {linear.name: linear for linear in self.linears if linear.scheme is not None}
+        blocks = {f"{name}.weight": linear_bytes(self.format, linear) for name, linear in quantized.items()}
+        return blocks | {
+            name: replace(spec, dtype=STORED if len(spec.shape) > 1 else "float32").nbytes
+            for name, spec in specs.items()
+            if name.endswith(".bias") or name.rpartition(".")[0] not in quantized
+        }
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes of the one file that is made of all shards at the end, without its header: a .gguf; else 0."""
+        return 0 if self.format.block_bytes is None else sum(self.loaded.values())
+
+    @property
     def bits_per_weight(self) -> float:
-        """Every stored bit of the quantized linears (codes, scales, zeros, indices) over their weights."""
-        bits = weights = 0
-        for linear in self.linears:
-            if linear.scheme is not None:
-                specs = self.format.specs(linear.scheme, linear.out_features, linear.in_features)
-                bits += 8 * sum(spec.nbytes for spec in specs.values())
-                weights += linear.out_features * linear.in_features
-        return bits / weights
+        """Every bit of the quantized linears that is loaded (codes, scales, zeros, indices) over their weights."""
+        linears = [linear for linear in self.linears if linear.scheme is not None]
+        weights = sum(linear.out_features * linear.in_features for linear in linears)
+        return 8 * sum(linear_bytes(self.format, linear) for linear in linears) / weights
 
     def layer(self, index: int) -> dict[str, LinearPlan]:
         """The linears of a decoder layer, by their name within it."""
@@ -178,9 +193,11 @@ def resolved(plan: Plan, method: str) -> list[dict[str, Any]]:
 
 
 def linear_bytes(fmt: Format, linear: LinearPlan) -> int:
-    """Bytes of the tensors of a linear, without its bias."""
+    """Bytes of the tensors of a linear that an engine loads, without its bias."""
     if linear.scheme is None:
         return ITEMSIZE[STORED] * linear.out_features * linear.in_features
+    if fmt.block_bytes is not None:
+        return fmt.block_bytes(linear.scheme, linear.out_features, linear.in_features)
     specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
     return sum(spec.nbytes for spec in specs.values())
 

@@ -107,7 +107,7 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
     )
     memory, quantized, measured = None, None, NOT_MEASURED
     try:
-        quantized = _open(out, original)
+        quantized = _open(out, original, recorded)
         memory = _memory(request, recorded, original, quantized)
         layout = _layout(request, original, quantized, tokens)
         console.print(f"memory: {layout}", markup=False, highlight=False, soft_wrap=True)
@@ -147,9 +147,9 @@ def _layout(
 # ---------------------------------------------------------------- what is there
 
 
-def _open(out: Path, original: StreamedModel) -> QuantizedCheckpoint | GGUFModel:
-    """The weights of a folder: safetensors, or where there are none of these, a GGUF file."""
-    gguf = find_gguf(out)
+def _open(out: Path, original: StreamedModel, recorded: Mapping[str, Any] | None) -> QuantizedCheckpoint | GGUFModel:
+    """The weights of a folder: the GGUF file of a run that made one, or safetensors, or the only GGUF file."""
+    gguf = find_gguf(out, recorded)
     return open_quantized(out, original) if gguf is None else open_gguf_model(gguf, original)
 
 

@@ -268,7 +268,8 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
     shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
     lines = [
         f"{request.method} {request.model} -> {job.out}  ({plan.format.name}; {shown})",
-        f"output {format_bytes(plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized weight",
+        f"output {format_bytes(plan.beside_bytes or plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
+        f"weight" + (f"; the same integers beside it in {format_bytes(plan.file_bytes)}" if plan.beside_bytes else ""),
     ]
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
@@ -293,6 +294,7 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
     if plan.format is GGUF:
         exported = export(out, out / f"{out.resolve().name}.gguf", name=_label(result["model"]))
         files[exported.path.name] = exported.sha256
+        result |= {"total_bytes": exported.nbytes, "tensor_bytes": plan.beside_bytes}  # what llama.cpp loads
         result["gguf"] = {
             "file": exported.path.name,
             "bytes": exported.nbytes,

@@ -30,6 +30,8 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import InputError, ModelError, SchemeError
 from quantkit.export_gguf import ExportRequest, to_gguf
+from quantkit.fit import fit_checkpoint
+from quantkit.fitting import FitRequest, fit_request
 from quantkit.formats.gguf import (
     K_TYPES,
     TYPES,
@@ -331,8 +333,12 @@ def test_transformers_computes_the_same_from_the_file(tmp_path: Path, kind: str,
         "types": ["q4_1"],
         "equal": 14,
     }
+    assert result["total_bytes"] == result["gguf"]["bytes"]
+    assert result["bits_per_weight"] == 5
     original = open_model(folder)
-    weights = open_gguf_model(out / "out.gguf", original).read(_names(original))
+    written = open_gguf_model(out / "out.gguf", original)
+    assert result["tensor_bytes"] == sum(written.stored().tensors.values())
+    weights = written.read(_names(original))
     stored = open_quantized(out, original).read(_names(original))
     assert all(torch.equal(weights[name], stored[name].float()) for name in weights)
     if changes.get("attention_bias"):
@@ -363,6 +369,33 @@ def test_an_export_is_atomic_repeatable_and_says_what_it_cannot_keep(tmp_path: P
     lossy = export(out, tmp_path / "c.gguf", requantize=True)
     assert lossy.equal + len(lossy.rounded) == 14
     assert 0 < max(lossy.rounded.values()) < 1e-3
+
+
+def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> None:
+    """In the run's verdict, `verify` and `fit`: not that of the smaller tensors beside it."""
+    folder, out, ids = tiny(tmp_path / "model", "qwen2"), tmp_path / "out", tmp_path / "ids.safetensors"
+    save_file({"input_ids": IDS}, ids)
+    asked = Request(method="rtn", model=str(folder), command="rtn", format="gguf", symmetric=False, out=out,
+                    offline=True, evaluation=str(ids), max_ppl_increase=9.0)  # fmt: skip
+    run, _ = quantize(asked, QUIET)
+    before = run["verification"]["fit"]
+    tensors = open_gguf_model(out / "out.gguf", open_model(folder)).stored().tensors
+    assert before["weights"]["total"] == sum(tensors.values()) == run["tensor_bytes"]
+    assert before["weights"]["blocks"] == sum(size for name, size in tensors.items() if name.endswith("_proj.weight"))
+    beside = fit_checkpoint(out, budget=before["budget_bytes"], context=before["context"])
+    assert beside["weights"]["total"] < before["weights"]["total"]
+    again = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET)["verification"]
+    assert again["fit"] == before
+    assert again["kl_divergence"] == pytest.approx(run["verification"]["kl_divergence"], rel=1e-6)
+    sizes: dict[str, Any] = {"budget": before["budget_bytes"], "context": before["context"], "kv": "fp16"}
+    unsaid: dict[str, Any] = dict.fromkeys(("bits", "group_size", "symmetric", "format", "recipe"))
+    shown = fit_request(FitRequest(str(out), **unsaid, **sizes, tensor_parallel=1, offline=True))
+    assert {key: shown[key] for key in ("weights", "total_bytes", "engines")} == {
+        key: before[key] for key in ("weights", "total_bytes", "engines")
+    }
+    # a budget between the two is too small for llama.cpp, and the verdict says so
+    short = VerifyRequest(out=out, command="verify", offline=True, budget=before["total_bytes"] - 1)
+    assert verify_files(short, QUIET)["verification"]["verdict"] == "fail"
 
 
 def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

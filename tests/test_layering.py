@@ -67,7 +67,7 @@ ALLOWED: dict[str, str] = {
     "hub": "errors jsonfile units checkpoint",
     # what a command does, and the commands
     "choices": "errors scheme formats checkpoint recipe library",
-    "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices",
+    "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices document gguf",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory job pipeline"
         " machine verify progress report card choices fitting gguf document summary"

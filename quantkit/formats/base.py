@@ -68,6 +68,8 @@ class Format:
                  ignored; ModelError if a tensor is missing or of another shape or kind
     config:      see ConfigBuilder
     extra_files: the quantization_config -> further JSON files of the checkpoint, by name
+    block_bytes: (scheme, out_features, in_features) -> bytes of a linear in the file that an engine loads, where that
+                 is another than the checkpoint: a .gguf, whose vectors are float32
     """
 
     name: str
@@ -79,6 +81,7 @@ class Format:
     unpack: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], QuantizedTensor]
     config: ConfigBuilder
     extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
+    block_bytes: Callable[[Scheme, int, int], int] | None = None
 
 
 def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

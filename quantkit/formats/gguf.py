@@ -183,6 +183,7 @@ GGUF = replace(
     name="gguf",
     why_not=_run_why_not,
     pack=lambda quantized: COMPRESSED_TENSORS.pack(settle(quantized)),
+    block_bytes=lambda scheme, rows, columns: rows * TYPES[usual_type(scheme)].row_bytes(columns),
 )
 
 

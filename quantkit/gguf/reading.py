@@ -7,11 +7,13 @@ What is read are the values that llama.cpp computes with; the order of q and k r
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from quantkit.checkpoint.reader import is_plain_name
 from quantkit.errors import ModelError
 from quantkit.fit import Stored
 from quantkit.formats.gguf import TYPES
@@ -83,8 +85,14 @@ class GGUFModel:
 NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
-def find_gguf(folder: Path) -> Path | None:
-    """The one GGUF file of a folder that holds no other weights; None if it is not such a folder."""
+def find_gguf(folder: Path, recorded: Mapping[str, Any] | None) -> Path | None:
+    """The GGUF file that a folder is about: the one its run names, or its only one, if it holds no other weights.
+
+    recorded: the folder's quantkit.json; None: it has none
+    """
+    named = ((recorded or {}).get("gguf") or {}).get("file")
+    if isinstance(named, str) and is_plain_name(named):
+        return folder / named
     files = sorted(folder.glob("*.gguf"))
     return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
 
