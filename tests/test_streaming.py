@@ -182,6 +182,11 @@ def ids_twice(model: StreamedModel) -> None:
         embed(model, random_ids(4)[2:])
 
 
+def first(output: Any) -> Tensor:
+    """The hidden states of what a layer returns, which is a tuple in transformers 4."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Between(nn.Module):
     """A stand-in for a decoder whose code does to its layers what `change` says."""
 
@@ -194,7 +199,7 @@ class Between(nn.Module):
         hidden = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             changed, kwargs = self.change(index, hidden, input_ids)
-            hidden = layer(changed, **kwargs)
+            hidden = first(layer(changed, **kwargs))
         return hidden
 
 

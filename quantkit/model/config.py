@@ -14,7 +14,14 @@ from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.kinds import unsupported
 
-SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def load_config(directory: Path) -> PretrainedConfig:

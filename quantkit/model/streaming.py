@@ -253,7 +253,9 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _decoder(model: StreamedModel) -> nn.Module:
-    decoder = getattr(model.model, model.model.base_model_prefix)
+    decoder = getattr(model.model, model.model.base_model_prefix, None)
+    if decoder is None:  # transformers 4.51 names another for gemma3_text than it has
+        decoder = model.model.get_submodule(model.layers_name.rpartition(".")[0])
     assert isinstance(decoder, nn.Module)
     return decoder
 
