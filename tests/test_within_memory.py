@@ -16,9 +16,9 @@ from quantkit.formats import FORMATS
 from quantkit.quantize import rtn
 from quantkit.scheme import Scheme
 
-LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 512, 2816, 64
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 512, 3328, 64
 MIB = 2**20
-SPARE = 64 * MIB  # beyond what a process holds that has verified a small model
+SPARE = 96 * MIB  # beyond what a process holds that has verified a small model; two thirds of it suffice
 SCHEME = Scheme(4, 128, True)
 
 # Data segments are private memory: what is allocated, and not files that are mapped and can be dropped at any time.
