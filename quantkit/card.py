@@ -119,9 +119,17 @@ def _model_index(result: Result) -> dict[str, Any]:
         return {}
     source = wording.one_line((verification.get("eval") or {}).get("source") or "evaluation set")
     task = {"type": "text-generation", "name": "Text generation"}
-    kind = re.sub(r"[^\w.-]+", "-", source, flags=re.ASCII).strip("-") or "evaluation-set"
-    measured = {"task": task, "dataset": {"type": kind, "name": source}, "metrics": metrics}
+    measured = {"task": task, "dataset": _dataset(source), "metrics": metrics}
     return {"model-index": [{"name": wording.one_line(_title(result)), "results": [measured]}]}
+
+
+def _dataset(source: str) -> dict[str, str]:
+    """A dataset of the hub by its id; a file by its name, without the folders that it lies in here."""
+    on_hub = re.match(r"hf:([\w.-]+/[\w.-]+)", source, re.ASCII)
+    if on_hub:
+        return {"type": on_hub[1], "name": source.removeprefix("hf:")}
+    name = wording.short_name(source)
+    return {"type": re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "evaluation-set", "name": name}
 
 
 # --- what was measured ----------------------------------------------------------------------------------------------

@@ -585,7 +585,7 @@ def push(
 ) -> None:
     """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
     with _told():
-        from quantkit.card import render_card
+        from quantkit.card import PATH, render_card
         from quantkit.document import RESULT, read_result
         from quantkit.hub import push as upload
         from quantkit.summary import push_document, push_summary
@@ -603,6 +603,7 @@ def push(
             say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
             bars=console.is_terminal,
             card=lambda document: render_card(document, repo_id=repo_id),
+            placeholder=PATH,
         )
         _print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)
 

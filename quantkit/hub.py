@@ -258,8 +258,18 @@ def _forced_card(out: Path, facts: Mapping[str, Any], card: Callable[[dict[str, 
     else:
         path = _inside(out, CARD)
         text = with_note(path.read_text(encoding="utf-8") if path else "", reasons)
+    return _instead(out / CARD, text)
+
+
+def _named(card: Upload, placeholder: str, repo_id: str) -> Upload:
+    """The card as it lies there, which its owner may have changed, with the repository's name in its commands."""
+    return _instead(card.path, card.path.read_text(encoding="utf-8").replace(placeholder, repo_id))
+
+
+def _instead(path: Path, text: str) -> Upload:
+    """A text that goes up in place of what the file holds."""
     content = text.encode()
-    return Upload(out / CARD, len(content), hashlib.sha256(content).hexdigest(), content)
+    return Upload(path, len(content), hashlib.sha256(content).hexdigest(), content)
 
 
 # ------------------------------------------------------------------------------------------------------------ the push
@@ -278,6 +288,7 @@ def push(
     say: Say | None = None,
     bars: bool = False,
     card: Callable[[dict[str, Any]], str] | None = None,
+    placeholder: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PushResult:
     """Upload the checkpoint in `out` to the hub's model repository `repo_id`, which is created if need be.
@@ -285,10 +296,10 @@ def push(
     revision is a branch, created from main if need be (None: main). private applies to a new repository; one that
     exists and is public is refused rather than published to. dry_run checks and lists, without any network. force goes
     ahead without a passing, matching verification and says so on the card that goes up: `card` makes it from the
-    content of quantkit.json with the reasons added as "forced" (None: a note on top of README.md); nothing in `out` is
-    changed. token: None takes HF_TOKEN or the login's. say(line) is told what happens, one line for each step and each
-    wait; bars: the hub's library shows the bytes that travel, and how fast, on stderr. sleep(seconds) waits between
-    tries.
+    content of quantkit.json with the reasons added as "forced" (None: a note on top of README.md). Where README.md
+    holds `placeholder`, what goes up names the repository. Nothing in `out` is changed. token: None takes HF_TOKEN or
+    the login's. say(line) is told what happens, one line for each step and each wait; bars: the hub's library shows the
+    bytes that travel, and how fast, on stderr. sleep(seconds) waits between tries.
 
     Raises:
         InputError: repo_id, revision or the token cannot be used.
@@ -305,6 +316,8 @@ def push(
             [*(upload for upload in uploads if upload.name != CARD), _forced_card(out, facts, card)],
             key=lambda upload: upload.name,
         )
+    elif placeholder:
+        uploads = [_named(upload, placeholder, repo_id) if upload.name == CARD else upload for upload in uploads]
     branch = revision or constants.DEFAULT_REVISION
     address = endpoint or constants.ENDPOINT
     names = {upload.name for upload in uploads}

@@ -45,6 +45,20 @@ def test_the_hub_reads_the_metadata_and_the_measurements() -> None:
     assert {(r.task_type, r.dataset_name) for r in results} == {("text-generation", "eval")}
 
 
+@pytest.mark.parametrize(
+    ("source", "dataset"),
+    [
+        ("eval", {"type": "eval", "name": "eval"}),
+        ("/home/me/secret plans/wiki.txt", {"type": "wiki.txt", "name": "wiki.txt"}),
+        ("hf:Salesforce/wikitext/w2:test", {"type": "Salesforce/wikitext", "name": "Salesforce/wikitext/w2:test"}),
+    ],
+)
+def test_the_dataset_of_the_measurements(source: str, dataset: dict[str, str]) -> None:
+    result = example(2)
+    result["verification"]["eval"]["source"] = source
+    assert metadata(render_card(result))["model-index"][0]["results"][0]["dataset"] == dataset
+
+
 def test_formats_and_bits_become_tags() -> None:
     assert metadata(render_card(example(2, format="gptq_v2", method="gptq")))["tags"] == ["gptq", "4-bit", "quantkit"]
     mixed = metadata(render_card(example(2, bits={"down_proj": 5, "v_proj": 8})))

@@ -342,6 +342,14 @@ def test_a_card_made_by_the_caller_is_used_when_forced(out: Path, hub: FakeHub, 
     assert hub.files(REPO)["README.md"] == b"mini: quantkit.json holds no verification"
 
 
+def test_the_card_that_goes_up_names_the_repository(out: Path, hub: FakeHub, pusher: Pusher) -> None:
+    (out / "README.md").write_text("vllm serve HERE # mine\n")
+    pusher(placeholder="HERE")
+    assert hub.files(REPO)["README.md"] == f"vllm serve {REPO} # mine\n".encode()
+    assert (out / "README.md").read_text() == "vllm serve HERE # mine\n"
+    assert pusher(placeholder="HERE").sent == ()
+
+
 def test_a_note_on_a_card_without_metadata() -> None:
     note = with_note("# Title\n---\nrule\n---\n", ["a <b>", "two\nlines"])
     assert note.endswith("> - a &lt;b>\n> - two lines\n\n# Title\n---\nrule\n---\n".replace("b>", "b&gt;"))
