@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
@@ -24,7 +24,7 @@ from quantkit import __version__
 from quantkit.errors import EngineError, InputError, QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.quantize.methods import Options
+    from quantkit.runs import Request
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -397,6 +397,8 @@ def sweep(
     context: Context = None,
     kv: KvOption = None,
     device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
     out: Out = None,
     fresh: Fresh = False,
     offline: Offline = False,
@@ -409,44 +411,18 @@ def sweep(
 
     All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
     """
+    said = locals() | {"w_bit": None, "group": None}  # lists of them here
     with _told(resumes=True):
-        from quantkit.machine import choose_device
-        from quantkit.quantize.methods import Options
-        from quantkit.runs import Request
         from quantkit.summary import sweep_summary
         from quantkit.sweep import SweepRequest, sweep
-        from quantkit.units import parse_bytes, parse_tokens
 
         quiet_libraries()
         methods = _listed(method, "--method")
         unknown = [name for name in methods if name not in METHODS]
         if unknown:
             raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
-        request = Request(
-            method=methods[0],
-            model=model,
-            command=_command(),
-            symmetric=sym,
-            format=format.value if format else None,
-            calib=calib,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            evaluation=eval,
-            eval_samples=eval_samples,
-            budget=parse_bytes(budget, "--budget") if budget else None,
-            context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value if kv else None,
-            device=choose_device(device),
-            options=Options(act_order, damp),
-            out=out,
-            fresh=fresh,
-            offline=offline,
-            place=None if states is States.auto else states.value,
-        )
-        result = sweep(
-            SweepRequest(request, methods, _numbers(w_bit, "--w-bit"), _numbers(group, "--group")), _console()
-        )
+        bits, groups = _numbers(w_bit, "--w-bit"), _numbers(group, "--group")
+        result = sweep(SweepRequest(_request(methods[0], said), methods, bits, groups), _console())
         _print_json(result) if json else _console().print(sweep_summary(result), highlight=False)
 
 
@@ -487,6 +463,9 @@ def allocate(
         str | None,
         typer.Option("--menu", help="What a part may be: W3g128,W4rows,16bit...  [default: W3 to W8, 16bit]"),
     ] = None,
+    also: Annotated[
+        str | None, typer.Option("--also", help="What else to choose for, outside the layers: lm_head.")
+    ] = None,
     engine: Annotated[
         Kernels | None,
         typer.Option("--engine", help="Whose kernels must run it.  [default: vllm; any with --menu, --weights-only]"),
@@ -507,6 +486,9 @@ def allocate(
     eval: Eval = None,
     eval_samples: EvalSamples = None,
     device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
+    states: HiddenStates = States.auto,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe.  [default: MODEL-allocated.yaml]")] = None,
     run: Annotated[bool, typer.Option("--run", help="Quantize with it, verify, and repair.")] = False,
     run_out: Annotated[Path | None, typer.Option("--run-out", help="Folder of --run.  [default: outputs/...]")] = None,
@@ -520,52 +502,26 @@ def allocate(
 
     Costs one pass over the model to measure, one to check. With L layers a swap is L / 2 more layer runs on the probes.
     """
+    said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
     with _told(resumes=run):
         from quantkit.allocation.command import AllocateRequest, allocate
-        from quantkit.machine import choose_device
-        from quantkit.runs import Request
         from quantkit.summary import allocate_summary
-        from quantkit.units import parse_bytes, parse_tokens
-        from quantkit.verify import parse_percent
 
         quiet_libraries()
-        request = Request(
-            method=method.value,
-            model=model,
-            command=_command(),
-            symmetric=sym,
-            format=format.value if format else None,
-            calib=calib,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            evaluation=eval,
-            eval_samples=eval_samples,
-            budget=parse_bytes(budget, "--budget"),
-            context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value if kv else None,
-            device=choose_device(device),
-            max_ppl_increase=parse_percent(max_ppl_increase) if max_ppl_increase else None,
-            max_kl=max_kl,
-            out=run_out,
-            fresh=fresh,
-            offline=offline,
+        request = AllocateRequest(
+            run=_request(method.value, said),
+            weights_only=weights_only,
+            also=_listed(also, "--also") if also else (),
+            menu=menu,
+            engine=engine.value if engine else None,
+            probe_samples=probe_samples,
+            every=every,
+            check=check,
+            quantize=run,
+            out=out,
+            table=table,
         )
-        result = allocate(
-            AllocateRequest(
-                run=request,
-                weights_only=weights_only,
-                menu=menu,
-                engine=engine.value if engine else None,
-                probe_samples=probe_samples,
-                every=every,
-                check=check,
-                quantize=run,
-                out=out,
-                table=table,
-            ),
-            _console(),
-        )
+        result = allocate(request, _console())
         _console().print(allocate_summary(result), highlight=False)
         if json:
             _print_json(result)
@@ -642,59 +598,74 @@ def main() -> None:
     app(prog_name="quantkit")
 
 
-def _options(method: str, said: dict[str, Any]) -> "Options":
+def _request(method: str, said: Mapping[str, Any]) -> "Request":
+    """The request of a run from the options of a command, whichever of them it has."""
+    from quantkit.machine import choose_device
     from quantkit.quantize.methods import Options
+    from quantkit.runs import Request
+    from quantkit.units import parse_bytes, parse_tokens
+    from quantkit.verify import parse_percent
 
-    tune = said["quality"] is Quality.best
-    if tune and method == "rtn":
+    def plain(name: str) -> Any:
+        value = said.get(name)
+        return value.value if isinstance(value, StrEnum) else value
+
+    def size(name: str) -> int | None:
+        return parse_bytes(said[name], f"--{name}") if said.get(name) else None
+
+    options = Options(
+        said.get("act_order", True),
+        said.get("damp", 0.01),
+        plain("rounding") or "gptq",
+        correct=said.get("correct", 0.5),
+        tune=said.get("quality") is Quality.best,
+    )
+    if options.tune and method == "rtn":
         raise InputError("--quality best: rtn uses no calibration; use awq or gptq")
-    return Options(said["act_order"], said["damp"], said["rounding"].value, correct=said["correct"], tune=tune)
+    if options.rounding == "nearest" and method == "gptq":
+        raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
+    states = plain("states")
+    return Request(
+        method=method,
+        model=said["model"],
+        command=_command(),
+        bits=int(said["w_bit"]) if said.get("w_bit") else None,
+        group_size=said.get("group"),
+        symmetric=said.get("sym"),
+        format=plain("format"),
+        recipe=said.get("recipe"),
+        calib=said.get("calib"),
+        samples=said.get("samples"),
+        seqlen=said.get("seqlen"),
+        seed=said.get("seed", 0),
+        evaluation=said.get("eval"),
+        eval_samples=said.get("eval_samples"),
+        budget=size("budget"),
+        context=parse_tokens(said["context"], "--context") if said.get("context") else None,
+        kv=plain("kv"),
+        device=choose_device(said["device"]),
+        options=options,
+        max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said.get("max_ppl_increase") else None,
+        max_kl=said.get("max_kl"),
+        out=said.get("out"),
+        fresh=said.get("fresh", False),
+        offline=said.get("offline", False),
+        verify=not said.get("no_verify"),
+        engine=plain("engine"),
+        place=None if states in (None, States.auto.value) else states,
+        vram=size("vram"),
+        ram=size("ram"),
+        inputs=plain("inputs") or "quantized",
+    )
 
 
-def _quantize(method: str, said: dict[str, Any]) -> None:
+def _quantize(method: str, said: Mapping[str, Any]) -> None:
     with _told(resumes=True):
-        from quantkit.machine import choose_device
-        from quantkit.runs import Request, quantize
+        from quantkit.runs import quantize
         from quantkit.summary import summary
-        from quantkit.units import parse_bytes, parse_tokens
-        from quantkit.verify import parse_percent
 
-        if said["rounding"] is Rounding.nearest and method == "gptq":
-            raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
         quiet_libraries()
-        request = Request(
-            method=method,
-            model=said["model"],
-            command=_command(),
-            bits=int(said["w_bit"]) if said["w_bit"] else None,
-            group_size=said["group"],
-            symmetric=said["sym"],
-            format=said["format"].value if said["format"] else None,
-            recipe=said["recipe"],
-            calib=said["calib"],
-            samples=said["samples"],
-            seqlen=said["seqlen"],
-            seed=said["seed"],
-            evaluation=said["eval"],
-            eval_samples=said["eval_samples"],
-            budget=parse_bytes(said["budget"], "--budget") if said["budget"] else None,
-            context=parse_tokens(said["context"], "--context") if said["context"] else None,
-            kv=said["kv"].value if said["kv"] else None,
-            device=choose_device(said["device"]),
-            options=_options(method, said),
-            max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said["max_ppl_increase"] else None,
-            max_kl=said["max_kl"],
-            out=said["out"],
-            fresh=said["fresh"],
-            offline=said["offline"],
-            verify=not said["no_verify"],
-            engine=said["engine"].value if said["engine"] else None,
-            place=None if said["states"] is States.auto else said["states"].value,
-            vram=parse_bytes(said["vram"], "--vram") if said["vram"] else None,
-            ram=parse_bytes(said["ram"], "--ram") if said["ram"] else None,
-            inputs=said["inputs"].value,
-        )
-        result, out = quantize(request, _console())
+        result, out = quantize(_request(method, said), _console())
         _console().print(summary(result, out), highlight=False)
         if said["json"]:
             _print_json(result)

@@ -39,8 +39,8 @@ from quantkit.formats.reading import READERS
 from quantkit.jsonfile import read_object
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.plan import DISK_MARGIN, STORED, LinearPlan, Plan
-from quantkit.stored import OUTSIDE, quantization_of, sixteen_bit_linears, stored_linears
+from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan
+from quantkit.stored import quantization_of, sixteen_bit_linears, stored_linears
 from quantkit.units import format_bytes
 
 MIB = 2**20
@@ -137,7 +137,8 @@ def fit(
         InputError: a context, number of cards, or kind of cache that makes no sense.
         EngineError: the engine would not load it.
     """
-    stored = Stored(plan.loaded, plan.beside_bytes or plan.file_bytes, plan.linears, plan.format.name)
+    head = tuple(linear for linear in plan.quantized if linear.layer == OUTSIDE)
+    stored = Stored(plan.loaded, plan.beside_bytes or plan.file_bytes, plan.linears, plan.format.name, head=head)
     result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
     return result | _quantizing(model, plan, calibration_tokens)
 

@@ -24,16 +24,26 @@ from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, collect, require_finite_stats
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A scale [channels] that divides the outputs of a site's producer; channel: int64 [in], see `SiteInput`."""
+
+    site: Site
+    scale: Tensor
+    channel: Tensor
+
+
 @dataclass
 class LayerResult:
     """A quantized layer: names local to it; `changed` holds in float32 what a fold changed and is not quantized;
-    offsets: see `tune`.
+    offsets: see `tune`; folds: see `folded`.
     """
 
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     offsets: dict[str, Tensor] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
 
 
 def quantize_layer(
@@ -77,11 +87,13 @@ def quantize_layer(
             raise NumericsError(f"{name}: {error}") from error
         if outcome.scale is not None and channel is not None:
             schemes = {name: linears[name].scheme for name in site.linears}
-            _fold(layer, site, outcome.scale, channel.to(job.device), schemes, result)
+            fold = Fold(site, outcome.scale, channel.to(job.device))
+            _fold(layer, fold, schemes, result)
+            result.folds.append(fold)
         result.quantized |= outcome.quantized
         result.offsets |= outcome.offsets
         assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
-        result.records += _records(job, outcome, linears)
+        result.records += records_of(job, outcome, linears)
     return result
 
 
@@ -116,8 +128,27 @@ def quantize_observed(
     """
     assign(job.model.layers[index], loaded(source, job.device, job.dtype))
     result = quantize_layer(job, index, sites, None, None, {}, 0, observed, progress, factors)
-    kept = {name: to_stored(name, result.changed.get(name, tensor)) for name, tensor in source.items()}
-    return kept | {f"{name}.weight": dequantize(q) for name, q in result.quantized.items()}, result.records
+    return as_written(source, result), result.records
+
+
+def as_written(source: Mapping[str, Tensor], result: LayerResult) -> dict[str, Tensor]:
+    """The layer's tensors as a written shard of the result would stand for them, of a layer that was `source`."""
+    packed = {f"{name}.weight": quantized for name, quantized in result.quantized.items()}
+    kept = {n: to_stored(n, result.changed.get(n, tensor)) for n, tensor in source.items() if n not in packed}
+    return kept | {name: dequantize(quantized) for name, quantized in packed.items()}
+
+
+def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
+    """The layer in 16 bit with scales folded into its producers (float32 where they are): it computes the same."""
+    tensors = dict(source)
+    for fold in folds:
+        for name in fold.site.linears:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * fold.scale[fold.channel]
+        for name in (f"{fold.site.producer}.weight", f"{fold.site.producer}.bias"):
+            if name in tensors:
+                rows = fold.scale if tensors[name].dim() == 1 else fold.scale.unsqueeze(1)
+                tensors[name] = tensors[name].float() / rows
+    return tensors
 
 
 def to_stored(name: str, tensor: Tensor) -> Tensor:
@@ -185,16 +216,15 @@ def _inputs(
 
 def _fold(
     layer: nn.Module,
-    site: Site,
-    scale: Tensor,
-    channel: Tensor,
+    fold: Fold,
     schemes: Mapping[str, Scheme | None],
     result: LayerResult,
 ) -> None:
-    """Divide the producer's outputs by scale [channels], and multiply the 16-bit linears of the site by it.
+    """Divide the producer's outputs by the scale, and multiply the 16-bit linears of the site by it.
 
     A producer that is quantized already keeps its codes: its rows' scales are divided.
     """
+    site, scale, channel = fold.site, fold.scale, fold.channel
     producer = site.producer
     assert producer is not None
     parameters = dict(layer.named_parameters())
@@ -218,7 +248,8 @@ def _fold(
     assign_float(layer, changed)
 
 
-def _records(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
+def records_of(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
+    """What the journal keeps of linears that were rounded; linears: by the names that the outcome has."""
     records = []
     for local, quantized in outcome.quantized.items():
         linear = linears[local]

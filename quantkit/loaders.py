@@ -91,9 +91,11 @@ class Loader:
 LOADERS: dict[str, dict[str, Loader | str]] = {
     "vllm": {
         "awq": Loader((MARLIN, AWQ_GEMM)),
-        "gptq": Loader((MARLIN_SYMMETRIC,), mixed=True),
-        "gptq_v2": Loader((MARLIN_SYMMETRIC,), mixed=True),
-        "compressed-tensors": Loader((MARLIN, EXLLAMA, TRITON, HUMMING_SYMMETRIC, HUMMING_ASYMMETRIC), mixed=True),
+        "gptq": Loader((MARLIN_SYMMETRIC,), mixed=True, head=True),
+        "gptq_v2": Loader((MARLIN_SYMMETRIC,), mixed=True, head=True),
+        "compressed-tensors": Loader(
+            (MARLIN, EXLLAMA, TRITON, HUMMING_SYMMETRIC, HUMMING_ASYMMETRIC), mixed=True, head=True
+        ),
         "gguf": "reads gguf through a plugin only",
     },
     "sglang": {
@@ -107,7 +109,7 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
         "awq": Loader((AWQ_TRANSFORMERS,)),
         "gptq": Loader((GPTQ_TORCH,), act_order=True),  # ignores `dynamic`, so one scheme
         "gptq_v2": Loader((GPTQ_TORCH,), act_order=True),
-        "compressed-tensors": Loader((DECOMPRESSED,), mixed=True, hint="5.22.2 loads asymmetric ones"),
+        "compressed-tensors": Loader((DECOMPRESSED,), mixed=True, head=True, hint="5.22.2 loads asymmetric ones"),
         "gguf": Loader((BLOCKS,), mixed=True),
     },
     "gptqmodel": {

@@ -11,7 +11,7 @@ A finished layer is a finished shard, hashed and entered in the journal. A run t
 from the disk and only runs them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,13 +39,15 @@ from quantkit.evaluation import (
     open_states,
     relative_error,
 )
+from quantkit.head import head_stats, quantize_head
 from quantkit.job import Job
-from quantkit.layer import LayerResult, quantize_layer, to_stored
+from quantkit.layer import LayerResult, quantize_layer, records_of, to_stored
 from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
-from quantkit.plan import DISK_MARGIN, ShardPlan
+from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
+from quantkit.quantize.methods import SiteResult
 from quantkit.stored import dequantized
 from quantkit.tuning import TUNING, learn_steps, tune_layer, tuning_tokens
 
@@ -106,14 +108,14 @@ def _compare_recipes(job: Job, journal: Journal) -> None:
     """
     for shard in job.plan.shards:
         unit = journal.finished.get(shard.unit)
-        if unit is None or not shard.unit.startswith("layer."):
+        if unit is None:
             continue
         keys = ("name", "bits", "group_size", "symmetric", "method")
         found = {tuple(record[key] for key in keys) for record in unit.record["linears"]}
         wanted = {
             (x.name, x.scheme.bits, x.scheme.group_size, x.scheme.symmetric, job.method_of(x))
-            for x in job.plan.layer(int(shard.unit.removeprefix("layer."))).values()
-            if x.scheme is not None
+            for x in job.plan.quantized
+            if x.unit == shard.unit and x.scheme is not None
         }
         if found != wanted:
             if not job.amend:
@@ -160,6 +162,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
 
     layer_errors = []
     finished = set(journal.finished)  # when the run began
+    waiting = [linear.layer for linear in plan.quantized if linear.unit not in finished]
     with read_ahead(lambda index: _read(job, index), len(model.layers)) as sources, writer() as writing:
         for index in range(len(model.layers)):
             progress.layer(index)
@@ -176,7 +179,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                 observed = observe(model, index, sites, calibration)
             shard = shards[f"layer.{index}"]
             reused = shard.unit in finished
-            unfinished = any(f"layer.{later}" not in finished for later in range(index + 1, len(model.layers)))
+            unfinished = any(layer > index or layer == OUTSIDE for layer in waiting)
             if not reused:
                 result = quantize_layer(
                     job, index, sites, calibration, wanted, weights, gram_samples, observed, progress
@@ -193,7 +196,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                     tune_layer(job, index, result, calibration, wanted)
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
-                writing.submit(partial(_write_layer, job, journal, shard, stored, records))
+                writing.submit(partial(_write_shard, job, journal, shard, stored, records))
                 del result
             del source, weights, observed
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
@@ -208,7 +211,10 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                 layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
             progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
 
-    if "head" in shards:
+    if plan.head is not None and plan.head.scheme is not None and "head" not in finished:
+        progress.ending("quantize lm_head")
+        _quantize_head(job, journal, shards["head"], plan.head, calibration, wanted, gram_samples)
+    elif "head" in shards:
         _copy_outside(job, journal, shards["head"])
     measured = None
     if job.evaluation and original and quantized:
@@ -245,6 +251,32 @@ def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
         journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
 
 
+def _quantize_head(
+    job: Job,
+    journal: Journal,
+    shard: ShardPlan,
+    head: LinearPlan,
+    calibration: Stream | None,
+    wanted: Stream | None,
+    samples: int,
+) -> None:
+    """Quantize the head from streams that have left the last layer, and write it with what else comes after those."""
+    assert head.scheme is not None
+    stats = None
+    if calibration is not None and job.method_of(head) != "rtn":
+        stats = head_stats(job.model, calibration, wanted, job.device, job.dtype, samples)
+    weight = f"{head.name}.weight"
+    source = read_outside(job.model, [*(name for name in shard.tensors if name in job.model.outside()), weight])
+    rounded, record = quantize_head(
+        source.pop(weight).to(job.device), head.scheme, job.options, stats, job.plan.format.min_zero(head.scheme)
+    )
+    tensors = {name: to_stored(name, tensor) for name, tensor in source.items()}
+    tensors |= {f"{head.name}.{key}": tensor for key, tensor in job.plan.format.pack(rounded).items()}
+    _require_planned(shard, tensors)
+    outcome = SiteResult({head.local: rounded}, None, {head.local: record})
+    _write_shard(job, journal, shard, tensors, records_of(job, outcome, {head.local: head}))
+
+
 def _read(job: Job, index: int) -> dict[str, Tensor]:
     """The layer as stored (names local to it); for a GPU in pinned memory, which it copies from fastest."""
     tensors = read_layer(job.model, index)
@@ -262,14 +294,18 @@ def _pack_layer(
     for name, quantized in result.quantized.items():
         packed = job.plan.format.pack(quantized)
         tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in packed.items()}
+    _require_planned(shard, tensors)
+    return tensors
+
+
+def _require_planned(shard: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
     planned = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
     found = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     if planned != found:
         raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(found)}")
-    return tensors
 
 
-def _write_layer(
+def _write_shard(
     job: Job, journal: Journal, shard: ShardPlan, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]
 ) -> None:
     sha256 = write_shard(job.out / shard.file, tensors)
@@ -312,6 +348,14 @@ def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
 def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str, ShardPlan]) -> dict[str, Any]:
     assert job.evaluation is not None
     source = _loaded(job, read_outside(job.model, ending_names(job.model)))
-    files = [open_file(job.out / shards[unit].file) for unit in ("embeddings", "head") if unit in shards]
-    stored = ((name, file.read(name)) for file in files for name in file.entries if name in source)
-    return compare(job.model, job.evaluation, original, quantized, source, stored, job.device)
+    heads = [linear for linear in job.plan.quantized if linear.unit == "head"]
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for unit in ("embeddings", "head"):
+            if unit in shards:
+                file = open_file(job.out / shards[unit].file)
+                packed = heads if unit == "head" else []
+                tensors = dequantized(file.read_many(file.entries), packed, job.plan.format)
+                yield from ((name, tensor) for name, tensor in tensors.items() if name in source)
+
+    return compare(job.model, job.evaluation, original, quantized, source, stored(), job.device)

@@ -12,17 +12,20 @@ from quantkit.checkpoint.writer import shard_bytes, shard_name
 from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
+from quantkit.formats.names import is_lm_head
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import check_fused
 from quantkit.scheme import Scheme
 
+OUTSIDE = -1  # the layer number of the head
 STORED = "float16"  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """A linear of a decoder layer: full name, layer number, name within the layer, shape; scheme None keeps 16 bit.
+    """A linear of a decoder layer, or the head: full name, layer number (OUTSIDE: the head), name within the layer,
+    shape; scheme None keeps 16 bit.
 
     method: how its integers are chosen, where that is not the same for all
     """
@@ -34,6 +37,11 @@ class LinearPlan:
     in_features: int
     scheme: Scheme | None
     method: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """The unit of work that quantizes it."""
+        return "head" if self.layer == OUTSIDE else f"layer.{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,22 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole output before it exists. `quantization_config` is what config.json will say."""
+    """The whole output before it exists. `quantization_config` is what config.json will say.
+
+    linears: of the decoder layers; head: the lm_head, None where it is tied or there is none
+    """
 
     format: Format
     linears: tuple[LinearPlan, ...]
+    head: LinearPlan | None
     shards: tuple[ShardPlan, ...]
     quantization_config: dict[str, Any]
+
+    @property
+    def quantized(self) -> tuple[LinearPlan, ...]:
+        """The linears that are quantized, the head last."""
+        found = self.linears if self.head is None else (*self.linears, self.head)
+        return tuple(linear for linear in found if linear.scheme is not None)
 
     @property
     def tensor_bytes(self) -> int:
@@ -78,7 +96,7 @@ class Plan:
         specs = {name: spec for shard in self.shards for name, spec in shard.tensors.items()}
         if self.format.block_bytes is None:
             return {name: spec.nbytes for name, spec in specs.items()}
-        quantized = {linear.name: linear for linear in self.linears if linear.scheme is not None}
+        quantized = {linear.name: linear for linear in self.quantized}
         blocks = {f"{name}.weight": linear_bytes(self.format, linear) for name, linear in quantized.items()}
         return blocks | {
             name: replace(spec, dtype=STORED if len(spec.shape) > 1 else "float32").nbytes
@@ -94,9 +112,8 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Every bit of the quantized linears that is loaded (codes, scales, zeros, indices) over their weights."""
-        linears = [linear for linear in self.linears if linear.scheme is not None]
-        weights = sum(linear.out_features * linear.in_features for linear in linears)
-        return 8 * sum(linear_bytes(self.format, linear) for linear in linears) / weights
+        weights = sum(linear.out_features * linear.in_features for linear in self.quantized)
+        return 8 * sum(linear_bytes(self.format, linear) for linear in self.quantized) / weights
 
     def layer(self, index: int) -> dict[str, LinearPlan]:
         """The linears of a decoder layer, by their name within it."""
@@ -108,28 +125,51 @@ def make_plan(
     resolve: Callable[[str, int], Scheme | None],
     fmt: Format,
     *,
+    head: Scheme | None = None,
     method_of: Callable[[str, int], str] | None = None,
     **config_options: Any,
 ) -> Plan:
     """Plan the output of a model in a format; resolve and method_of see each linear's full name and layer number.
 
+    head: the scheme of the lm_head (None: 16 bit)
+
     Raises:
         SchemeError: a linear that the format cannot hold, with what would; linears that engines fuse with different
-            schemes; several schemes in a format that has one.
+            schemes; several schemes in a format that has one; a tied head that is to be quantized.
     """
     linears = [linear for index in range(len(model.layer_linears)) for linear in _linears(model, resolve, index)]
+    last = _head(model, head)
+    everything = [*linears, *([last] if last else [])]
     if method_of is not None:
-        linears = [replace(linear, method=method_of(linear.name, linear.layer)) for linear in linears]
-    for linear in linears:
+        everything = [replace(linear, method=method_of(linear.name, linear.layer)) for linear in everything]
+    for linear in everything:
         if linear.scheme is not None:
             reason = fmt.why_not(linear.scheme, linear.out_features, linear.in_features)
             if reason is not None:
                 raise SchemeError(f"{linear.name}: {reason}")
-    quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in linears if linear.scheme is not None]
-    kept = [linear.name for linear in linears if linear.scheme is None]
-    head = model.head_name
-    config = fmt.config(quantized, [*kept, *([head] if head else [])], **config_options)
-    return Plan(fmt, tuple(linears), _shards(model, linears, fmt), config)
+    quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in everything if linear.scheme is not None]
+    kept = [linear.name for linear in everything if linear.scheme is None]
+    tied = [model.head_name] if model.head_name and last is None else []
+    config = fmt.config(quantized, [*kept, *tied], **config_options)
+    layers = tuple(linear for linear in everything if linear.layer != OUTSIDE)
+    return Plan(fmt, layers, everything[-1] if last else None, _shards(model, everything, fmt), config)
+
+
+def _head(model: Shapes, scheme: Scheme | None) -> LinearPlan | None:
+    """The head, if it has a weight of its own."""
+    name = model.head_name
+    if name is None:
+        return None
+    shape = model.outside().get(f"{name}.weight", ())
+    if len(shape) == 2:
+        if scheme is not None and not is_lm_head(name):
+            raise SchemeError(f"{name}: engines read a quantized head by the name of lm_head only; leave it in 16 bit")
+        return LinearPlan(name, OUTSIDE, name, *shape, scheme)
+    if scheme is not None:
+        raise SchemeError(
+            f"{name}: is the embedding's own matrix (tied), and embeddings stay in 16 bit; leave {name} in 16 bit"
+        )
+    return None
 
 
 def _linears(model: Shapes, resolve: Callable[[str, int], Scheme | None], index: int) -> list[LinearPlan]:
@@ -155,11 +195,12 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
         tensors = plain({f"{prefix}.{n}": shape for n, shape in model.layer_shapes(index).items()})
         for linear in linears:
             if linear.layer == index and linear.scheme is not None:
-                del tensors[f"{linear.name}.weight"]
-                specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
-                tensors |= {f"{linear.name}.{key}": spec for key, spec in specs.items()}
+                tensors = _packed(tensors, linear, fmt)
         contents.append((f"layer.{index}", tensors))
     after = plain(model.after_layers())
+    for linear in linears:
+        if linear.layer == OUTSIDE and linear.scheme is not None:
+            after = _packed(after, linear, fmt)
     if after:
         contents.append(("head", after))
     return tuple(
@@ -168,19 +209,28 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
     )
 
 
+def _packed(tensors: Mapping[str, TensorSpec], linear: LinearPlan, fmt: Format) -> dict[str, TensorSpec]:
+    """The tensors with a linear's weight replaced by what the format stores for it, at the end."""
+    assert linear.scheme is not None
+    specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
+    kept = {name: spec for name, spec in tensors.items() if name != f"{linear.name}.weight"}
+    return kept | {f"{linear.name}.{key}": spec for key, spec in specs.items()}
+
+
 def resolved(plan: Plan, method: str) -> list[dict[str, Any]]:
     """What a recipe comes to: one row for the linears of one kind that are treated alike, in the order of the model.
 
-    kind, layers ("0-3,7"), bits, group_size, symmetric (None in 16 bit), method, linears (a number), bytes.
+    kind, layers ("0-3,7", empty for the head), bits, group_size, symmetric (None in 16 bit), method, linears (a
+    number), bytes.
     """
     rows: dict[tuple[str, Scheme | None, str | None], list[LinearPlan]] = {}
-    for linear in plan.linears:
+    for linear in [*plan.linears, *([plan.head] if plan.head else [])]:
         used = None if linear.scheme is None else linear.method or method
         rows.setdefault((linear.local.rpartition(".")[2], linear.scheme, used), []).append(linear)
     return [
         {
             "kind": kind,
-            "layers": number_ranges([linear.layer for linear in linears]),
+            "layers": number_ranges([linear.layer for linear in linears if linear.layer != OUTSIDE]),
             "bits": scheme.bits if scheme else 16,
             "group_size": scheme.group_size if scheme else None,
             "symmetric": scheme.symmetric if scheme else None,

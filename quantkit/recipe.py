@@ -8,6 +8,7 @@ rules:                                              # the last rule that matches
   - {kind: down_proj, layers: 0-7, bits: 8}
   - {match: "model.layers.63.*", keep: 16bit}        # a glob over the whole name
   - {match: "re:.*[.](q|k|v)_proj", method: awq}     # or, after re:, a regular expression
+  - {kind: lm_head, bits: 8}                         # 16 bit unless a rule names it: no pattern reaches it
 calibration: {source: mix, samples: 128, seqlen: 2048}
 budget: {memory: 22GiB, context: 16k, kv: fp16}
 """
@@ -57,6 +58,13 @@ class Rule(SchemeSpec):
     keep: Literal["16bit"] | None = None
     method: Literal["awq", "gptq", "rtn"] | None = None
 
+    @field_validator("match", "kind")
+    @classmethod
+    def _no_embedding(cls, value: str | None) -> str | None:
+        if value is not None and value.rpartition(".")[2] == "embed_tokens":
+            raise ValueError("embeddings stay in 16 bit: transformers does not load quantized ones")
+        return value
+
     @field_validator("match")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
@@ -78,7 +86,9 @@ class Rule(SchemeSpec):
         return value
 
     def applies(self, name: str, layer: int) -> bool:
-        """Whether the linear `name` in decoder layer number `layer` is meant."""
+        """Whether the linear `name` in decoder layer number `layer` is meant; the head (-1) only by its very name."""
+        if layer < 0:
+            return name in (self.match, self.kind) and self.layers is None
         if self.match is not None and not _matches(self.match, name):
             return False
         if self.kind is not None and name.rpartition(".")[2] != self.kind:
@@ -199,7 +209,7 @@ def _line(node: yaml.Node | None, place: Iterable[str | int]) -> int:
 
 
 def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | None]:
-    """(full name, layer number) -> the linear's scheme, or None to keep it in 16 bit."""
+    """(full name, layer number) -> the linear's scheme, or None to keep it in 16 bit, as the head (-1) unless named."""
 
     def resolve(name: str, layer: int) -> Scheme | None:
         chosen: dict[str, Any] = {
@@ -207,7 +217,7 @@ def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | N
             "group_size": default.group_size,
             "symmetric": default.symmetric,
         }
-        kept = False
+        kept = layer < 0
         for rule in recipe.rules:
             if rule.applies(name, layer):
                 fields = ("bits", "group_size", "symmetric")

@@ -42,9 +42,8 @@ from quantkit.model.streaming import (
     read_layer,
     read_outside,
 )
-from quantkit.plan import LinearPlan
+from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.stored import (
-    OUTSIDE,
     changes_nothing,
     packed_names,
     parameters,

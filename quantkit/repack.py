@@ -33,12 +33,11 @@ from quantkit.formats.reading import CODES, read_schemes, unpack, unpack_zeros
 from quantkit.machine import return_freed_memory
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.plan import STORED, LinearPlan, ShardPlan
+from quantkit.plan import OUTSIDE, STORED, LinearPlan, ShardPlan
 from quantkit.quantize import rtn
 from quantkit.quantize.grid import to_float16
 from quantkit.scheme import MAX_BITS, MIN_BITS, QuantizedTensor, Scheme, dequantize
 from quantkit.stored import (
-    OUTSIDE,
     changes_nothing,
     packed_names,
     parameters,

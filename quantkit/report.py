@@ -402,7 +402,7 @@ def _depth(result: Result) -> tuple[list[Chart], Table | None]:
                 note="Relative error of the hidden states after each layer, against FP16, on the evaluation set.",
             )
         )
-    layers = [layer for layer in result.get("layers") or [] if layer.get("loss") is not None]
+    layers = [layer for layer in _decoder(result) if layer.get("loss") is not None]
     if not layers:
         return shown, None
     kinds = _kinds(layers)
@@ -424,6 +424,11 @@ def _depth(result: Result) -> tuple[list[Chart], Table | None]:
     return shown, Table(["kind", "mean error", "largest", "in layer"], rows)
 
 
+def _decoder(result: Result) -> list[Result]:
+    """The linears of the decoder layers; a quantized head is in the tables only."""
+    return [layer for layer in result.get("layers") or [] if layer["layer"] >= 0]
+
+
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -438,10 +443,11 @@ def _bits(result: Result) -> tuple[str, Chart | None]:
         return f"All {len(layers):,} quantized linear layers are {next(iter(found))}.", None
     said = ", ".join(f"{count:,} layers {name}" for name, count in found.items())
     names = list(found)
+    inner = _decoder(result)
+    rows, depth = [_short(k) for k in _kinds(inner)], max(x["layer"] for x in inner) + 1
     values = {
-        (_short(x["kind"]), x["layer"]): wording.scheme(x["bits"], x["group_size"], x["symmetric"]) for x in layers
+        (_short(x["kind"]), x["layer"]): wording.scheme(x["bits"], x["group_size"], x["symmetric"]) for x in inner
     }
-    rows, depth = [_short(k) for k in _kinds(layers)], max(x["layer"] for x in layers) + 1
     svg = charts.category_map("Scheme by kind and layer", rows, depth, values, names)
     return f"{said[:1].upper()}{said[1:]}.", Chart("Scheme by kind and layer", svg, list(enumerate(names)))
 

@@ -40,7 +40,7 @@ from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Outcome, run
-from quantkit.plan import make_plan, resolved
+from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe, method_resolver, resolver, shipped, unmatched
@@ -108,22 +108,25 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     if fmt is GGUF:
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
+    resolve = resolver(recipe, scheme)
     plan = make_plan(
         model,
-        resolver(recipe, scheme),
+        resolve,
         fmt,
+        head=resolve(model.head_name or "", OUTSIDE),
         method_of=method_resolver(recipe, request.method),
         **config_options(request.options),
     )
-    if request.options.tune and any(x.method == "rtn" for x in plan.linears if x.scheme):
+    if request.options.tune and any(x.method == "rtn" for x in plan.quantized):
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))
-    calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.linears if x.scheme})
+    calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.quantized})
     out = request.out or default_out(request, scheme, fmt)
     job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
-    layout = _layout(request, job)
+    layout = layout_of(request, job, [(evaluated.samples, evaluated.seqlen)] * 2 if evaluated else [])
     job = replace(job, place=layout.place, batch=layout.batch, inputs=request.inputs, amend=request.amend)
-    told = unmatched(recipe, [(linear.name, linear.layer) for linear in plan.linears])
+    everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
+    told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
     _announce(console, request, recipe, job, told)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
@@ -140,15 +143,16 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     return finished[0], out
 
 
-def _layout(request: Request, job: Job) -> Layout:
-    shapes = [(job.evaluation.samples, job.evaluation.seqlen)] * 2 if job.evaluation else []
+def layout_of(request: Request, job: Job, evaluated: Sequence[tuple[int, int]]) -> Layout:
+    """Where things go in memory for a job; evaluated: (samples, seqlen) of each stream that measures."""
+    shapes = list(evaluated)
     if job.calibration:
         samples = job.calibration.samples * (1 + job.tuning_copies)
         shapes += [(samples, job.calibration.seqlen)] * (2 if job.follows_original else 1)
     return lay_out(
         job.model,
         job.plan.linears,
-        Streams(shapes, compared=job.evaluation is not None),
+        Streams(shapes, compared=bool(evaluated)),
         job.device,
         job.dtype.itemsize,
         calibrated=job.calibration is not None,

@@ -99,6 +99,14 @@ def split_rows(quantized: QuantizedTensor, rows: Sequence[int]) -> list[Quantize
     return [replace(quantized, codes=c, scales=s, zeros=z) for c, s, z in zip(*parts, strict=True)]
 
 
+def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """The tensor that `split_rows` cuts into these."""
+    import torch
+
+    codes, scales, zeros = (torch.cat(x) for x in zip(*((q.codes, q.scales, q.zeros) for q in parts), strict=True))
+    return replace(parts[0], codes=codes, scales=scales, zeros=zeros)
+
+
 def expand(per_group: Tensor, columns: int) -> Tensor:
     """[out, groups] -> [out, groups * columns], each value repeated over the columns of its group."""
     return per_group.repeat_interleave(columns, dim=1)

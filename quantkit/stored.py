@@ -14,13 +14,12 @@ from quantkit.formats import Format
 from quantkit.formats.reading import read_schemes, unpack
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes
-from quantkit.plan import LinearPlan
+from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.scheme import dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-OUTSIDE = -1  # the layer number of the head
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
 
 

@@ -95,7 +95,7 @@ def allocate_summary(result: Mapping[str, Any]) -> Group:
     for part in result["parts"]:
         rows.setdefault(part["layer"], {})["/".join(_short(part["linears"]))] = part["entry"]
     for layer, row in rows.items():
-        table.add_row(str(layer), *(row.get(kind, "") for kind in kinds))
+        table.add_row(str(layer) if layer >= 0 else "", *(row.get(kind, "") for kind in kinds))
     lines: list[Any] = [table]
     lines += [
         f"uniform {uniform['entry']}: {uniform['total_bytes']:,} bytes, expected KL {uniform['predicted_kl']:.5f}"

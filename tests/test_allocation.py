@@ -15,13 +15,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quantkit import pipeline
 from quantkit.allocation.command import AllocateRequest, allocate, budget_of, split
 from quantkit.allocation.knapsack import solve
-from quantkit.allocation.menu import entry_name, parse_menu
+from quantkit.allocation.menu import HEAD, entry_name, parse_menu
 from quantkit.allocation.problem import Problem, pose
-from quantkit.allocation.sensitivity import Measured, Settings, measure
+from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import choose, corrected, table_of
+from quantkit.calibration import TokenSet, load
 from quantkit.errors import InputError
+from quantkit.job import Job
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
 from quantkit.progress import Display
@@ -76,6 +79,10 @@ def asked(model: Path, tokens: Path, out: Path, budget: int, **changes: Any) -> 
 def posed(request: AllocateRequest) -> tuple[Problem, list[str]]:
     model = open_model(Path(request.run.model))
     return pose(request.run, Recipe(), budget_of(request, Recipe(), model.config), model, sites_of(model))
+
+
+def load_tokens(path: Path) -> TokenSet:
+    return load(str(path), lambda: None, samples=16, seqlen=32, seed=0, vocab_size=96, offline=True)  # type: ignore
 
 
 def uniform_bytes(model: Path, scheme: Scheme, tokens: Path, out: Path) -> int:
@@ -141,18 +148,15 @@ def test_a_swap_is_the_model_with_that_part_rounded(model: Path, tokens: Path, t
     request = asked(model, tokens, tmp_path, 10**9)
     problem, _ = posed(request)
     ids = load_file(tokens)["input_ids"]
-    from quantkit.calibration import load
-
-    given_tokens = load(str(tokens), None, samples=16, seqlen=32, seed=0, vocab_size=96, offline=True)  # type: ignore[arg-type]
-    calibration, probe = split(given_tokens, 4)
-    swaps = [((1, 3), Scheme(3, 32, True)), ((2, 0), Scheme(4, 32, True)), ((0, 2), None)]
-    settings = Settings("gptq", Options(refine=0), CPU, tmp_path)
-    found = measure(streamed, calibration, probe, problem.menu, {}, swaps, settings, Display(QUIET, CPU))
+    calibration, probe = split(load_tokens(tokens), 4)
+    swaps = [((1, 3), Scheme(3, 32, True)), ((2, 0), Scheme(4, 32, True))]
+    plan = problem.plan(problem.smallest())
+    job = Job(streamed, plan, "gptq", Options(refine=0, correct=0.0), calibration, None, tmp_path, CPU)
+    found = measure_menu(job, probe, problem.menu, swaps, Display(QUIET, CPU))
     assert found.kl == 0
-    assert found.swapped[swaps[2]] == pytest.approx(0, abs=1e-9)
     assert set(found.losses[1, 3]) == {None, *problem.menu[1, 3]}
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for part, scheme in swaps[:2]:
+    for part, scheme in swaps:
         whole = rounded_whole(model, streamed, problem, part, scheme, calibration.input_ids)
         with torch.no_grad():
             p, q = (m(ids[12:]).logits[:, :-1].double().log_softmax(-1) for m in (reference, whole))
@@ -296,3 +300,90 @@ def test_another_recipe_redoes_only_what_follows_its_first_change(model: Path, t
     assert kept["model-00002-of-00005.safetensors"] == (out / "model-00002-of-00005.safetensors").stat().st_mtime_ns
     fresh, _ = quantize(replace(run, out=tmp_path / "fresh"), QUIET)
     assert {f["name"]: f["sha256"] for f in changed["files"]} == {f["name"]: f["sha256"] for f in fresh["files"]}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_check_is_what_a_run_leaves(tokens: Path, tmp_path: Path, method: str) -> None:
+    """KL of an allocation as checked, head and drift included, against the run of its recipe on the same windows."""
+    model = make_qwen2(tmp_path / "model", layers=3)  # in bfloat16, which files hold as it is
+    request = asked(model, tokens, tmp_path, 10**9, method=method, also=("lm_head",))
+    problem, _ = posed(request)
+    w3, w4 = Scheme(3, 32, True), Scheme(4, 32, True)
+    choice: Any = {part: w3 if part[1] == 2 else w4 for part in problem.parts} | {HEAD: w4}
+    streamed = open_model(model)
+    given = load_tokens(tokens)
+    calibration, probe = split(given, 4)
+    job = Job(streamed, problem.plan(choice), method, Options(), calibration, None, tmp_path, CPU)
+    parts = [(1, 1), (0, 0), (2, 3), HEAD]
+    checked = measure_choice(job, probe, given.input_ids[:3], parts, Display(QUIET, CPU))
+
+    def ran(choice: Any, name: str, windows: torch.Tensor) -> float:
+        out = tmp_path / name
+        whole = replace(job, plan=problem.plan(choice), out=out, evaluation=replace(probe, input_ids=windows))
+        measured = pipeline.run(whole, Display(QUIET, CPU)).measured
+        assert measured is not None
+        return float(measured["kl_divergence"])
+
+    assert checked.kl == pytest.approx(ran(choice, "whole", probe.input_ids), rel=1e-5)
+    assert checked.kl_elsewhere == pytest.approx(ran(choice, "elsewhere", given.input_ids[:3]), rel=1e-5)
+    back = ran(choice | {HEAD: None}, "back", probe.input_ids)
+    assert back < checked.kl
+    assert checked.swapped[HEAD, None] == pytest.approx(back, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_part_back_in_16_bit_costs_nothing(model: Path, tokens: Path, tmp_path: Path, method: str) -> None:
+    """Whatever was folded into what is around it: with only one part quantized, putting it back gives the original."""
+    problem, _ = posed(asked(model, tokens, tmp_path, 10**9, method=method, also=("lm_head",)))
+    calibration, probe = split(load_tokens(tokens), 4)
+    for part in ((0, 0), (1, 1), (1, 2), (2, 3), HEAD):
+        choice: Any = dict.fromkeys(problem.parts, None) | {part: Scheme(3, 32, True)}
+        job = Job(open_model(model), problem.plan(choice), method, Options(), calibration, None, tmp_path, CPU)
+        found = measure_choice(job, probe, None, [part], Display(QUIET, CPU))
+        assert found.swapped[part, None] < 1e-3 * found.kl
+
+
+def test_the_head_is_a_part_when_asked(model: Path, tokens: Path, tmp_path: Path) -> None:
+    budget = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    without = allocate(asked(model, tokens, tmp_path, budget), QUIET)
+    result = allocate(asked(model, tokens, tmp_path, budget, also=("lm_head",), quantize=True), QUIET)
+    assert result["parts"][-1]["linears"] == ["lm_head"]
+    assert result["parts"][-1]["entry"] in ("W3g32", "W4g32", "W8g32")  # 16 bit would be a waste
+    assert result["predicted_kl"] < without["predicted_kl"]
+    written = json.loads((Path(result["run"]["out"]) / "quantkit.json").read_text())
+    assert written["layers"][-1]["name"] == "lm_head"
+    assert result["total_bytes"] == written["total_bytes"] <= budget
+    assert written["engines"]["transformers"] is None
+
+
+def test_what_lies_outside_is_refused_with_its_reason(model: Path, tokens: Path, tmp_path: Path) -> None:
+    for also, told in (("embeddings", "transformers does not load"), ("norms", "expected lm_head")):
+        with pytest.raises(InputError, match=told):
+            posed(asked(model, tokens, tmp_path, 10**9, also=(also,)))
+    tied = make_qwen2(tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(InputError, match="tied"):
+        posed(asked(tied, tokens, tmp_path, 10**9, also=("lm_head",)))
+
+
+def test_a_failing_verdict_is_repaired_within_the_budget(model: Path, tokens: Path, tmp_path: Path) -> None:
+    """A recipe worse than it must be, as if measured wrongly: repairing raises what hurts, and takes no more bytes."""
+    budget = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    request = asked(model, tokens, tmp_path, budget, also=("lm_head",), check=False)
+    honest = allocate(replace(request, quantize=True), QUIET)
+    limit = 1.2 * honest["run"]["verification"]["kl_divergence"]
+    table = tmp_path / "table.json"
+    allocate(replace(request, table=table), QUIET)
+    kept = json.loads(table.read_text())
+    for part in ("1.2", "2.2"):  # as if gate and up of two layers mattered most, and their down hardly
+        kept["swapped"] = {key: x * (100 if key.startswith(f"{part} ") else 1) for key, x in kept["swapped"].items()}
+    for part in ("1.3", "2.3"):
+        kept["swapped"] = {key: x * (0.01 if key.startswith(f"{part} ") else 1) for key, x in kept["swapped"].items()}
+    table.write_text(json.dumps(kept))
+    again = replace(
+        request, table=table, quantize=True, run=replace(request.run, max_kl=limit, out=tmp_path / "repaired")
+    )
+    result = allocate(again, QUIET)
+    assert result["run"]["verification"]["verdict"] == "pass"
+    (first, *_) = result["run"]["repairs"]
+    assert first["kl_divergence"] > limit >= result["run"]["verification"]["kl_divergence"]
+    assert result["total_bytes"] == result["run"]["total_bytes"] <= budget

@@ -48,10 +48,11 @@ ALLOWED: dict[str, str] = {
     "resample": "errors machine calibration model evaluation",
     "job": "machine quantize calibration checkpoint model plan evaluation",
     "layer": "errors dtypes scheme stats quantize activations model plan evaluation job",
+    "head": "scheme stats quantize activations model evaluation",
     "tuning": "scheme quantize checkpoint calibration activations model evaluation resample job layer",
     "pipeline": (
-        "errors dtypes machine background checkpoint calibration activations model plan stored evaluation job layer"
-        " tuning"
+        "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation job"
+        " layer head tuning"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
@@ -74,7 +75,7 @@ ALLOWED: dict[str, str] = {
     ),
     "allocation": (
         "errors units scheme stats machine quantize formats checkpoint calibration activations recipe model plan stored"
-        " fit loaders evaluation verify progress choices runs"
+        " fit loaders evaluation job layer head memory progress choices runs"
     ),
     "sweep": (
         "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The allocate command: measure, solve, check, write the recipe; and with `--run`, quantize with it and repair."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,24 @@ from rich.console import Console
 from torch import Tensor
 
 from quantkit.allocation import kept
-from quantkit.allocation.menu import Entry, Part
 from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_room
 from quantkit.allocation.recipe_file import document_of, recipe_text
-from quantkit.allocation.sensitivity import Measured, Settings, Swap, measure
+from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, table_of, total
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.writer import write_text
 from quantkit.choices import choose_recipe, find_model
 from quantkit.errors import InputError
 from quantkit.fit import shapes_in
+from quantkit.job import Job
+from quantkit.memory import keep
 from quantkit.model.families import FAMILIES
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe
-from quantkit.runs import Request, quantize, serving, tokens_of
+from quantkit.runs import Request, layout_of, quantize, serving, tokens_of
 from quantkit.units import format_bytes
 
 PROBE_SAMPLES = 16
@@ -38,13 +39,15 @@ class AllocateRequest:
     """What the user asked for beside what a run is asked for.
 
     run: the request of the quantizing run, its `budget`, `context` and `kv` included; weights_only: the budget counts
-    the files of weights alone; engine: whose kernels must run every entry ("any": none asked for; None: vllm where the
-    menu is the default one and the budget is a card's); every: probe each n-th layer and interpolate; check: measure
-    the result and correct the table; table: where measurements are kept for other budgets
+    the files of weights alone; also: parts outside the layers to choose for, too ("lm_head"); engine: whose kernels
+    must run every entry ("any": none asked for; None: vllm, unless a menu is given or the budget is of files); every:
+    probe each n-th layer and interpolate; check: measure the result and correct the table; table: where measurements
+    are kept for other budgets
     """
 
     run: Request
     weights_only: bool = False
+    also: Sequence[str] = ()
     menu: str | None = None
     engine: str | None = None
     probe_samples: int = PROBE_SAMPLES
@@ -134,7 +137,8 @@ def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
 
 def budget_of(request: AllocateRequest, recipe: Recipe, config: Any) -> Budget:
     """The budget of a request for a model of this config."""
-    return Budget(request.weights_only, request.menu, request.engine, serving(request.run, recipe, config))
+    serve = serving(request.run, recipe, config)
+    return Budget(request.weights_only, request.menu, request.engine, request.also, serve)
 
 
 def split(tokens: TokenSet, probes: int) -> tuple[TokenSet, TokenSet]:
@@ -162,46 +166,49 @@ def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
     found = None if request.table is None else kept.read_kept(request.table, who, problem)
     if found is None:
         swaps = probe_entries(problem, request.every)
-        cheap = replace(request.run.options, refine=0)
-        found = _pass(work, problem.menu, {}, swaps, cheap, None)
+        job = _job(work, problem.smallest(), replace(request.run.options, refine=0, correct=0.0), len(swaps))
+        _announce(work, f"the menu, {sum(map(len, problem.menu.values()))} roundings", len(swaps))
+        with display(work.console, request.run.device) as progress:
+            found = measure_menu(job, work.probe, problem.menu, swaps, progress)
         if request.table is not None:
             kept.keep(request.table, who, problem, found)
     return found
 
 
 def check(work: Work, choice: Choice) -> Measured:
-    """The true KL of an allocation, rounded as a run rounds it, and of the same with each part back in 16 bit.
+    """The true KL of what a run would leave of an allocation, and of the same with each part back in 16 bit.
 
     Windows of the evaluation text run through it as well, to tell the KL that is to be expected there; they decide
     nothing.
     """
-    swaps: list[Swap] = [(part, None) for part in choice if is_probed(work.problem, part, work.request.every)]
-    return _pass(work, {}, choice, swaps, work.request.run.options, work.elsewhere)
+    parts = [part for part in choice if is_probed(work.problem, part, work.request.every)]
+    job = _job(work, choice, work.request.run.options, len(parts))
+    _announce(work, "the allocation", len(parts))
+    with display(work.console, work.request.run.device) as progress:
+        return measure_choice(job, work.probe, work.elsewhere, parts, progress)
 
 
-def _pass(
-    work: Work,
-    menu: Mapping[Part, Sequence[Entry]],
-    base: Mapping[Part, Entry],
-    swaps: Sequence[Swap],
-    options: Options,
-    elsewhere: Tensor | None,
-) -> Measured:
-    run, problem, calibration, probe = work.request.run, work.problem, work.calibration, work.probe
-    entries = {entry for row in problem.menu.values() for entry in row if entry is not None}
-    folder = work.request.recipe.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(run.method, options, run.device, folder, max(map(problem.fmt.min_zero, entries)))
-    what = "the allocation" if base else "the menu"
-    roundings = sum(map(len, menu.values())) or len(base)
+def _announce(work: Work, what: str, swaps: int) -> None:
+    calibration = work.calibration
     work.console.print(
         f"measuring {what}: one pass over {len(work.model.layers)} layers with {calibration.samples} x "
-        f"{calibration.seqlen} tokens, {roundings} roundings, {len(swaps)} swaps on {probe.samples} other windows",
+        f"{calibration.seqlen} tokens, and {swaps} swaps on {work.probe.samples} other windows",
         highlight=False,
         soft_wrap=True,
     )
-    with display(work.console, run.device) as progress:
-        return measure(work.model, calibration, probe, menu, base, swaps, settings, progress, elsewhere)
+
+
+def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
+    """A run of a choice, on the windows that calibrate, with the hidden states of all swaps laid out in memory."""
+    run, probe, calibration = work.request.run, work.probe, work.calibration
+    folder = work.request.recipe.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(work.model, work.problem.plan(choice), run.method, options, calibration, None, folder, run.device)
+    streams = 2 + swaps + (0 if work.elsewhere is None else 2)
+    layout = layout_of(run, job, [(probe.samples, probe.seqlen)] * streams)
+    work.console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    keep(layout, run.device)
+    return replace(job, place=layout.place, batch=layout.batch)
 
 
 # ---------------------------------------------------------------- running it

@@ -8,11 +8,12 @@ from dataclasses import replace
 from quantkit.errors import InputError
 from quantkit.formats import Format
 from quantkit.loaders import LOADERS, Heads, why_not
-from quantkit.plan import LinearPlan
+from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.recipe import BITS
 from quantkit.scheme import Scheme
 
 Part = tuple[int, int]  # the layer, and the number of the site within it
+HEAD: Part = (OUTSIDE, 0)
 Entry = Scheme | None  # None: 16 bit
 Parts = Mapping[Part, Sequence[LinearPlan]]
 

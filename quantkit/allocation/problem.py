@@ -11,6 +11,7 @@ from typing import Any
 from quantkit.allocation.menu import (
     DEFAULT_MENU,
     ENGINES,
+    HEAD,
     Entry,
     Part,
     Parts,
@@ -25,7 +26,7 @@ from quantkit.formats import Format
 from quantkit.loaders import heads_of
 from quantkit.model.families import Site
 from quantkit.model.shapes import Shapes
-from quantkit.plan import LinearPlan, Plan, linear_bytes, make_plan
+from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe
 from quantkit.runs import Request, config_options
@@ -34,6 +35,7 @@ from quantkit.stored import sixteen_bit_linears
 from quantkit.units import format_bytes
 
 Choice = dict[Part, Entry]
+FEWER_BITS = ((3, 128), (3, 256), (2, 128), (2, -1))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Budget:
     weights_only: bool
     menu: str | None
     engine: str | None
+    also: Sequence[str]
     serve: Mapping[str, Any]
 
     @property
@@ -72,7 +75,8 @@ class Problem:
     def plan(self, choice: Mapping[Part, Entry]) -> Plan:
         """The output with each part at its entry."""
         of = {linear.name: entry for part, entry in choice.items() for linear in self.parts[part]}
-        return make_plan(self.shapes, lambda name, layer: of.get(name), self.fmt, **config_options(self.options))
+        options = config_options(self.options)
+        return make_plan(self.shapes, lambda name, layer: of.get(name), self.fmt, head=choice.get(HEAD), **options)
 
     def cost(self, part: Part, entry: Entry) -> int:
         """Bytes of the tensors of a part's linears."""
@@ -106,20 +110,34 @@ def pose(
     engine = budget.engine or ("any" if budget.menu or budget.weights_only else "vllm")
     if engine not in ENGINES:
         raise InputError(f"--engine: expected {', '.join(ENGINES)}, got {engine!r}")
-    parts = parts_of(model, sites)
+    parts = parts_of(model, sites, budget.also)
     entries = parse_menu(budget.menu or DEFAULT_MENU, symmetric)
     menu, notes = entries_by_part(parts, entries, fmt, engine, heads_of(model.config))
     return Problem(model, parts, menu, fmt, run.method, run.options, symmetric, budget), notes
 
 
-def parts_of(model: Shapes, sites: Sequence[Site]) -> dict[Part, tuple[LinearPlan, ...]]:
-    """The linears of each site of each layer, in 16 bit."""
+def parts_of(model: Shapes, sites: Sequence[Site], also: Sequence[str]) -> dict[Part, tuple[LinearPlan, ...]]:
+    """The linears of each site of each layer, in 16 bit, and of what is asked for outside the layers.
+
+    Raises:
+        InputError: something outside that cannot be quantized.
+    """
     linears = {(linear.layer, linear.local): linear for linear in sixteen_bit_linears(model)}
-    return {
+    parts: dict[Part, tuple[LinearPlan, ...]] = {
         (layer, number): tuple(linears[layer, name] for name in site.linears)
         for layer in range(len(model.layer_linears))
         for number, site in enumerate(sites)
     }
+    for name in also:
+        if name == "embeddings":
+            raise InputError("--also embeddings: they stay in 16 bit, as transformers does not load quantized ones")
+        if name != "lm_head":
+            raise InputError(f"--also: expected lm_head, got {name!r}")
+        shape = model.outside().get(f"{model.head_name}.weight", ())
+        if model.head_name is None or len(shape) != 2:
+            raise InputError("--also lm_head: the head is the embedding's own matrix (tied), which stays in 16 bit")
+        parts[HEAD] = (LinearPlan(model.head_name, OUTSIDE, model.head_name, *shape, None),)
+    return parts
 
 
 def require_room(problem: Problem) -> None:
@@ -139,11 +157,12 @@ def require_room(problem: Problem) -> None:
     raise InputError(
         f"--budget {format_bytes(budget.nbytes)}: the smallest of the menu ({least}) takes {format_bytes(needed)} "
         f"{what}, {format_bytes(needed - budget.nbytes)} too much; "
-        + (f"what would fit: {'; '.join(would)}" if would else f"a budget of {format_bytes(needed)} would fit")
+        f"what would fit: {'; '.join([*would, f'--budget {-(-needed // 2**20)}MiB'])}"
     )
 
 
 def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
+    """Less context, half the cache, fewer bits: what each alone, or where that is too little together, makes fit."""
     budget = problem.budget
     if not budget.weights_only:
         longest = problem.fit(plan)["longest_context"]
@@ -153,14 +172,17 @@ def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
             eight = problem.fit(plan, kv="fp8")
             if eight["fits"]:
                 yield "--kv fp8"
-            elif longest == 0 and eight["longest_context"] > 0:
+            elif eight["longest_context"] > 0:
                 yield f"--kv fp8 --context {eight['longest_context']}"
-    for bits, group in ((3, 128), (3, 256), (2, 128), (2, -1)):
+    for bits, group in FEWER_BITS:
         entry = Scheme(bits, group, problem.symmetric)
         try:
-            size = problem.size(problem.plan(dict.fromkeys(problem.parts, entry)))
+            fewer = problem.plan(dict.fromkeys(problem.parts, entry))
         except SchemeError:
             continue
-        if size <= budget.nbytes:
-            yield f"--menu {entry_name(entry)},... ({format_bytes(size)})"
+        if problem.size(fewer) <= budget.nbytes:
+            yield f"--engine any --menu {entry_name(entry)},... ({format_bytes(problem.size(fewer))})"
+            return
+        if not budget.weights_only and problem.fit(fewer, kv="fp8")["fits"]:
+            yield f"--kv fp8 --engine any --menu {entry_name(entry)},..."
             return

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quantkit.allocation.menu import Entry, Part, entry_name
+from quantkit.allocation.menu import HEAD, Entry, Part, entry_name
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.table import Table, total
 from quantkit.calibration import TokenSet
@@ -19,8 +19,8 @@ def document_of(problem: Problem, choice: Choice, table: Table, ratio: float) ->
     plan = problem.plan(choice)
     uniform = []
     for entry in dict.fromkeys(entry for row in problem.menu.values() for entry in row):
-        if entry is not None and all(entry in row for row in problem.menu.values()):
-            alike = dict.fromkeys(problem.parts, entry)
+        if entry is not None and all(entry in row for part, row in problem.menu.items() if part != HEAD):
+            alike = {part: None if part == HEAD else entry for part in problem.parts}
             size = problem.plan(alike).file_bytes
             kl = total(table, alike) * ratio
             uniform.append({"entry": entry_name(entry), "total_bytes": size, "predicted_kl": kl})
@@ -51,7 +51,7 @@ def recipe_text(
     problem: Problem, choice: Choice, table: Table, document: Mapping[str, Any], run: Request, tokens: TokenSet
 ) -> str:
     """The recipe file. Its default is the most common scheme; tokens: what has calibrated."""
-    schemes = [entry for entry in choice.values() if entry is not None]
+    schemes = [entry for part, entry in choice.items() if entry is not None and part != HEAD]
     default = max(dict.fromkeys(schemes), key=schemes.count)
     serve, weights_only = problem.budget.serve, problem.budget.weights_only
     counted = "files of weights" if weights_only else f"{serve['context']} tokens of {serve['kv']} cache counted"
@@ -82,7 +82,7 @@ def recipe_text(
 def _rules(problem: Problem, choice: Choice, table: Table, default: Entry) -> list[str]:
     groups: dict[tuple[int, Entry], list[int]] = {}
     for (layer, number), entry in choice.items():
-        if entry != default:
+        if entry != default and (layer, number) != HEAD:
             groups.setdefault((number, entry), []).append(layer)
     lines = []
     for (number, entry), layers in sorted(groups.items(), key=lambda item: (item[0][0], item[1])):
@@ -91,6 +91,9 @@ def _rules(problem: Problem, choice: Choice, table: Table, default: Entry) -> li
             "  # " + "; ".join(_reason(problem, table, (layer, number), entry) for layer in layers),
             f'  - {{match: "re:.*[.]({names})", layers: "{number_ranges(layers)}", {_scheme(entry)}}}',
         ]
+    if choice.get(HEAD) is not None:
+        reason = _reason(problem, table, HEAD, choice[HEAD])
+        lines += [f"  # {reason}", f"  - {{kind: lm_head, {_scheme(choice[HEAD])}}}"]
     return lines
 
 
@@ -102,7 +105,7 @@ def _scheme(entry: Entry) -> str:
 
 def _reason(problem: Problem, table: Table, part: Part, entry: Entry) -> str:
     smaller = [e for e in problem.menu[part] if problem.cost(part, e) < problem.cost(part, entry)]
-    text = f"layer {part[0]}: {table[part][entry]:.2g}"
+    text = f"{'lm_head' if part == HEAD else f'layer {part[0]}'}: {table[part][entry]:.2g}"
     if not smaller:
         return text
     below = max(smaller, key=lambda e: problem.cost(part, e))

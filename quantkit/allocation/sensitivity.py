@@ -10,20 +10,20 @@ original model's. A swap in layer l is a stream of a few token windows of its ow
 loaded once, and all the streams that are alive run through it. With L layers and every part swapped once that is
 about L / 2 x parts per layer forward passes over the windows, and one over the calibration tokens.
 
-The base is the original model, or an allocation: then the calibration tokens run through the quantized layers, and the
-swaps say what each part costs where the allocation stands.
+The base is the original model (`measure_menu`), or an allocation (`measure_choice`): then every layer is quantized by
+the very function of a run, later layers are calibrated on what it leaves, and the swaps, each of one part back to 16
+bit, say what the part costs where the allocation stands.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, choose_place
-from quantkit.allocation.menu import Entry, Part
+from quantkit.activations import Stream
+from quantkit.allocation.menu import HEAD, Entry, Part
 from quantkit.calibration import TokenSet
 from quantkit.evaluation import (
     Progress,
@@ -35,41 +35,21 @@ from quantkit.evaluation import (
     loaded,
     observe,
     open_states,
-    run_dtype,
 )
+from quantkit.head import head_stats, quantize_head
+from quantkit.job import Job
+from quantkit.layer import as_written, folded, quantize_layer
 from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
-from quantkit.model.streaming import (
-    StreamedModel,
-    assign,
-    drop,
-    move_buffers,
-    outside_loaded,
-    read_layer,
-    read_outside,
-)
+from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
 from quantkit.quantize import gptq
-from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.quantize.methods import METHODS, SiteInput
 from quantkit.scheme import Scheme, dequantize
 from quantkit.stats import SiteStats, output_error
 
 Swap = tuple[Part, Entry]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How roundings are made, and where the work runs.
-
-    min_zero: scheme -> the smallest zero point that the format stores safely is the format's; the largest is taken here
-    spill: the folder for hidden states that fit in no memory
-    """
-
-    method: str
-    options: Options
-    device: torch.device
-    spill: Path
-    min_zero: int = 0
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,127 +66,217 @@ class Measured:
     kl_elsewhere: float | None = None
 
 
+@dataclass(frozen=True)
+class Step:
+    """A layer of the base as it runs, and what each swap that begins in it has in place of some of its weights."""
+
+    standing: Tensors
+    tried: Mapping[Swap, Tensors]
+    worst: float
+
+
 @torch.no_grad()
-def measure(
-    model: StreamedModel,
-    calibration: TokenSet,
-    probe: TokenSet,
-    menu: Mapping[Part, Sequence[Entry]],
-    base: Mapping[Part, Entry],
-    swaps: Sequence[Swap],
-    settings: Settings,
-    progress: Progress,
-    elsewhere: Tensor | None = None,
+def measure_menu(
+    job: Job, probe: TokenSet, menu: Mapping[Part, Sequence[Entry]], swaps: Sequence[Swap], progress: Progress
 ) -> Measured:
-    """Measure in one pass over the model.
+    """The losses of every part at its entries, and the KL of each swap in the original model.
 
-    elsewhere: further windows, int64 [n, seqlen of the probe], on which only the base is measured
-    menu: the entries to round each part at; base: the parts that are quantized in the base (others are 16 bit);
-    swaps: what to measure the KL of; their entries are rounded whether or not the menu has them.
+    job: how roundings are made, and what calibrates them; menu: the entries to round each part at; swaps: what to
+    measure the KL of, entries of the menu
     """
-    device = settings.device
-    sites = sites_of(model)
-    dtype = run_dtype(model, device, f"{model.layer_name(0)}.{sites[0].linears[0]}.weight")
-    move_buffers(model.model, device)
-    quantized = any(entry is not None for entry in base.values())
-    swapped = probe.samples
-    if elsewhere is not None and quantized:
-        probe = replace(probe, input_ids=torch.cat([probe.input_ids, elsewhere]))
-    streams = 2 + quantized + len(swaps)
-    room = (streams * probe.input_ids.numel() + calibration.input_ids.numel()) * model.config.hidden_size
-    place = choose_place(room * dtype.itemsize, device)
-
-    def opened(tokens: TokenSet, name: str) -> Stream:
-        return open_states(model, tokens, dtype, device, settings.spill / f".{name}-states.tmp", place)
-
-    original, calibrated = opened(probe, "original"), opened(calibration, "calibration")
-    progress.start(len(model.layers), calibration.input_ids.numel(), {"calibration": place, "probes": place})
-    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
-        embed_tokens(model, probe, original, device)
-        embed_tokens(model, calibration, calibrated, device)
-    standing = _copy(original, opened(probe, "base")) if quantized else original
-    alive: dict[Swap, Stream] = {}
+    model, sites = job.model, sites_of(job.model)
+    move_buffers(model.model, job.device)
+    calibration = _calibration(job, "calibration")
     losses: dict[Part, dict[Entry, float]] = {}
+
+    def step(index: int, source: Tensors) -> Step:
+        progress.stage("run the calibration tokens")
+        observed = observe(model, index, sites, calibration)
+        tried: dict[Swap, Tensors] = {}
+        for number, site in enumerate(sites):
+            part = (index, number)
+            progress.stage(f"round {'/'.join(name.rpartition('.')[2] for name in site.linears)}")
+            losses[part] = {None: 0.0}
+            for entry, weights, loss in _rounded(job, index, site, observed[number], menu[part]):
+                losses[part][entry] = loss
+                if (part, entry) in swaps:
+                    tried[part, entry] = weights
+        return Step(source, tried, max(max(losses[index, number].values()) for number in range(len(sites))))
+
+    original, _, alive = _follow(job, probe, swaps, step, progress, quantized=False)
+    outside = loaded(read_outside(model, ending_names(model)), job.device, job.dtype)
+    figures = _divergences(job, probe, original, list(alive.values()), outside, outside)
+    swapped = dict(zip(alive, (figure["kl_divergence"] for figure in figures), strict=True))
+    if HEAD in menu:
+        progress.stage("round lm_head")
+        losses[HEAD] = {None: 0.0}
+        name = f"{model.head_name}.weight"
+        stats = head_stats(model, calibration, None, job.device, job.dtype)
+        for entry in menu[HEAD]:
+            if entry is not None:
+                rounded, record = quantize_head(
+                    outside[name], entry, job.options, stats, job.plan.format.min_zero(entry)
+                )
+                losses[HEAD][entry] = record["loss"]
+                if (HEAD, entry) in swaps:
+                    instead = outside | {name: dequantize(rounded, job.dtype)}
+                    (figure,) = _divergences(job, probe, original, [original], outside, instead)
+                    swapped[HEAD, entry] = figure["kl_divergence"]
+    return Measured(losses, 0.0, swapped, probe.samples * (probe.seqlen - 1))
+
+
+@torch.no_grad()
+def measure_choice(
+    job: Job, probe: TokenSet, elsewhere: Tensor | None, parts: Sequence[Part], progress: Progress
+) -> Measured:
+    """The KL of what a run of the job would leave, and of the same with each of some parts back in 16 bit.
+
+    elsewhere: further windows, int64 [n, seqlen of the probe], on which only the whole is measured
+    """
+    model, sites = job.model, sites_of(job.model)
+    move_buffers(model.model, job.device)
+    swaps: list[Swap] = [(part, None) for part in parts]
+    calibration = _calibration(job, "calibration")
+    wanted = _calibration(job, "wanted") if job.follows_original else None
+    assert job.calibration is not None
+    samples = job.calibration.samples
+
+    def step(index: int, source: Tensors) -> Step:
+        layer = model.layers[index]
+        result = quantize_layer(job, index, sites, calibration, wanted, source, samples, None, progress)
+        standing = loaded(as_written(source, result), job.device, job.dtype)
+        back = loaded(folded(source, result.folds), job.device, job.dtype)
+        if wanted is not None:
+            assign(layer, source)
+            advance(model, index, wanted)
+        assign(layer, standing)
+        advance(model, index, calibration)
+        tried = {
+            swap: {f"{name}.weight": back[f"{name}.weight"] for name in sites[swap[0][1]].linears}
+            for swap in swaps
+            if swap[0][0] == index
+        }
+        return Step(standing, tried, max((record["loss"] for record in result.records), default=0.0))
+
+    both = probe if elsewhere is None else replace(probe, input_ids=torch.cat([probe.input_ids, elsewhere]))
+    original, standing, alive = _follow(job, both, swaps, step, progress, quantized=True, swapped=probe.samples)
+    outside = loaded(read_outside(model, ending_names(model)), job.device, job.dtype)
+    whole = outside
+    head = job.plan.head
+    if head is not None and head.scheme is not None:
+        progress.stage("round lm_head")
+        name = f"{head.name}.weight"
+        stats = head_stats(model, calibration, wanted, job.device, job.dtype)
+        rounded, _ = quantize_head(
+            outside[name], head.scheme, job.options, stats, job.plan.format.min_zero(head.scheme)
+        )
+        whole = outside | {name: dequantize(rounded, job.dtype)}
+    first, rest = slice(0, probe.samples), slice(probe.samples, both.samples)
+    reference, base = _cut(original, first), _cut(standing, first)
+    based, *others = _divergences(job, probe, reference, [base, *alive.values()], outside, whole)
+    swapped = dict(zip(alive, (figure["kl_divergence"] for figure in others), strict=True))
+    if HEAD in parts:
+        (figure,) = _divergences(job, probe, reference, [base], outside, outside)
+        swapped[HEAD, None] = figure["kl_divergence"]
+    kl_elsewhere = None
+    if both.samples > probe.samples:
+        tokens = replace(probe, input_ids=both.input_ids[rest])
+        (figure,) = _divergences(job, tokens, _cut(original, rest), [_cut(standing, rest)], outside, whole)
+        kl_elsewhere = figure["kl_divergence"]
+    return Measured({}, based["kl_divergence"], swapped, based["tokens"], kl_elsewhere)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def _opened(job: Job, tokens: TokenSet, name: str) -> Stream:
+    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", job.place, job.batch)
+
+
+def _embedded(job: Job, tokens: TokenSet, name: str) -> Stream:
+    stream = _opened(job, tokens, name)
+    names = embedding_names(job.model)
+    with outside_loaded(job.model, loaded(read_outside(job.model, names), job.device, job.dtype)):
+        embed_tokens(job.model, tokens, stream, job.device)
+    return stream
+
+
+def _calibration(job: Job, name: str) -> Stream:
+    assert job.calibration is not None
+    return _embedded(job, job.calibration, name)
+
+
+def _follow(
+    job: Job,
+    tokens: TokenSet,
+    swaps: Sequence[Swap],
+    step: Callable[[int, Tensors], Step],
+    progress: Progress,
+    *,
+    quantized: bool,
+    swapped: int | None = None,
+) -> tuple[Stream, Stream, dict[Swap, Stream]]:
+    """(the original's hidden states behind the last layer, the base's, each swap's) for some windows of tokens.
+
+    step: called with each layer as it is in the original, materialised; quantized: whether the base is another model;
+    swapped: how many of the windows the swaps see (None: all)
+    """
+    model = job.model
+    original = _embedded(job, tokens, "original")
+    standing = original
+    if quantized:
+        standing = _opened(job, tokens, "base")
+        standing.states.copy_(original.states)
+    seen = replace(tokens, input_ids=tokens.input_ids[:swapped])
+    progress.start(len(model.layers), tokens.input_ids.numel(), {"probes": original.place})
+    alive: dict[Swap, Stream] = {}
     for index, layer in enumerate(model.layers):
         progress.layer(index)
         progress.stage("read")
-        source = loaded(read_layer(model, index), device, dtype)
+        source = loaded(read_layer(model, index), job.device, job.dtype)
         assign(layer, source)
-        progress.stage("run the calibration tokens")
-        here = {swap: swap[0][1] for swap in swaps if swap[0][0] == index}
-        before = standing.states[:swapped].clone() if here else None
-        stats = observe(model, index, sites, calibrated, keep=not quantized)
         if quantized:
+            progress.stage("run the original")
             advance(model, index, original)
-        standing_weights: dict[str, Tensor] = {}
-        tried: dict[Swap, dict[str, Tensor]] = {}
-        for number, site in enumerate(sites):
-            part = (index, number)
-            wanted = [*menu.get(part, ()), base.get(part), *(entry for (at, entry) in here if at == part)]
-            progress.stage(f"round {'/'.join(name.rpartition('.')[2] for name in site.linears)}")
-            losses[part] = {None: 0.0}
-            for entry, weights, loss in _rounded(model, index, site, stats[number], wanted, settings):
-                losses[part][entry] = loss
-                if base.get(part) == entry:
-                    standing_weights |= weights
-                if (part, entry) in here:
-                    tried[part, entry] = weights
-        del stats
+        found = step(index, source)
         progress.stage("run the swaps")
-        if before is not None:
-            for swap, number in here.items():
-                stream = opened(replace(probe, input_ids=probe.input_ids[:swapped]), "swap")
-                stream.states.copy_(before)
-                weights = tried.get(
-                    swap, {f"{name}.weight": source[f"{name}.weight"] for name in sites[number].linears}
-                )
-                assign(layer, source | standing_weights | weights)
-                advance(model, index, stream)
-                alive[swap] = stream
-        assign(layer, source | standing_weights)
+        for swap in [swap for swap in swaps if swap[0][0] == index]:
+            alive[swap] = _opened(job, seen, "swap")
+            alive[swap].states.copy_(standing.states[:swapped])
         for swap, stream in alive.items():
-            if swap not in here:
-                advance(model, index, stream)
+            assign(layer, {**found.standing, **found.tried.get(swap, {})})
+            advance(model, index, stream)
+        assign(layer, found.standing)
         advance(model, index, standing)
-        if quantized:
-            advance(model, index, calibrated)
         drop(layer)
         return_freed_memory()
-        worst = max((loss for part in losses if part[0] == index for loss in losses[part].values()), default=0.0)
-        progress.finished(index, worst, False)
+        progress.finished(index, found.worst, False)
     progress.ending("compare the logits")
-    outside = loaded(read_outside(model, ending_names(model)), device, dtype)
-
-    def divergences(windows: slice, streams: Sequence[Stream]) -> list[dict[str, Any]]:
-        tokens = replace(probe, input_ids=probe.input_ids[windows])
-        reference, *others = (replace(s, states=s.states[windows]) for s in (original, *streams))
-        return compare_all(model, tokens, reference, others, outside, outside.items(), device)
-
-    based, *others = divergences(slice(0, swapped), [standing, *alive.values()])
-    kls = [float(figure["kl_divergence"]) for figure in others]
-    further = divergences(slice(swapped, None), [standing])[0] if probe.samples > swapped else None
-    return Measured(
-        losses,
-        float(based["kl_divergence"]),
-        dict(zip(alive, kls, strict=True)),
-        based["tokens"],
-        None if further is None else float(further["kl_divergence"]),
-    )
+    return original, standing, alive
 
 
-def _copy(source: Stream, target: Stream) -> Stream:
-    target.states.copy_(source.states)
-    return target
+def _cut(stream: Stream, windows: slice) -> Stream:
+    return replace(stream, states=stream.states[windows])
+
+
+def _divergences(
+    job: Job, tokens: TokenSet, original: Stream, streams: Sequence[Stream], outside: Tensors, theirs: Tensors
+) -> list[dict[str, Any]]:
+    """The figures of each stream; outside: the tensors outside the layers of the original; theirs: of the streams."""
+    return compare_all(job.model, tokens, original, streams, outside, theirs.items(), job.device)
+
+
+# ---------------------------------------------------------------- rounding at every entry
 
 
 def _rounded(
-    model: StreamedModel, index: int, site: Site, stats: SiteStats, entries: Sequence[Entry], settings: Settings
+    job: Job, index: int, site: Site, stats: SiteStats, entries: Sequence[Entry]
 ) -> Iterator[tuple[Scheme, dict[str, Tensor], float]]:
     """(entry, the weights as they compute, the share of the output that is lost), one entry after the other.
 
     A scale that an earlier op would absorb is divided out again: alone in its layer, the part computes the same.
     """
-    layer = model.layers[index]
+    layer = job.model.layers[index]
     weights: dict[str, Tensor] = {}
     for name in site.linears:
         weight = layer.get_submodule(name).weight
@@ -214,18 +284,19 @@ def _rounded(
         weights[name] = weight
     energy = sum(float(output_error(weight, stats.gram).sum()) for weight in weights.values())
     schemes = [entry for entry in dict.fromkeys(entries) if entry is not None]
-    options = settings.options
+    options = job.options
     factor = None
-    if schemes and settings.method == "gptq":
+    if schemes and job.method == "gptq":
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
-    channel = fold_channels(model, index, site) if settings.method == "awq" else None
-    channel = None if channel is None else channel.to(settings.device)
+    channel = fold_channels(job.model, index, site) if job.method == "awq" else None
+    channel = None if channel is None else channel.to(job.device)
     for scheme in schemes:
         # Scaling rescales the Gram matrix in place: each entry needs its own.
         own = stats if channel is None else replace(stats, gram=stats.gram.clone())
-        outcome = METHODS[settings.method](
-            SiteInput(weights, dict.fromkeys(weights, scheme), own, channel, settings.min_zero, factor), options
+        site_input = SiteInput(
+            weights, dict.fromkeys(weights, scheme), own, channel, job.plan.format.min_zero(scheme), factor
         )
+        outcome = METHODS[job.method](site_input, options)
         found, error = {}, 0.0
         for name, quantized in outcome.quantized.items():
             computed = dequantize(quantized)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from quantkit.allocation.knapsack import solve
-from quantkit.allocation.menu import Entry, Part
+from quantkit.allocation.menu import HEAD, Entry, Part
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.sensitivity import Measured, Swap
 
@@ -13,8 +13,8 @@ Table = dict[Part, dict[Entry, float]]
 
 
 def is_probed(problem: Problem, part: Part, every: int) -> bool:
-    """Whether the part lies in one of the layers that are swapped in: each n-th, and the last."""
-    return part[0] % every == 0 or part[0] == len(problem.shapes.layer_linears) - 1
+    """Whether the part lies in one of the layers that are swapped in, each n-th and the last, or is the head."""
+    return part == HEAD or part[0] % every == 0 or part[0] == len(problem.shapes.layer_linears) - 1
 
 
 def probe_entries(problem: Problem, every: int) -> list[Swap]:

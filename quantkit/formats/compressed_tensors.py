@@ -99,7 +99,10 @@ def config(
     desc_act: bool = False,
     static_groups: bool = False,
 ) -> dict[str, Any]:
-    """One config group a scheme. A single scheme targets every Linear; several target disjoint lists of names."""
+    """One config group a scheme. A single scheme targets every Linear; several target disjoint lists of names.
+
+    A head is always named: to vLLM it is no Linear.
+    """
     check_layers(quantized, kept)
     if desc_act:
         raise SchemeError("compressed-tensors has no act-order; gptq holds it")
@@ -107,7 +110,8 @@ def config(
     groups = {}
     for index, scheme in enumerate(schemes):
         names = [name for name, other in quantized if other == scheme]
-        targets = ["Linear"] if len(schemes) == 1 else [f"re:{pattern(with_fused(names))}"]
+        heads = [f"re:{pattern([name])}" for name in names if is_lm_head(name)]
+        targets = ["Linear", *heads] if len(schemes) == 1 else [f"re:{pattern(with_fused(names))}"]
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": {

@@ -386,16 +386,28 @@ def run_layer(model: StreamedModel, index: int, hidden: Tensor, weights: Mapping
 
 def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str) -> Tensor:
     """Run layer `index` only until `linear` is about to run, and return its input [batch, seqlen, in_features]."""
+    return _input_of(model.layers[index].get_submodule(linear), lambda: run_layer(model, index, hidden))
+
+
+def run_to_head(model: StreamedModel, hidden: Tensor) -> Tensor:
+    """What the head reads [batch, seqlen, in_features] for final hidden states; must run inside `outside_loaded`."""
+    head = model.model.get_output_embeddings()
+    assert head is not None
+    return _input_of(head, lambda: logits(model, hidden))
+
+
+def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What the module is about to read when `run` reaches it, and is stopped."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         raise _Stop
 
-    handle = model.layers[index].get_submodule(linear).register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop)
     try:
         with suppress(_Stop):
-            run_layer(model, index, hidden)
+            run()
     finally:
         handle.remove()
     return seen[0]

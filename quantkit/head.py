@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head: what the last norm hands over is summed up, and the weight rounded, some rows at a time.
+
+Nothing reads the head's output but the softmax, and nothing before it absorbs a scale, so awq rounds it as gptq does.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.activations import Stream, regrouped, samples_per_sum
+from quantkit.evaluation import ending_names, loaded
+from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
+from quantkit.quantize import gptq
+from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.scheme import QuantizedTensor, Scheme, join_rows
+from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
+
+ROWS = 2**14  # of the vocabulary that are rounded at once: no more weights than a large layer's linear has
+
+
+def head_stats(
+    model: StreamedModel,
+    stream: Stream,
+    wanted: Stream | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    samples: int | None = None,
+) -> SiteStats:
+    """Sum up what the head reads, from calibration streams that have left the last layer.
+
+    wanted: the same samples in the original model, if the drift is to be known; samples: only the first so many
+
+    Raises:
+        NumericsError: inputs that are not finite.
+    """
+    head = model.head_name
+    names = [name for name in ending_names(model) if not name.startswith(f"{head}.")]
+
+    def inputs(of: Stream) -> Iterator[Tensor]:
+        found = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(samples))
+        return regrouped(found, samples_per_sum(of.states.shape[1]))
+
+    with outside_loaded(model, loaded(read_outside(model, names), device, dtype)):
+        width = int(model.outside()[f"{head}.weight"][1])
+        stats = collect(inputs(stream), width, device, None if wanted is None else inputs(wanted))
+    require_finite_stats(stats, str(head))
+    return stats
+
+
+def quantize_head(
+    weight: Tensor, scheme: Scheme, options: Options, stats: SiteStats | None, min_zero: int
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    """Round a head [vocab, hidden]; the result, and what happened, as `methods` record it.
+
+    stats: of what it reads; None rounds to nearest
+    """
+    factor = None
+    if stats is not None and options.rounding == "gptq":
+        factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
+    round_rows = METHODS["rtn" if stats is None else "gptq"]
+    parts, lost, energy = [], 0.0, 0.0
+    for rows in weight.split(ROWS):
+        found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor), options)
+        parts.append(found.quantized["rows"])
+        squares = rows.float().square() if stats is None else output_error(rows, stats.gram)
+        energy += float(squares.sum())
+        lost += float(squares.sum()) * found.records["rows"]["loss"]
+    raised = {"damp_raised_to": factor.damp} if factor is not None and factor.damp != options.damp else {}
+    return join_rows(parts), {"loss": lost / energy if energy > 0 else 0.0, **raised}
