@@ -105,7 +105,7 @@ def inspect_table(result: dict[str, Any]) -> Group:
         measured = result["verification"]
         kl = measured["kl_divergence"]
         figure = "not measured" if kl is None else f"{kl:.5f} nats"
-        totals.add_row("KL divergence", f"{figure}, verdict {measured['verdict']}")
+        totals.add_row("KL divergence", f"{figure}, verdict {measured['verdict']} when it was measured")
     if result.get("converted"):
         source = result["converted"]
         totals.add_row("converted from", f"{source['from_format']}, made by {source['made_by']}: {source['from']}")
