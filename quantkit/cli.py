@@ -543,7 +543,7 @@ def push(
     with _told():
         from quantkit.card import PATH, render_card
         from quantkit.document import RESULT, read_result
-        from quantkit.hub import push as upload
+        from quantkit.hub.push import push as upload
         from quantkit.summary import push_document, push_summary
 
         if (out / RESULT).is_file():

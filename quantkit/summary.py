@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from quantkit.hub import PushResult
+from quantkit.hub.push import PushResult
 from quantkit.units import format_bytes, format_seconds
 
 

@@ -20,7 +20,8 @@ from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from quantkit.errors import InputError, OutputError
-from quantkit.hub import PushResult, check_verified, files_to_push, push, require_names, with_note
+from quantkit.hub.files import check, files_to_push, with_note
+from quantkit.hub.push import PushResult, push, require_names
 from quantkit.units import format_bytes
 
 # The hub's library sends files the way its network library no longer likes.
@@ -261,7 +262,7 @@ def test_an_incomplete_checkpoint_is_refused_even_by_force(out: Path, tmp_path: 
     elif kind == "folder":
         shard.mkdir()
     with pytest.raises(OutputError, match=f"{shard.name} is part of the checkpoint but not a file in it"):
-        check_verified(out, force=force)
+        check(out, files_to_push(out), force=force)
 
 
 def test_a_single_file_without_an_index(out: Path) -> None:
@@ -359,7 +360,7 @@ def test_a_note_on_a_card_without_metadata() -> None:
 def test_a_damaged_quantkit_json_is_refused_even_by_force(out: Path, text: str) -> None:
     (out / "quantkit.json").write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(OutputError, match=r"quantkit\.json"):
-        check_verified(out, force=True)
+        check(out, files_to_push(out), force=True)
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "../x", "a/..", "a/b--c", "a/x.git", "", "a b/c", "a/b-", "/x"])

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One branch of one repository on the hub, and how to be patient with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from quantkit.errors import OutputError, QuantkitError
+from quantkit.hub.failures import TRIES, asked_wait, deepest, is_dropped, safe_line, status_of, wait_before
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of one repository, and how to be patient with it."""
+
+    api: HfApi
+    repo_id: str
+    branch: str
+    token: str = field(repr=False)
+    sleep: Callable[[float], None]
+    say: Say
+
+    def call(self, what: str, action: Callable[[], T]) -> T:
+        """Do it, again after a wait when the hub is busy or the connection drops; `action` must bear repeating.
+
+        Raises:
+            OutputError: one line, without the token. The cause is cut off, for it may quote the token.
+        """
+        for tried in count(1):
+            try:
+                return action()
+            except QuantkitError:
+                raise
+            except Exception as error:  # each version of the hub's library brings its own network library and errors
+                wait = wait_before(error, tried)
+                if wait is None:
+                    raise OutputError(f"{self.repo_id}: {what}: {self._why(error)}") from None
+                status = status_of(error)
+                said = "the connection dropped" if status is None else f"HTTP {status}"
+                self.say(f"{what}: {said}; again in {wait:.0f} s ({TRIES - tried} more tries)")
+            self.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def files(self, revision: str) -> dict[str, RepoFile]:
+        """The top-level files that the hub lists at a branch or commit."""
+        listing = self.call(
+            "listing the repository", lambda: list(self.api.list_repo_tree(self.repo_id, revision=revision))
+        )
+        return {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+
+    def head(self) -> str:
+        info = self.call("reading the branch", lambda: self.api.model_info(self.repo_id, revision=self.branch))
+        return str(info.sha)
+
+    def _why(self, error: BaseException) -> str:
+        status, owner = status_of(error), self.repo_id.partition("/")[0]
+        again = "run the same command again: what is up is not sent again"
+        if status == 401 or type(deepest(error)).__name__ == "XetAuthenticationError":
+            return "the token was not accepted (HTTP 401); run `hf auth login`, or set HF_TOKEN to one that may write"
+        if status == 403:
+            return f"not allowed (HTTP 403); use a token with the right to write to {owner}, and be a member of it"
+        if status == 404:
+            return f"not found (HTTP 404); check {self.repo_id} and branch {self.branch}, and that the token sees them"
+        if status in (409, 412):
+            return f"it conflicts with another change (HTTP {status}); look at the repository, then {again}"
+        if status == 429:
+            asked = asked_wait(error)
+            return f"too many requests (HTTP 429); wait{f' {asked:.0f} seconds' if asked else ' a while'}, then {again}"
+        if status is not None and status >= 500:
+            return f"the hub failed (HTTP {status}); wait a while, then {again}"
+        if status is not None:
+            said = safe_line(getattr(error, "server_message", None) or "", self.token)
+            return f"refused (HTTP {status}){f': {said}' if said else ''}; see {self.api.endpoint}/{self.repo_id}"
+        kind = type(deepest(error)).__name__
+        if is_dropped(error):
+            return f"the connection failed ({kind}); check the network, then {again}"
+        return f"{kind}: {safe_line(deepest(error), self.token)}; {again}"
