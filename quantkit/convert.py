@@ -31,7 +31,7 @@ from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
-from quantkit.report import render_report
+from quantkit.report.run import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
 from quantkit.runs import beside_weights, positions
 from quantkit.stored import quantization_of, writer

@@ -36,7 +36,7 @@ from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.plan import DISK_MARGIN
 from quantkit.progress import display
-from quantkit.report import render_report
+from quantkit.report.run import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
 from quantkit.runs import DEFAULT_SAMPLES, DEFAULT_SEQLEN, beside_weights, positions, tokenizer_of, tokens_record
 from quantkit.stored import quantization_of

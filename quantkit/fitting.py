@@ -91,7 +91,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
 
 def fit_page(result: dict[str, Any], path: Path) -> None:
     """Write the picture of memory against context as one HTML page."""
-    from quantkit.report import render_fit  # templates, which the table needs not
+    from quantkit.report.fit import render_fit  # templates, which the table needs not
 
     write_text(path, render_fit(result, result["name"], result["scheme"]))
 

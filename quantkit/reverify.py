@@ -36,7 +36,7 @@ from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
-from quantkit.report import render_report
+from quantkit.report.run import render_report
 from quantkit.runs import DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
 from quantkit.verify import Limits, verification_block
 

@@ -44,7 +44,7 @@ from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe, method_resolver, resolver, shipped, unmatched
-from quantkit.report import render_report
+from quantkit.report.run import render_report
 from quantkit.scheme import Scheme
 from quantkit.summary import recipe_table
 from quantkit.units import format_bytes

@@ -64,7 +64,7 @@ from quantkit.plan import make_plan
 from quantkit.progress import display
 from quantkit.quantize import gptq
 from quantkit.recipe import Recipe
-from quantkit.report import render_sweep
+from quantkit.report.sweep import render_sweep
 from quantkit.runs import Request, config_options, serving, tokens_of, tokens_record
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes

@@ -17,7 +17,8 @@ from result_document import GIB, example
 
 from quantkit import charts, wording
 from quantkit.fitting import FitRequest, fit_request
-from quantkit.report import render_fit, render_report
+from quantkit.report.fit import render_fit
+from quantkit.report.run import render_report
 
 NASTY = "<script>alert('x')</script>\" onload=x & {{ 7 * 7 }}\n</title>"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -193,7 +194,7 @@ def test_a_budget_that_nothing_fits_is_said() -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, quantkit.report, quantkit.card; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantkit.report.run, quantkit.card; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

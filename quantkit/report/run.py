@@ -1,48 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""report.html: what a run did and what was measured, as one self-contained page that opens offline.
+"""report.html: what a run did and what was measured.
 
 A pure function of the result document (quantkit.json): the same document gives the same bytes. What the document lacks
 is left out or said to be missing. Everything taken from it is escaped by jinja2.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from markupsafe import Markup
+from collections.abc import Sequence
 
 from quantkit import charts, wording
 from quantkit.rendering import template
+from quantkit.report.parts import Card, Chart, Result, Table, memory
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TOTAL = "total"  # the row of a table that is set in bold
-MIB, GIB = 2**20, 2**30
-Result = Mapping[str, Any]
-
-
-class Card(NamedTuple):
-    """A key figure: its name, the figure, and a line below it."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-class Chart(NamedTuple):
-    """A chart with its heading, a legend of (colour index, name), and a line on how to read it."""
-
-    heading: str
-    svg: Markup
-    legend: Sequence[tuple[int, str]] = ()
-    note: str = ""
-
-
-class Table(NamedTuple):
-    """Rows of text below column names; columns from the second on hold figures if `figures`."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    figures: bool = True
 
 
 def render_report(result: Result) -> str:
@@ -57,7 +27,7 @@ def render_report(result: Result) -> str:
         reasons=(verification or {}).get("reasons") or [],
         passed_because=_passed_because(verification),
         cards=_cards(result),
-        memory=_memory(fit) if fit else None,
+        memory=memory(fit) if fit else None,
         accuracy=_accuracy(verification) if verification else None,
         depth=_depth(result),
         bits=_bits(result),
@@ -68,150 +38,6 @@ def render_report(result: Result) -> str:
         versions=sorted((result.get("versions") or {}).items()),
         layers=_layers(result),
     )
-
-
-def render_fit(fit: Result, model: str, subtitle: str) -> str:
-    """One self-contained page: memory against context, from the document of `fit.fit`."""
-    chart, parts, longest = _memory(fit)
-    cards, problems = fit["tensor_parallel"]["cards"], fit["tensor_parallel"]["problems"]
-    verdict = f"Cannot be cut over {cards} cards" if problems else "Fits" if fit["fits"] else "Does not fit"
-    engines = [[engine, reason or "loads it"] for engine, reason in fit["engines"].items()]
-    return template("fit.html.j2", escape=True).render(
-        model=wording.short_name(model),
-        subtitle=subtitle,
-        good=fit["fits"] and not problems,
-        verdict=verdict,
-        problems=problems,
-        longest=longest,
-        chart=chart,
-        parts=parts,
-        weights=_sizes("kind", fit["weights"]),
-        workspace=_sizes("part", fit["workspace"]),
-        workspace_note=_workspace_note(fit["model"]),
-        needs=_needs(fit),
-        engines=Table(["", ""], engines, figures=False),
-    )
-
-
-def _sizes(name: str, sizes: Mapping[str, int]) -> Table:
-    rows = [[kind.replace("_", " "), wording.size(size), f"{size:,}"] for kind, size in sizes.items() if size]
-    return Table([name, "size", "bytes"], rows)
-
-
-def _workspace_note(model: Result) -> str:
-    """What the workspace is counted for: the constants of `fit`."""
-    return (
-        f"Counted for a prefill of {model['prefill_tokens']:,} tokens at once and {model['sequences']} sequence. "
-        "What an engine takes for itself (context, libraries, graphs) is an allowance, not a measurement."
-    )
-
-
-def _needs(fit: Result) -> Table | None:
-    """What quantizing will need; None for what is quantized already."""
-    if "ram_bytes" not in fit:
-        return None
-    hidden = wording.size(fit["hidden_states_bytes"])
-    rows = [
-        ("RAM", f"{wording.size(fit['ram_bytes'])} at most, on a CPU"),
-        ("GPU memory", f"{wording.size(fit['device_bytes'])} at most, with --device cuda"),
-        (
-            "disk",
-            f"{wording.size(fit['disk_bytes'])}, and {hidden} of hidden states a stream if RAM does not hold them",
-        ),
-    ]
-    return Table(["", ""], rows, figures=False)
-
-
-def render_sweep(sweep: Result) -> str:
-    """One self-contained page: KL against size for the settings of a sweep, from the document sweep.json."""
-    rows = [row for row in sweep["settings"] if row["why_not"] is None]
-    refused = [row for row in sweep["settings"] if row["why_not"] is not None]
-    calibration = sweep["calibration"]
-    ran = [
-        ("calibration", _tokens_line(calibration) if calibration else "none"),
-        ("evaluation", _tokens_line(sweep["evaluation"])),
-        ("perplexity of FP16", wording.figure(sweep["perplexity_fp16"])),
-        ("time", f"{wording.duration(sweep['seconds'])}, {wording.duration(sweep['shared_seconds'])} of it shared"),
-    ]
-    return template("sweep.html.j2", escape=True).render(
-        model=wording.short_name(sweep["model"]),
-        subtitle=f"{len(rows)} settings measured in one pass, {len(refused)} left out",
-        chart=_sweep_chart(sweep, rows),
-        settings=_sweep_table(sweep, rows),
-        refused=Table(("setting", "why not"), [(row["name"], row["why_not"]) for row in refused], figures=False),
-        note=sweep["note"],
-        ran=Table(("", ""), ran, figures=False),
-        command=sweep["command"],
-    )
-
-
-def _tokens_line(tokens: Result) -> str:
-    return f"{tokens['source']}, {tokens['samples']} x {tokens['seqlen']} tokens"
-
-
-def _setting_label(row: Result) -> str:
-    return f"W{row['bits']} {'rows' if row['group_size'] == -1 else 'g' + str(row['group_size'])}"
-
-
-def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
-    unit, name = (GIB, "GiB") if max(row["total_bytes"] for row in rows) >= GIB else (MIB, "MiB")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = [(row, max(row["kl_divergence"], 1e-9)) for row in rows if row["kl_divergence"] is not None]
-    marks = [
-        charts.Mark(
-            row["total_bytes"] / unit,
-            kl,
-            methods.index(row["method"]),
-            _setting_label(row) if row["pareto"] else "",
-            f"{row['name']}: {wording.exact(row['total_bytes'])}, KL {kl:.4g}",
-        )
-        for row, kl in found
-    ]
-    room = rows[0]["total_bytes"] + sweep["budget"] - rows[0]["memory_bytes"]
-    x = charts.near_axis(
-        min(mark.x for mark in marks), max(mark.x for mark in marks), f"files of weights, {name}", "{:.4g}".format
-    )
-    y = charts.log_axis(min(mark.y for mark in marks), max(mark.y for mark in marks), "KL against FP16, nats")
-    budget = (
-        f"budget {wording.size(sweep['budget'])} with {wording.tokens(sweep['context'])} of context ({sweep['kv']}): "
-        f"room for {wording.size(room)} of weights"
-    )
-    inside = x.low <= room / unit <= x.high
-    return Chart(
-        "KL divergence against bytes",
-        charts.scatter_chart(
-            "KL divergence against bytes",
-            marks,
-            x,
-            y,
-            front=sorted((row["total_bytes"] / unit, kl) for row, kl in found if row["pareto"]),
-            limit=room / unit,
-        ),
-        [(number, method) for number, method in enumerate(methods)],
-        f"The line is the Pareto front: no other setting is both smaller and closer. The dashed line is the {budget}."
-        if inside
-        else f"The line is the Pareto front: no other setting is both smaller and closer. The {budget}.",
-    )
-
-
-def _sweep_table(sweep: Result, rows: Sequence[Result]) -> Table:
-    columns = ("setting", "size", "bits", "perplexity", "KL", "top-1", "time", "longest context", "loads in", "front")
-    cells = [
-        (
-            row["name"],
-            wording.size(row["total_bytes"]),
-            f"{row['bits_per_weight']:.3f}",
-            wording.figure(row["perplexity"]),
-            wording.figure(row["kl_divergence"]),
-            wording.percent(row["top1_agreement"]),
-            wording.duration(row["seconds"]),
-            wording.tokens(row["longest_context"]) if row["fits"] else f"{row['longest_context']:,} (too long asked)",
-            ", ".join(engine for engine, reason in row["engines"].items() if reason is None) or "none known",
-            "●" if row["pareto"] else "",
-        )
-        for row in sorted(rows, key=lambda row: row["total_bytes"])
-    ]
-    return Table(columns, cells)
 
 
 def _passed_because(verification: Result | None) -> str:
@@ -267,57 +93,6 @@ def _cards(result: Result) -> list[Card]:
             Card("Time", wording.duration(result["seconds"]), "quantizing and verifying" if verification else "")
         )
     return found
-
-
-def _memory(fit: Result) -> tuple[Chart, Table, str]:
-    """The chart, the parts at the context asked for, and a sentence."""
-    card = wording.on_a_card(fit)
-    weights, workspace = card["weights_bytes"], card["workspace_bytes"]
-    parts: list[tuple[str, Callable[[int], float]]] = [
-        ("weights", lambda _: weights),
-        ("workspace", lambda _: workspace),
-        ("KV cache", lambda context: wording.cache_bytes(fit, context)),
-    ]
-    budget, longest, asked = fit.get("budget_bytes"), fit.get("longest_context"), fit["context"]
-    chart = Chart(
-        "By part",
-        charts.memory_chart(
-            parts,
-            budget=budget,
-            longest=longest,
-            asked=asked,
-            allowed=fit.get("max_position_embeddings"),
-            bends=[x["window"] for x in fit.get("kv_layers") or [] if x["window"]],
-        ),
-        [(i, name) for i, (name, _) in enumerate(parts)],
-        "Stacked from below; the dashed line is the budget, the ring the context asked for, the dot the longest "
-        "that fits.",
-    )
-    rows = [
-        ["weights", wording.size(weights)],
-        ["workspace of the engine", wording.size(workspace)],
-        [f"KV cache, {asked:,} tokens ({fit['kv']})", wording.size(card["kv_bytes"])],
-        [TOTAL, wording.size(fit["total_bytes"])],
-    ]
-    if budget is not None:
-        rows.append(["budget", wording.size(budget)])
-        spare = budget - fit["total_bytes"]
-        rows.append(["left" if spare >= 0 else "over the budget by", wording.size(abs(spare))])
-    rows.append(["KV cache per token", wording.exact(card["kv_bytes_per_token"])])
-    cards = card.get("cards", 1)
-    return chart, Table(["part" if cards == 1 else f"on each of {cards} cards", "bytes"], rows), _longest(fit)
-
-
-def _longest(fit: Result) -> str:
-    """The longest context, in a sentence."""
-    longest = fit.get("longest_context")
-    if longest is None:
-        return ""
-    if longest <= 0:
-        return "No context fits: weights and workspace alone exceed the budget."
-    if longest == fit.get("max_position_embeddings"):
-        return f"All {longest:,} tokens that the model allows fit."
-    return f"The longest context that fits is {longest:,} tokens."
 
 
 def _accuracy(verification: Result) -> tuple[str, Table, Chart | None]:

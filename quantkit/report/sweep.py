@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a sweep: KL against size."""
+
+from collections.abc import Sequence
+
+from quantkit import charts, wording
+from quantkit.rendering import template
+from quantkit.report.parts import Chart, Result, Table
+
+MIB, GIB = 2**20, 2**30
+
+
+def render_sweep(sweep: Result) -> str:
+    """One self-contained page: KL against size for the settings of a sweep, from the document sweep.json."""
+    rows = [row for row in sweep["settings"] if row["why_not"] is None]
+    refused = [row for row in sweep["settings"] if row["why_not"] is not None]
+    calibration = sweep["calibration"]
+    ran = [
+        ("calibration", _tokens_line(calibration) if calibration else "none"),
+        ("evaluation", _tokens_line(sweep["evaluation"])),
+        ("perplexity of FP16", wording.figure(sweep["perplexity_fp16"])),
+        ("time", f"{wording.duration(sweep['seconds'])}, {wording.duration(sweep['shared_seconds'])} of it shared"),
+    ]
+    return template("sweep.html.j2", escape=True).render(
+        model=wording.short_name(sweep["model"]),
+        subtitle=f"{len(rows)} settings measured in one pass, {len(refused)} left out",
+        chart=_sweep_chart(sweep, rows),
+        settings=_sweep_table(sweep, rows),
+        refused=Table(("setting", "why not"), [(row["name"], row["why_not"]) for row in refused], figures=False),
+        note=sweep["note"],
+        ran=Table(("", ""), ran, figures=False),
+        command=sweep["command"],
+    )
+
+
+def _tokens_line(tokens: Result) -> str:
+    return f"{tokens['source']}, {tokens['samples']} x {tokens['seqlen']} tokens"
+
+
+def _setting_label(row: Result) -> str:
+    return f"W{row['bits']} {'rows' if row['group_size'] == -1 else 'g' + str(row['group_size'])}"
+
+
+def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
+    unit, name = (GIB, "GiB") if max(row["total_bytes"] for row in rows) >= GIB else (MIB, "MiB")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = [(row, max(row["kl_divergence"], 1e-9)) for row in rows if row["kl_divergence"] is not None]
+    marks = [
+        charts.Mark(
+            row["total_bytes"] / unit,
+            kl,
+            methods.index(row["method"]),
+            _setting_label(row) if row["pareto"] else "",
+            f"{row['name']}: {wording.exact(row['total_bytes'])}, KL {kl:.4g}",
+        )
+        for row, kl in found
+    ]
+    room = rows[0]["total_bytes"] + sweep["budget"] - rows[0]["memory_bytes"]
+    x = charts.near_axis(
+        min(mark.x for mark in marks), max(mark.x for mark in marks), f"files of weights, {name}", "{:.4g}".format
+    )
+    y = charts.log_axis(min(mark.y for mark in marks), max(mark.y for mark in marks), "KL against FP16, nats")
+    budget = (
+        f"budget {wording.size(sweep['budget'])} with {wording.tokens(sweep['context'])} of context ({sweep['kv']}): "
+        f"room for {wording.size(room)} of weights"
+    )
+    inside = x.low <= room / unit <= x.high
+    return Chart(
+        "KL divergence against bytes",
+        charts.scatter_chart(
+            "KL divergence against bytes",
+            marks,
+            x,
+            y,
+            front=sorted((row["total_bytes"] / unit, kl) for row, kl in found if row["pareto"]),
+            limit=room / unit,
+        ),
+        [(number, method) for number, method in enumerate(methods)],
+        f"The line is the Pareto front: no other setting is both smaller and closer. The dashed line is the {budget}."
+        if inside
+        else f"The line is the Pareto front: no other setting is both smaller and closer. The {budget}.",
+    )
+
+
+def _sweep_table(sweep: Result, rows: Sequence[Result]) -> Table:
+    columns = ("setting", "size", "bits", "perplexity", "KL", "top-1", "time", "longest context", "loads in", "front")
+    cells = [
+        (
+            row["name"],
+            wording.size(row["total_bytes"]),
+            f"{row['bits_per_weight']:.3f}",
+            wording.figure(row["perplexity"]),
+            wording.figure(row["kl_divergence"]),
+            wording.percent(row["top1_agreement"]),
+            wording.duration(row["seconds"]),
+            wording.tokens(row["longest_context"]) if row["fits"] else f"{row['longest_context']:,} (too long asked)",
+            ", ".join(engine for engine, reason in row["engines"].items() if reason is None) or "none known",
+            "●" if row["pareto"] else "",
+        )
+        for row in sorted(rows, key=lambda row: row["total_bytes"])
+    ]
+    return Table(columns, cells)
