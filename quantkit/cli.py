@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -586,20 +586,32 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Quantize, verify and publish large language models on one card."""
+    if _processes() > 1 and context.invoked_subcommand not in METHODS:
+        if os.environ["RANK"] == "0":
+            _tell(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
+        raise typer.Exit(PROBLEM)
 
 
 def main() -> None:
     """The `quantkit` console script."""
-    app(prog_name="quantkit")
+    if _processes() == 1 or os.environ["RANK"] == "0":
+        app(prog_name="quantkit")
+    try:  # what is wrong with the words is told once, by the first of several processes
+        sys.exit(app(prog_name="quantkit", standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # click's, wherever typer has it from
+            raise
+        sys.exit(error.exit_code)
 
 
-def _request(method: str, said: Mapping[str, Any]) -> "Request":
-    """The request of a run from the options of a command, whichever of them it has."""
+def _request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
+    """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
     from quantkit.machine import choose_device
     from quantkit.quantize.methods import Options
     from quantkit.runs import Request
@@ -643,7 +655,7 @@ def _request(method: str, said: Mapping[str, Any]) -> "Request":
         budget=size("budget"),
         context=parse_tokens(said["context"], "--context") if said.get("context") else None,
         kv=plain("kv"),
-        device=choose_device(said["device"]),
+        device=choose_device(said["device"], process),
         options=options,
         max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said.get("max_ppl_increase") else None,
         max_kl=said.get("max_kl"),
@@ -660,14 +672,18 @@ def _request(method: str, said: Mapping[str, Any]) -> "Request":
 
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
-    with _told(resumes=True):
+    with _told(resumes=True), ExitStack() as together:
+        from quantkit.ranks import joined
         from quantkit.runs import quantize
         from quantkit.summary import summary
 
+        ranks = together.enter_context(joined(_tell))
         quiet_libraries()
-        result, out = quantize(_request(method, said), _console())
-        _console().print(summary(result, out), highlight=False)
-        if said["json"]:
+        console = Console(stderr=True, quiet=not ranks.first)
+        process = ranks.local_rank if ranks.size > 1 else None
+        result, out = quantize(_request(method, said, process), console, ranks)
+        console.print(summary(result, out), highlight=False)
+        if said["json"] and ranks.first:
             _print_json(result)
     if (result["verification"] or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
@@ -726,7 +742,15 @@ def _print_json(document: Any) -> None:
 
 
 def _command(*, without: tuple[str, ...] = ()) -> str:
-    return shlex.join(["quantkit", *(word for word in sys.argv[1:] if word not in without)])
+    several = (
+        ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if _processes() > 1 else []
+    )
+    return shlex.join([*several, "quantkit", *(word for word in sys.argv[1:] if word not in without)])
+
+
+def _processes() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 @contextmanager
@@ -760,5 +784,9 @@ def _told(*, resumes: bool = False) -> Iterator[None]:
 
 def _fail(*lines: str) -> None:
     for line in lines:
-        typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
+        _tell(line)
     raise typer.Exit(PROBLEM) from None
+
+
+def _tell(line: str) -> None:
+    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)

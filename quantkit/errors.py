@@ -7,7 +7,8 @@ QuantkitError                 a problem the user can fix: the CLI prints its one
 ├── SchemeError               a scheme that a format, or the shape of a layer, cannot hold
 │   └── EngineError           what an engine that was asked for (`--for`) would not load, one line a reason
 ├── OutputError               an output folder that cannot be written, is busy, or belongs to another run
-└── NumericsError             values that are not finite where they must be
+├── NumericsError             values that are not finite where they must be
+└── RankError                 another process of the same run that was lost
 
 A message carries the name, what was expected, what was found, and what to do. Anything that is not a
 QuantkitError (or a full disk) is a bug and keeps its traceback.
@@ -40,3 +41,7 @@ class OutputError(QuantkitError):
 
 class NumericsError(QuantkitError):
     """Values that are not finite where they must be."""
+
+
+class RankError(QuantkitError):
+    """Another process of the same run that was lost."""

@@ -5,6 +5,7 @@ What a run (`pipeline`) and a later look at its files (`remeasure`) have in comm
 running a layer over a stream, and comparing the logits at the end. Both therefore compute the same figures.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,6 +20,7 @@ from quantkit.errors import NumericsError
 from quantkit.model.families import Site
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
 from quantkit.products import mirror_
+from quantkit.ranks import ALONE, Ranks
 from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
 from quantkit.verify import Comparison
 
@@ -138,14 +140,16 @@ def observe(
     return found
 
 
-def relative_error(original: Stream, quantized: Stream) -> float:
-    """||quantized - original||^2 / ||original||^2 of the hidden states."""
-    difference = energy = 0.0
+def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) -> float:
+    """||quantized - original||^2 / ||original||^2 of the hidden states of all ranks."""
+    parts = []
     for batch in original.batches():
         reference = original.states[batch].float()
-        difference += float((quantized.states[batch].float() - reference).square().sum())
-        energy += float(reference.square().sum())
-    return difference / energy if energy > 0 else 0.0
+        difference = float((quantized.states[batch].float() - reference).square().sum())
+        parts.append((difference, float(reference.square().sum())))
+    found = ranks.gather(torch.tensor(parts, dtype=torch.float64))
+    error, energy = (math.fsum(column) for column in found.T.tolist())
+    return error / energy if energy > 0 else 0.0
 
 
 def compare(
@@ -156,9 +160,10 @@ def compare(
     source: Mapping[str, Tensor],
     stored: Iterable[tuple[str, Tensor]],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """The figures of `verify.Comparison`, from the streams that have left the last layer; see `compare_all`."""
-    return compare_all(model, tokens, original, [quantized], source, stored, device)[0]
+    return compare_all(model, tokens, original, [quantized], source, stored, device, ranks)[0]
 
 
 def compare_all(
@@ -169,11 +174,13 @@ def compare_all(
     source: Mapping[str, Tensor],
     stored: Iterable[tuple[str, Tensor]],
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """The figures of `verify.Comparison` for each quantized stream, and the dtype; all have left the last layer.
 
     source: the tensors outside the layers of the original, on the device in the dtype of the run; stored: those of the
-    quantized models as files hold them, one after the other, because what is equal is held once
+    quantized models as files hold them, one after the other, because what is equal is held once; ranks: whose streams
+    hold other samples, which count as well
     """
     quantized_outside = {}
     for name, tensor in stored:
@@ -188,4 +195,4 @@ def compare_all(
             for stream, comparison in zip(quantized, comparisons, strict=True):
                 comparison.add(reference, logits(model, stream.states[batch].to(device)), ids)
     dtype = dtype_name(original.states.dtype)
-    return [comparison.result() | {"dtype": dtype} for comparison in comparisons]
+    return [comparison.result(ranks.gather) | {"dtype": dtype} for comparison in comparisons]

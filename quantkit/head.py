@@ -15,6 +15,7 @@ from quantkit.evaluation import ending_names, loaded
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
@@ -28,10 +29,12 @@ def head_stats(
     device: torch.device,
     dtype: torch.dtype,
     samples: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> SiteStats:
     """Sum up what the head reads, from calibration streams that have left the last layer.
 
-    wanted: the same samples in the original model, if the drift is to be known; samples: only the first so many
+    wanted: the same samples in the original model, if the drift is to be known; samples: only the first so many;
+    ranks: whose streams hold other samples, which count as well
 
     Raises:
         NumericsError: inputs that are not finite.
@@ -41,21 +44,26 @@ def head_stats(
 
     def inputs(of: Stream) -> Iterator[Tensor]:
         found = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(samples))
-        return regrouped(found, samples_per_sum(of.states.shape[1]))
+        return regrouped(ranks.in_turn(found), samples_per_sum(of.states.shape[1]))
 
     with outside_loaded(model, loaded(read_outside(model, names), device, dtype)):
         width = int(model.outside()[f"{head}.weight"][1])
-        stats = collect(inputs(stream), width, device, None if wanted is None else inputs(wanted))
+        stats = collect(inputs(stream), width, device, None if wanted is None else inputs(wanted), ranks)
     require_finite_stats(stats, str(head))
     return stats
 
 
 def quantize_head(
-    weight: Tensor, scheme: Scheme, options: Options, stats: SiteStats | None, min_zero: int
+    weight: Tensor,
+    scheme: Scheme,
+    options: Options,
+    stats: SiteStats | None,
+    min_zero: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[QuantizedTensor, dict[str, Any]]:
     """Round a head [vocab, hidden]; the result, and what happened, as `methods` record it.
 
-    stats: of what it reads; None rounds to nearest
+    stats: of what it reads; None rounds to nearest; ranks: that share the rows
     """
     factor = None
     if stats is not None and options.rounding == "gptq":
@@ -63,7 +71,7 @@ def quantize_head(
     round_rows = METHODS["rtn" if stats is None else "gptq"]
     parts, lost, energy = [], 0.0, 0.0
     for rows in weight.split(ROWS):
-        found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor), options)
+        found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor, ranks), options)
         parts.append(found.quantized["rows"])
         squares = rows.float().square() if stats is None else output_error(rows, stats.gram)
         energy += float(squares.sum())

@@ -16,6 +16,7 @@ from quantkit.machine import device_name
 from quantkit.model.streaming import StreamedModel
 from quantkit.plan import LinearPlan, Plan
 from quantkit.quantize.methods import Options
+from quantkit.ranks import ALONE, Ranks
 
 TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
 MOST_COPIES = 3  # as copies of it
@@ -30,7 +31,8 @@ class Job:
     place: where hidden states live ("device", "ram", "file"; None lets memory decide);
     batch: samples in a micro-batch (None: as many as are usual);
     inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original";
-    amend: whether finished layers of another recipe are made anew (from the first that differs), not refused.
+    amend: whether finished layers of another recipe are made anew (from the first that differs), not refused;
+    ranks: the processes that share it; their number changes no byte of the result on a CPU.
     """
 
     model: StreamedModel
@@ -45,6 +47,7 @@ class Job:
     batch: int | None = None
     inputs: str = "quantized"
     amend: bool = False
+    ranks: Ranks = ALONE
 
     @property
     def dtype(self) -> torch.dtype:

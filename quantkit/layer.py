@@ -179,6 +179,7 @@ def _site_input(
         stats=stats,
         channel=None if channel is None else channel.to(job.device),
         min_zero=max(job.plan.format.min_zero(scheme) for scheme in present),
+        ranks=job.ranks,
     )
 
 
@@ -197,10 +198,10 @@ def _collect(
 
     def inputs(stream: Stream, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
         together = samples_per_sum(stream.states.shape[1])
-        return regrouped(_inputs(job, index, site, stream, parameters, samples), together)
+        return regrouped(job.ranks.in_turn(_inputs(job, index, site, stream, parameters, samples)), together)
 
     originals = None if wanted is None else inputs(wanted, weights)
-    stats = collect(inputs(calibration, so_far), in_features, job.device, originals)
+    stats = collect(inputs(calibration, so_far), in_features, job.device, originals, job.ranks)
     assign(layer, so_far)
     return stats
 

@@ -51,14 +51,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda[:N]" names.
+def choose_device(name: str, process: int | None = None) -> torch.device:
+    """The device that "auto", "cpu" or "cuda[:N]" names; with several processes of one run a GPU for each.
+
+    process: the number of this one of several
 
     Raises:
         InputError: not such a name, or no such device.
     """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if process is not None and name != "cpu":
+        if name != "cuda":
+            raise InputError(f"--device {name}: each of several processes takes a GPU of its own; use --device cuda")
+        name = f"cuda:{process}"
     try:
         device = torch.device(name)
     except RuntimeError:

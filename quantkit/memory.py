@@ -106,12 +106,14 @@ def lay_out(
     vram: int | None = None,
     ram: int | None = None,
     place: str | None = None,
+    processes: int = 1,
 ) -> Layout:
     """Choose a layout within the limits; where none is given, within what is free, and then nothing is refused.
 
     itemsize: bytes of a number while running; calibrated: whether Gram matrices are made; follows_original: whether the
     inputs' drift is (see `stats`), for which the original's layer stays; tuned: whether layers are tuned by gradients;
-    vram, ram: limits in bytes; place: of hidden states, if that has been chosen
+    vram, ram: limits in bytes of this process; place: of hidden states, if that has been chosen; processes: that share
+    the machine's free RAM
 
     Raises:
         InputError: a limit that the smallest layout does not keep, with what it needs.
@@ -121,7 +123,7 @@ def lay_out(
         raise InputError(f"--vram: layers run on the {device.type}; use --ram, or --device cuda")
     states = streams.tokens * architecture.config.hidden_size * itemsize
     device_room = vram or (int(SPARE * torch.cuda.mem_get_info(device)[0]) if on_gpu else 0)
-    ram_room = ram or int(SPARE * psutil.virtual_memory().available)
+    ram_room = ram or int(SPARE * psutil.virtual_memory().available / processes)
     batches = _batches(streams) if on_gpu else [1]
     places = [place] if place else (["device"] if on_gpu else []) + ["ram", "file"]
     found = []

@@ -9,9 +9,12 @@ read, and the last one's shard hashed and written, while a layer is computed.
 
 A finished layer is a finished shard, hashed and entered in the journal. A run that starts again takes finished shards
 from the disk and only runs them.
+
+Several processes may share a run: all go through this loop together, each with its samples, see `ranks`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,7 +45,7 @@ from quantkit.evaluation import (
 from quantkit.head import head_stats, quantize_head
 from quantkit.job import Job
 from quantkit.layer import LayerResult, quantize_layer, records_of, to_stored
-from quantkit.machine import return_freed_memory
+from quantkit.machine import peak_device_bytes, peak_rss_bytes, return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
@@ -54,11 +57,14 @@ from quantkit.tuning import TUNING, learn_steps, tune_layer, tuning_tokens
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: one record per finished unit, in order, and the measurements (None without evaluation)."""
+    """What a run leaves: one record per finished unit, in order, and the measurements (None without evaluation);
+    peaks: bytes of RAM and of device memory that each process has held at most.
+    """
 
     units: tuple[Unit, ...]
     measured: dict[str, Any] | None
     fallbacks: tuple[str, ...]
+    peaks: tuple[tuple[int, int], ...]
 
 
 @torch.no_grad()
@@ -67,16 +73,32 @@ def run(
 ) -> Outcome:
     """Quantize a model into `job.out`; the checkpoint's shards and the journal are written, nothing else.
 
-    finish: called at the end, while the folder is still locked, to write what belongs beside the shards.
+    finish: called at the end, while the folder is still locked, to write what belongs beside the shards; of several
+    processes by the first.
 
     Raises:
         OutputError: the folder is busy, foreign, or of another run; the disk is too small.
         NumericsError: weights, activations or statistics that are not finite, with the layer's name.
+        RankError: another process of the run is gone.
     """
     missing = [shard.file_bytes for shard in job.plan.shards if not (job.out / shard.file).exists()]
     require_disk(job.out, sum(missing) + job.plan.beside_bytes + DISK_MARGIN)
     sites = sites_of(job.model)
     _require_one_method(job, sites)
+    with _continued(job, fresh) as journal:
+        outcome = _run(job, sites, journal, progress)
+        if job.ranks.first:
+            finish(outcome)
+        return outcome
+
+
+@contextmanager
+def _continued(job: Job, fresh: bool) -> Iterator[Journal]:
+    """The run's journal, with what is finished and sound; ranks that do not write have a copy."""
+    if not job.ranks.first:
+        units = [Unit(**fields) for fields in job.ranks.agree(None)]
+        yield Journal(job.out, -1, {unit.unit: unit for unit in units})
+        return
     with open_journal(job.out, job.identity(), fresh=fresh) as journal:
         if TUNING in journal.finished and not journal.verify_unit(journal.finished[TUNING]):
             journal.drop_from(TUNING)
@@ -85,9 +107,8 @@ def run(
             unit = journal.finished.get(shard.unit)
             if unit is not None and not journal.verify_unit(unit):
                 journal.drop_from(shard.unit)
-        outcome = _run(job, sites, journal, progress)
-        finish(outcome)
-        return outcome
+        job.ranks.agree([vars(unit) for unit in journal.finished.values()])
+        yield journal
 
 
 def _require_one_method(job: Job, sites: tuple[Site, ...]) -> None:
@@ -131,6 +152,8 @@ def _compare_recipes(job: Job, journal: Journal) -> None:
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
+    tokens = sum(found.input_ids.numel() for found in _streamed(job))
+    job = replace(job, calibration=_own(job, job.calibration), evaluation=_own(job, job.evaluation))
     gram_samples = job.calibration.samples if job.calibration else 0
     job = replace(job, calibration=tuning_tokens(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
@@ -142,11 +165,6 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     quantized = _open(job, job.evaluation, "quantized", place)
     calibration = _open(job, job.calibration, "calibration", place)
     wanted = _open(job, job.calibration if job.follows_original else None, "wanted", place)
-    tokens = sum(
-        stream.states.shape[0] * stream.states.shape[1]
-        for stream in (original, quantized, calibration, wanted)
-        if stream
-    )
     streams = {"calibration": calibration, "evaluation": original}
     progress.start(len(model.layers), tokens, {name: stream.place for name, stream in streams.items() if stream})
     with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
@@ -196,7 +214,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                     tune_layer(job, index, result, calibration, wanted)
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
-                writing.submit(partial(_write_shard, job, journal, shard, stored, records))
+                if job.ranks.first:
+                    writing.submit(partial(_write_shard, job, journal, shard, stored, records))
                 del result
             del source, weights, observed
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
@@ -208,7 +227,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             drop(model.layers[index])
             return_freed_memory()
             if original and quantized:
-                layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized)})
+                layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized, job.ranks)})
             progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
 
     if plan.head is not None and plan.head.scheme is not None and "head" not in finished:
@@ -226,7 +245,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
     fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
     units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
-    return Outcome(units, measured, tuple(fallbacks))
+    peaks = job.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(job.device)]])).tolist()
+    return Outcome(units, measured, tuple(fallbacks), tuple((rss, device) for rss, device in peaks))
 
 
 # ---------------------------------------------------------------- tensors in and out
@@ -245,10 +265,11 @@ def _written(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:
 
 
 def _copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
-    if shard.unit not in journal.finished:
+    if shard.unit not in journal.finished and job.ranks.first:
         tensors = {name: to_stored(name, tensor) for name, tensor in read_outside(job.model, shard.tensors).items()}
         sha256 = write_shard(job.out / shard.file, tensors)
         journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
+    job.ranks.wait()  # the others read it
 
 
 def _quantize_head(
@@ -264,17 +285,19 @@ def _quantize_head(
     assert head.scheme is not None
     stats = None
     if calibration is not None and job.method_of(head) != "rtn":
-        stats = head_stats(job.model, calibration, wanted, job.device, job.dtype, samples)
+        stats = head_stats(job.model, calibration, wanted, job.device, job.dtype, samples, job.ranks)
     weight = f"{head.name}.weight"
     source = read_outside(job.model, [*(name for name in shard.tensors if name in job.model.outside()), weight])
-    rounded, record = quantize_head(
-        source.pop(weight).to(job.device), head.scheme, job.options, stats, job.plan.format.min_zero(head.scheme)
-    )
+    min_zero = job.plan.format.min_zero(head.scheme)
+    whole = source.pop(weight).to(job.device)
+    rounded, record = quantize_head(whole, head.scheme, job.options, stats, min_zero, job.ranks)
     tensors = {name: to_stored(name, tensor) for name, tensor in source.items()}
     tensors |= {f"{head.name}.{key}": tensor for key, tensor in job.plan.format.pack(rounded).items()}
     _require_planned(shard, tensors)
     outcome = SiteResult({head.local: rounded}, None, {head.local: record})
-    _write_shard(job, journal, shard, tensors, records_of(job, outcome, {head.local: head}))
+    if job.ranks.first:
+        _write_shard(job, journal, shard, tensors, records_of(job, outcome, {head.local: head}))
+    job.ranks.wait()  # the others read it
 
 
 def _read(job: Job, index: int) -> dict[str, Tensor]:
@@ -329,15 +352,26 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
 
 def _place(job: Job) -> str:
     """Where all the streams go: decided once for their sum, as memory that is not touched yet still counts as free."""
+    tokens = sum(found.input_ids.numel() for found in _streamed(job))
+    return choose_place(tokens * job.model.config.hidden_size * job.dtype.itemsize, job.device)
+
+
+def _streamed(job: Job) -> list[TokenSet]:
+    """The token set of each stream."""
     sets = [job.evaluation] * 2 + [job.calibration] * (2 if job.follows_original else 1)
-    tokens = [t.input_ids.numel() for t in sets if t is not None]
-    return choose_place(sum(tokens) * job.model.config.hidden_size * job.dtype.itemsize, job.device)
+    return [tokens for tokens in sets if tokens is not None]
+
+
+def _own(job: Job, tokens: TokenSet | None) -> TokenSet | None:
+    """The samples of this rank."""
+    return tokens and replace(tokens, input_ids=tokens.input_ids[job.ranks.own(tokens.samples)])
 
 
 def _open(job: Job, tokens: TokenSet | None, name: str, place: str) -> Stream | None:
     if tokens is None:
         return None
-    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", place, job.batch)
+    spill = job.out / f".{name}-states-{job.ranks.rank}.tmp"
+    return open_states(job.model, tokens, job.dtype, job.device, spill, place, job.batch)
 
 
 def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:
@@ -358,4 +392,4 @@ def _compare(job: Job, original: Stream, quantized: Stream, shards: Mapping[str,
                 tensors = dequantized(file.read_many(file.entries), packed, job.plan.format)
                 yield from ((name, tensor) for name, tensor in tensors.items() if name in source)
 
-    return compare(job.model, job.evaluation, original, quantized, source, stored(), job.device)
+    return compare(job.model, job.evaluation, original, quantized, source, stored(), job.device, job.ranks)

@@ -10,6 +10,8 @@ is one bfloat16 product over three times the terms, and right to about 2^-16: wh
 (Henry, Tang, Heinecke, arXiv 1904.06376). A product of numbers that are 16-bit to begin with is exact term by term.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,19 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = Tru
     return total
 
 
-def accumulate_gram_(gram: Tensor, x: Tensor) -> Tensor:
-    """gram += x.T @ x for x [tokens, in], in place: only the upper triangle, see `mirror_`, and what lies beside it."""
+def strips(gram: Tensor) -> list[slice]:
+    """The rows of a symmetric matrix [in, in] that are made at once, of which only what is right of the diagonal is."""
     width = max(NARROWEST_STRIP, -(-len(gram) // HALVES))
-    for start in range(0, len(gram), width):
-        strip = slice(start, min(start + width, len(gram)))
-        accumulate_(gram[strip, start:], x[:, strip], x[:, start:])
+    return [slice(start, min(start + width, len(gram))) for start in range(0, len(gram), width)]
+
+
+def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = None) -> Tensor:
+    """gram += x.T @ x for x [tokens, in], in place: only the upper triangle, see `mirror_`, and what lies beside it.
+
+    rows: the `strips` to do, if not all
+    """
+    for strip in strips(gram) if rows is None else rows:
+        accumulate_(gram[strip, strip.start :], x[:, strip], x[:, strip.start :])
     return gram
 
 

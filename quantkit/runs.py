@@ -36,13 +36,14 @@ from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.export import export
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.job import Job
-from quantkit.machine import peak_device_bytes, peak_rss_bytes, versions
+from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Outcome, run
 from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, method_resolver, resolver, shipped, unmatched
 from quantkit.report.run import render_report
 from quantkit.scheme import Scheme
@@ -91,8 +92,10 @@ class Request:
     amend: bool = False  # another recipe than that of the finished layers makes anew what differs
 
 
-def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
+def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[dict[str, Any], Path]:
     """Run a request to the end and return the result document (quantkit.json) and the folder it is in.
+
+    ranks: the processes that share the run; each calls this, and each returns the same.
 
     Raises:
         QuantkitError: anything the user can fix, before hours are spent where that can be known before.
@@ -100,6 +103,13 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
     began = time.monotonic()
     if request.inputs == "original" and request.options.tune:
         raise InputError("--inputs original: --quality best tunes on quantized inputs; leave one of them out")
+    if ranks.size > 1:
+        for option, said in (
+            ("--quality best", request.options.tune),
+            ("--inputs original", request.inputs == "original"),
+        ):
+            if said:
+                raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
     recipe = choose_recipe(request.recipe, request.model)
     scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
@@ -121,10 +131,25 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))
     calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.quantized})
+    for tokens in (calibrated, evaluated):
+        if tokens is not None and tokens.samples < ranks.size:
+            raise InputError(f"{tokens.source}: {tokens.samples} windows for {ranks.size} processes; start fewer")
     out = request.out or default_out(request, scheme, fmt)
-    job = Job(model, plan, request.method, request.options, calibrated, evaluated, out, request.device, request.place)
-    layout = layout_of(request, job, [(evaluated.samples, evaluated.seqlen)] * 2 if evaluated else [])
-    job = replace(job, place=layout.place, batch=layout.batch, inputs=request.inputs, amend=request.amend)
+    job = Job(
+        model,
+        plan,
+        request.method,
+        request.options,
+        calibrated,
+        evaluated,
+        out,
+        request.device,
+        inputs=request.inputs,
+        amend=request.amend,
+        ranks=ranks,
+    )
+    layout = layout_of(request, job, [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else [])
+    job = replace(job, place=layout.place, batch=layout.batch)
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
     told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
     _announce(console, request, recipe, job, told)
@@ -140,14 +165,14 @@ def quantize(request: Request, console: Console) -> tuple[dict[str, Any], Path]:
 
     with display(console, request.device) as progress:
         run(job, progress, fresh=request.fresh, finish=finish)
-    return finished[0], out
+    return ranks.agree(finished[0] if finished else None), out
 
 
 def layout_of(request: Request, job: Job, evaluated: Sequence[tuple[int, int]]) -> Layout:
     """Where things go in memory for a job; evaluated: (samples, seqlen) of each stream that measures."""
     shapes = list(evaluated)
     if job.calibration:
-        samples = job.calibration.samples * (1 + job.tuning_copies)
+        samples = job.ranks.most(job.calibration.samples) * (1 + job.tuning_copies)
         shapes += [(samples, job.calibration.seqlen)] * (2 if job.follows_original else 1)
     return lay_out(
         job.model,
@@ -161,6 +186,7 @@ def layout_of(request: Request, job: Job, evaluated: Sequence[tuple[int, int]]) 
         vram=request.vram,
         ram=request.ram,
         place=request.place,
+        processes=job.ranks.local_size,
     )
 
 
@@ -275,6 +301,8 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
         f"output {format_bytes(plan.beside_bytes or plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
         f"weight" + (f"; the same integers beside it in {format_bytes(plan.file_bytes)}" if plan.beside_bytes else ""),
     ]
+    if job.ranks.size > 1:
+        lines.append(f"{job.ranks.size} processes, each with its share of the samples and rows")
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
             lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
@@ -376,8 +404,9 @@ def _document(
         "bits_per_weight": plan.bits_per_weight,
         "total_bytes": plan.file_bytes,
         "tensor_bytes": plan.tensor_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": peak_device_bytes(job.device),
+        "peak_rss_bytes": max(peak_rss_bytes(), *(rss for rss, _ in outcome.peaks)),
+        "peak_device_bytes": max(device for _, device in outcome.peaks),
+        "processes": len(outcome.peaks),
         "device": str(job.device),
         "versions": versions(),
         "fallbacks": [*outcome.fallbacks, *_notes(job)],

@@ -11,7 +11,7 @@ Where the original model's inputs X0 to the same site are known too, their drift
 original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, accumulate_gram_, mirror_, product
+from quantkit.products import accumulate_, accumulate_gram_, mirror_, product, strips
+from quantkit.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -45,18 +46,27 @@ class SiteStats:
 
 
 def collect(
-    inputs: Iterable[Tensor], in_features: int, device: torch.device, originals: Iterable[Tensor] | None = None
+    inputs: Iterable[Tensor],
+    in_features: int,
+    device: torch.device,
+    originals: Iterable[Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
     originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
-    decides how the sums are split, and so their last bits.
+    decides how the sums are split, and so their last bits. ranks: all of which have these inputs, and share the work.
     """
     stats = empty_stats(in_features, device)
     if originals is not None:
         stats.drift = torch.zeros(in_features, in_features, device=device)
+    own = [strip for number, strip in enumerate(strips(stats.gram)) if ranks.owner(number) == ranks.rank]
     for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
-        add_inputs(stats, tensor, original)
+        add_inputs(stats, tensor, original, own)
+    for number, strip in enumerate(strips(stats.gram)):
+        for total in (stats.gram, stats.drift):
+            if total is not None:
+                ranks.send_(total[strip], ranks.owner(number))
     mirror_(stats.gram)
     return stats
 
@@ -70,16 +80,24 @@ def empty_stats(in_features: int, device: torch.device) -> SiteStats:
     )
 
 
-def add_inputs(stats: SiteStats, inputs: Tensor, original: Tensor | None = None) -> None:
-    """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`."""
+def add_inputs(
+    stats: SiteStats, inputs: Tensor, original: Tensor | None = None, rows: Sequence[slice] | None = None
+) -> None:
+    """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`.
+
+    rows: the `products.strips` to do of the matrices, if not all
+    """
     x = inputs.reshape(-1, inputs.shape[-1])
     magnitude = x.abs()
     stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
     stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
     del magnitude
-    accumulate_gram_(stats.gram, x)
+    rows = strips(stats.gram) if rows is None else rows
+    accumulate_gram_(stats.gram, x, rows)
     if stats.drift is not None and original is not None:
-        accumulate_(stats.drift, (original.reshape(x.shape).float() - x.float()).to(x.dtype), x)
+        difference = (original.reshape(x.shape).float() - x.float()).to(x.dtype)
+        for strip in rows:
+            accumulate_(stats.drift[strip], difference[:, strip], x)
     stats.tokens += len(x)
 
 

@@ -13,7 +13,7 @@ predicted once.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,7 @@ class Comparison:
     """Accumulates the figures over micro-batches; between them it keeps 4 bytes for each predicted token."""
 
     def __init__(self) -> None:
-        self._nll = 0.0
-        self._nll_reference = 0.0
-        self._agreed = 0
+        self._sums: list[tuple[float, float, float]] = []  # of each micro-batch: NLL, the reference's, agreements
         self._kl: list[Tensor] = []  # float32, on the CPU
 
     def add(self, reference_logits: Tensor, logits: Tensor, input_ids: Tensor) -> None:
@@ -62,27 +60,29 @@ class Comparison:
         if not parts:
             return
         nll_reference, nll, kl, agreed = (torch.cat(column) for column in zip(*parts, strict=True))
-        self._nll_reference += float(nll_reference.double().sum())
-        self._nll += float(nll.double().sum())
-        self._agreed += int(agreed.sum())
+        self._sums.append((float(nll.double().sum()), float(nll_reference.double().sum()), int(agreed.sum())))
         self._kl.append(kl.cpu())
 
-    def result(self) -> dict[str, Any]:
+    def result(self, gather: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, Any]:
         """The figures over everything added: floats, `tokens` (predicted tokens), and `kl_percentiles` (nearest rank).
+
+        gather: adds what other processes have added, along dimension 0; in which order does not change the figures
 
         Raises:
             InputError: nothing was added that predicts a token.
         """
-        tokens = sum(len(kl) for kl in self._kl)
-        if tokens == 0:
+        if not self._kl:
             raise InputError("evaluation: expected windows of at least 2 tokens, got no token to predict")
-        kl = torch.cat(self._kl).sort().values  # NaN sorts last, so that it shows as the maximum
+        sums = gather(torch.tensor(self._sums, dtype=torch.float64))
+        nll, nll_reference, agreed = (math.fsum(column) for column in sums.T.tolist())
+        kl = gather(torch.cat(self._kl)).sort().values  # NaN sorts last, so that it shows as the maximum
+        tokens = len(kl)
         return {
-            "perplexity": _exp(self._nll / tokens),
-            "perplexity_fp16": _exp(self._nll_reference / tokens),
+            "perplexity": _exp(nll / tokens),
+            "perplexity_fp16": _exp(nll_reference / tokens),
             "kl_divergence": float(kl.double().mean()),
             "kl_percentiles": {name: float(kl[math.ceil(p * tokens) - 1]) for name, p in PERCENTILES.items()},
-            "top1_agreement": self._agreed / tokens,
+            "top1_agreement": agreed / tokens,
             "tokens": tokens,
         }
 

@@ -15,15 +15,16 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     # the words of the subject: numbers, sums, sizes
     "products": "",
+    "ranks": "errors",
     "dtypes": "",
     "jsonfile": "errors",
     "scheme": "errors",
-    "stats": "errors products",
+    "stats": "errors products ranks",
     "units": "errors",
     "resources": "errors",
     "machine": "errors",
     # pure functions on tensors; the two never meet
-    "quantize": "errors products scheme stats",
+    "quantize": "errors products ranks scheme stats",
     "formats": "errors dtypes scheme",
     # one concern each
     "checkpoint": "errors dtypes units",
@@ -44,11 +45,11 @@ ALLOWED: dict[str, str] = {
         " evaluation"
     ),
     # the loop
-    "evaluation": "errors dtypes calibration activations verify model stats products",
+    "evaluation": "errors dtypes calibration activations verify model stats products ranks",
     "resample": "errors machine calibration model evaluation",
-    "job": "machine quantize calibration checkpoint model plan evaluation",
+    "job": "machine ranks quantize calibration checkpoint model plan evaluation",
     "layer": "errors dtypes scheme stats quantize activations model plan evaluation job",
-    "head": "scheme stats quantize activations model evaluation",
+    "head": "ranks scheme stats quantize activations model evaluation",
     "tuning": "scheme quantize checkpoint calibration activations model evaluation resample job layer",
     "pipeline": (
         "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation job"
@@ -71,7 +72,7 @@ ALLOWED: dict[str, str] = {
     "fitting": "errors jsonfile checkpoint recipe model plan stored fit report choices document gguf",
     "runs": (
         "errors units scheme quantize formats checkpoint calibration recipe model plan fit library memory job pipeline"
-        " machine verify progress report card choices fitting gguf document summary"
+        " ranks machine verify progress report card choices fitting gguf document summary"
     ),
     "allocation": (
         "errors units scheme stats machine quantize formats checkpoint calibration activations recipe model plan stored"
@@ -95,8 +96,8 @@ ALLOWED: dict[str, str] = {
         " document runs reverify"
     ),
     "cli": (
-        "errors units quantize machine verify runs library inspection document summary fit hub card report choices"
-        " fitting reverify convert export_gguf allocation sweep"
+        "errors units quantize machine ranks verify runs library inspection document summary fit hub card report"
+        " choices fitting reverify convert export_gguf allocation sweep"
     ),
     "__main__": "cli",
     "__init__": "",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.quantize.grid import plain_grid
+from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 from quantkit.stats import output_error
 
@@ -87,6 +88,7 @@ def search_scale(
     abs_mean: Tensor,
     channel: Tensor,
     min_zero: int = 0,
+    ranks: Ranks = ALONE,
 ) -> ScaleSearch:
     """The best scale of a site's producer.
 
@@ -103,8 +105,8 @@ def search_scale(
     candidates = candidate_scales(per_channel(abs_mean), per_channel(relative_magnitude(weights, schemes)))
     stride = max(1, max(map(len, weights)) // ROWS_JUDGED)
     judged = [weight[::stride] for weight in weights]
-    scales = torch.stack([scale[channel] for scale in candidates.values()])
-    found = site_errors(judged, schemes, gram, scales, min_zero).tolist()
+    scales = torch.stack([scale[channel] for scale in candidates.values()])[ranks.rows(len(candidates))]
+    found = ranks.gather(site_errors(judged, schemes, gram, scales, min_zero)).tolist()
     errors = dict(zip(candidates, found, strict=True))
     best = min(errors, key=errors.__getitem__)
     return ScaleSearch(candidates[best], best, errors[best], errors["1"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
 from quantkit.quantize.tune import offsets
+from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_
 
@@ -53,6 +54,7 @@ class SiteInput:
     channel: int64 [in], the producer's channel behind each column, or None when no op can absorb a scale
     min_zero: the smallest zero point that the format stores safely
     factor: of the Gram matrix, where it is known already from another scheme; used by gptq, which scales nothing
+    ranks: all of which have this site, and share the work
     """
 
     weights: Mapping[str, Tensor]
@@ -61,6 +63,7 @@ class SiteInput:
     channel: Tensor | None
     min_zero: int = 0
     factor: gptq.Factor | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
         return _round(site.weights, site, site.stats.gram, site.stats.drift, options)
     weights = [site.weights[name] for name in names]
     schemes = [scheme for scheme in site.schemes.values() if scheme is not None]
-    search = awq.search_scale(weights, schemes, site.stats.gram, site.stats.abs_mean, site.channel, site.min_zero)
+    search = awq.search_scale(
+        weights, schemes, site.stats.gram, site.stats.abs_mean, site.channel, site.min_zero, site.ranks
+    )
     columns = search.scale[site.channel]
     scaled = {name: weight.float() * columns for name, weight in site.weights.items()}
     drift = None if site.stats.drift is None else rescale_(site.stats.drift, columns)
@@ -135,18 +140,21 @@ def _round(
             continue
         names = [name for name in site.schemes if site.schemes[name] == scheme]
         rows = [len(weights[name]) for name in names]
-        weight = torch.cat([weights[name].float() for name in names])  # rows know nothing of each other
+        # Rows know nothing of each other: each rank takes some.
+        weight = torch.cat([weights[name].float() for name in names])[site.ranks.rows(sum(rows))]
         if factor is not None and drift is not None:
             weight = gptq.toward_original(weight, drift, factor, options.correct)
-        together = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
-        error = output_error(dequantize(together) - weight, gram).split(rows)
-        energy = output_error(weight, gram, exact=False).split(rows)
+        own = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
+        gather = site.ranks.gather
+        error = gather(output_error(dequantize(own) - weight, gram)).split(rows)
+        energy = gather(output_error(weight, gram, exact=False)).split(rows)
+        together = replace(own, codes=gather(own.codes), scales=gather(own.scales), zeros=gather(own.zeros))
         for name, part, lost, whole in zip(names, split_rows(together, rows), error, energy, strict=True):
             quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
             if factor is not None and factor.damp != options.damp:
                 records[name]["damp_raised_to"] = factor.damp
         if options.tune:
-            starts |= dict(zip(names, offsets(weight, together).split(rows), strict=True))
+            starts |= dict(zip(names, gather(offsets(weight, own)).split(rows), strict=True))
     in_order = [name for name in site.schemes if name in quantized]
     return SiteResult({n: quantized[n] for n in in_order}, None, {n: records[n] for n in in_order}, starts)
 
