@@ -12,6 +12,8 @@ from quantkit.document import RESULT, read_result
 from quantkit.errors import ModelError
 from quantkit.fit import shapes_in
 from quantkit.formats import Format
+from quantkit.gguf.file import open_gguf
+from quantkit.gguf.reading import SCHEMES, find_gguf
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
@@ -22,11 +24,14 @@ def inspect_folder(out: Path) -> dict[str, Any]:
     """The result document of a finished run; of another tool's checkpoint what its files say, under the same names.
 
     For those: out, model (its architecture), format, made_by, act_order, layers (method and loss are None), kept (full
-    names of the linears in 16 bit), bits_per_weight, total_bytes, tensor_bytes.
+    names of the linears in 16 bit), bits_per_weight, total_bytes, tensor_bytes. The linears of a .gguf
+    have the names they have there, and the type of their blocks for a method.
 
     Raises:
         OutputError: see `read_result`. ModelError: see `stored.stored_linears`.
     """
+    if (path := _lone_gguf(out)) is not None:
+        return _inspect_gguf(path)
     if not out.is_dir():
         raise ModelError(f"{out}: no such folder; expected a quantized checkpoint")
     if (out / RESULT).is_file() or (out / "journal.jsonl").is_file():
@@ -52,6 +57,43 @@ def inspect_folder(out: Path) -> dict[str, Any]:
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else 16.0,
         "total_bytes": sum((out / name).stat().st_size for name in checkpoint.files),
         "tensor_bytes": sum(entry.nbytes for entry in checkpoint.entries.values()),
+    }
+
+
+def _lone_gguf(out: Path) -> Path | None:
+    """A .gguf file, or the only one of a folder with no other weights and nothing of ours."""
+    if out.is_file() and out.suffix == ".gguf":
+        return out
+    return None if (out / RESULT).is_file() else find_gguf(out, None)
+
+
+def _inspect_gguf(path: Path) -> dict[str, Any]:
+    file = open_gguf(path)
+    layers, kept = [], []
+    for name, info in file.infos.items():
+        _, _, rest = name.partition("blk.")
+        number, _, local = rest.removesuffix(".weight").partition(".")
+        if len(info.shape) != 2 or not number.isdigit():
+            continue
+        scheme = SCHEMES.get(info.type)
+        if scheme is None:
+            kept.append(name)
+            continue
+        row = {"name": name, "layer": int(number), "kind": local, "bits": scheme.bits, "group_size": scheme.group_size}
+        row |= {"symmetric": scheme.symmetric, "method": info.type, "loss": None, "bytes": info.nbytes}
+        layers.append(row | {"out_features": info.shape[0], "in_features": info.shape[1]})
+    weights = sum(layer["out_features"] * layer["in_features"] for layer in layers)
+    return {
+        "out": str(path),
+        "model": str(file.metadata.get("general.architecture")),
+        "format": "gguf",
+        "made_by": str(file.metadata.get("general.quantized_by", "unknown")),
+        "act_order": False,
+        "layers": layers,
+        "kept": kept,
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else 16.0,
+        "total_bytes": path.stat().st_size,
+        "tensor_bytes": sum(info.nbytes for info in file.infos.values()),
     }
 
 

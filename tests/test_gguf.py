@@ -50,6 +50,7 @@ from quantkit.gguf.file import TensorInfo, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
+from quantkit.inspection import inspect_folder
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
 from quantkit.quantize import gptq, kquants
@@ -409,6 +410,13 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     assert sorted(p.name for p in target.iterdir()) == [
         "README.md", "journal.jsonl", "out-Q8_0.gguf", "quantkit.json", "report.html"]  # fmt: skip
     assert result["converted"]["equal"] == 14
+    bare = tmp_path / "bare"  # as others leave it: the file and nothing of ours
+    bare.mkdir()
+    shutil.copy(target / "out-Q8_0.gguf", bare)
+    for found in (inspect_folder(bare), inspect_folder(bare / "out-Q8_0.gguf")):
+        assert [(x["bits"], x["group_size"], x["method"]) for x in found["layers"]] == [(8, 32, "q8_0")] * 14
+        assert (found["format"], found["model"], found["bits_per_weight"]) == ("gguf", "qwen2", 8.5)
+        assert found["total_bytes"] == (bare / "out-Q8_0.gguf").stat().st_size
     measured, before = result["verification"], run["verification"]
     assert measured["kl_divergence"] == pytest.approx(before["kl_divergence"], rel=1e-6)
     assert "llama-server" in (target / "README.md").read_text()

@@ -65,7 +65,7 @@ ALLOWED: dict[str, str] = {
     "report": "charts wording rendering",
     "card": "wording rendering",
     "document": "errors jsonfile",
-    "inspection": "errors units document scheme formats checkpoint model plan fit stored",
+    "inspection": "errors units document scheme formats checkpoint model plan fit stored gguf",
     "hub": "errors jsonfile units checkpoint",
     # what a command does, and the commands
     "choices": "errors scheme formats checkpoint recipe library",
