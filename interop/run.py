@@ -2,6 +2,7 @@
 """Real clients read what quantkit writes, and quantkit measures what real tools write.
 
     python -m interop.run [WORD ...]      only the pairs whose names hold one of the words; the others keep their result
+    python -m interop.run --quick         the part for every change: QUICK on the demo, in a few minutes; writes nothing
 
 What was found is kept in results.json; RESULTS.md and the table in the README are made from it (`tables.py`), and the
 linter is held against it (tests/test_findings.py). Exit 0 when everything is as known: `pairs.KNOWN` says what is not
@@ -16,12 +17,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,12 +34,21 @@ from interop.environments import HOME, create, python
 from interop.pairs import CASES, MODELS, READERS, RESULTS, WRITERS, Case, Client, Foreign
 from interop.tables import unexpected, write_tables
 from quantkit.calibration import load_eval
+from quantkit.convert import ConvertRequest, convert
+from quantkit.errors import SchemeError
+from quantkit.export_gguf import ExportRequest, to_gguf
+from quantkit.inspection import inspect_folder
 from quantkit.model.streaming import open_model
 from quantkit.remeasure import open_quantized
+from quantkit.runs import Request, quantize
 
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"
+QUIET = Console(quiet=True)
+TARGETS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")  # of `quantkit convert`
 SAMPLES, SEQLEN = 8, 128
+# The clients of the quick part. Those of OWN run where quantkit does: constraints.txt pins what their environment has.
+QUICK, OWN = ("transformers", "gptqmodel"), ("transformers",)
 NOT_HERE = re.compile(r"AVX512|cpu_gemm_wna16|requires CUDA", re.IGNORECASE)  # the machine's fault
 # One thread for models this small; GPTQModel asks for two workers and by itself takes one on a machine of two cores.
 SETTINGS = os.environ | {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
@@ -64,7 +77,7 @@ def token_files(model: str) -> Tokens:
     return tokens
 
 
-def quantkit(*words: str) -> str:
+def _quantkit(*words: str) -> str:
     """stdout of a quantkit command; a verdict of FAIL is no concern here.
 
     Raises:
@@ -76,14 +89,18 @@ def quantkit(*words: str) -> str:
     return done.stdout
 
 
-def client(environment: str, script: str, ids: Path, out: Path, *arguments: str) -> dict[str, Any]:
+def client(environment: str, script: str, ids: Path, out: Path, *arguments: str, own: bool = False) -> dict[str, Any]:
     """Run a client; its last line. What it printed is kept beside `out`.
+
+    own: in the environment that this runs in, instead of one made for it
 
     Raises:
         RuntimeError: what it said.
     """
-    create(environment)
-    command = [str(python(environment)), str(CLIENTS / script), str(ids), str(out), *arguments]
+    if not own:
+        create(environment)
+    interpreter = sys.executable if own else str(python(environment))
+    command = [interpreter, str(CLIENTS / script), str(ids), str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=SETTINGS, cwd=WORK)
     out.with_name(f"{out.name}.log").write_text(done.stdout + done.stderr)
     if done.returncode:
@@ -106,21 +123,31 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:240]
 
 
-def write_case(case: Case, tokens: Tokens) -> Path:
-    """The checkpoint of a case, made unless it is there."""
+@cache
+def write_case(case: Case) -> Path:
+    """Write the checkpoint of a case, once in a run of the suite."""
     out = WORK / "ours" / re.sub(r"[^\w.-]+", "_", case.name).strip("_")
-    if not (out / "quantkit.json").is_file():
-        recipe = WORK / f"{out.name}.yaml"
-        more = []
-        if case.recipe:
-            recipe.write_text(case.recipe)
-            more = ["--recipe", str(recipe)]
-        method, *options = case.command
-        if method != "rtn":
-            more += ["--calib", str(tokens.calibration)]
-        more += ["--out", str(out), "--no-verify", "--fresh", "--offline"]
-        quantkit(method, str(MODELS[case.model]), *options, *more)
-    return out
+    recipe = None
+    if case.recipe:
+        recipe = out.with_suffix(".yaml")
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(case.recipe)
+    request = Request(
+        method=case.method,
+        model=str(MODELS[case.model]),
+        command=f"quantkit {case.method}",
+        bits=case.bits,
+        group_size=case.group_size,
+        symmetric=case.kind == "sym",
+        format=case.format,
+        recipe=recipe,
+        calib=str(token_files(case.model).calibration),
+        out=out,
+        fresh=True,
+        offline=True,
+        verify=False,
+    )
+    return quantize(request, QUIET)[1]
 
 
 def our_logits(folder: Path, model: Path, ids: Tensor) -> Tensor:
@@ -150,13 +177,15 @@ def figures(reference: Tensor, logits: Tensor, ids: Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------- pairs
 
 
-def read_ours(reader: Client, cases: Sequence[Case], tokens: Tokens) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One client on checkpoints of one model: for each the error of its logits, or what it said."""
+def read_ours(
+    reader: Client, cases: Sequence[Case], tokens: Tokens, own: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One client on checkpoints of one model: for each the error of its logits, or what it said; own: see `client`."""
     model = cases[0].model
-    folders = {case: write_case(case, tokens) for case in cases}
+    folders = {case: write_case(case) for case in cases}
     out = WORK / "logits" / f"{reader.environment}-{reader.script.removesuffix('.py')}-{model}"
     out.mkdir(parents=True, exist_ok=True)
-    answer = client(reader.environment, reader.script, tokens.evaluation, out, *map(str, folders.values()))
+    answer = client(reader.environment, reader.script, tokens.evaluation, out, *map(str, folders.values()), own=own)
     ids = load_file(tokens.evaluation)["input_ids"]
     for case, folder in folders.items():
         key = f"{case.name} < {reader.name}"
@@ -202,7 +231,7 @@ def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
             "--offline",
             "--json",
         )
-        measured = json.loads(quantkit(*words))["verification"]
+        measured = json.loads(_quantkit(*words))["verification"]
     except RuntimeError as error:
         return _refused(str(error))
     ids = load_file(tokens.evaluation)["input_ids"]
@@ -210,10 +239,28 @@ def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
     theirs = figures(reference, load_file(out / f"{folder.name}.safetensors")["logits"], ids)
     return {
         "versions": answer["versions"],
+        "made_by": inspect_folder(folder)["made_by"],
+        "converts": conversions(folder),
         "theirs": theirs,
         "quantkit": {name: measured[name] for name in theirs},
         "apart": {name: abs(measured[name] / value - 1) for name, value in theirs.items()},
     }
+
+
+def conversions(folder: Path) -> dict[str, str | None]:
+    """Format -> None where every integer of a checkpoint goes in as it is, else why not."""
+    found: dict[str, str | None] = {}
+    for target in TARGETS:
+        with tempfile.TemporaryDirectory() as out:
+            try:
+                if target == "gguf":
+                    to_gguf(ExportRequest(str(folder), "interop", out=Path(out) / "out", verify=False), QUIET)
+                else:
+                    convert(ConvertRequest(folder, target, "interop", Path(out) / "out"), QUIET)
+                found[target] = None
+            except SchemeError as error:
+                found[target] = _line(str(error))
+    return found
 
 
 # ---------------------------------------------------------------- all of it
@@ -233,19 +280,36 @@ def run(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from read_ours(reader, cases, tokens)
     for foreign in WRITERS:
         if foreign.model in models and chosen(f"{foreign.name} > verify"):
-            yield f"{foreign.name} > verify", read_theirs(foreign, models[foreign.model])
+            yield (f"{foreign.name} > verify", read_theirs(foreign, models[foreign.model]))
+
+
+def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The demo's checkpoints in the clients of QUICK."""
+    for reader in READERS:
+        cases = [case for case in CASES if case.model == "demo" and case.format in reader.formats]
+        if reader.environment in QUICK:
+            yield from read_ours(reader, cases, token_files("demo"), own=reader.environment in OWN)
 
 
 def main(words: list[str]) -> int:
     """Write results and tables after each pair; 1 if something is not as known."""
     torch.set_num_threads(1)
     WORK.mkdir(parents=True, exist_ok=True)
+    if words == ["--quick"]:
+        quick = dict(run_quick())
+        print(f"{len(quick)} pairs of checkpoint and client")
+        return _told(quick)
     results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name, result in run(words):
         results[name] = result
         print(f"{name}: { ({key: value for key, value in result.items() if key != 'versions'}) }", flush=True)
         RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
         write_tables(results)
+    return _told(results)
+
+
+def _told(results: Mapping[str, Mapping[str, Any]]) -> int:
+    """Print what is not as known; the exit code."""
     surprises = unexpected(results)
     for line in surprises:
         print(line)

@@ -63,10 +63,11 @@ def render(results: Results) -> str:
         "",
         "## Checkpoints that others write, measured by `quantkit verify`",
         "",
-        f"Beside it the figures of the tool's own forward. They must agree to {AGREE:g} relative.",
+        f"Beside it the figures of the tool's own forward. They must agree to {AGREE:g} relative. The last column: to"
+        " which formats `quantkit convert` brings every integer as it is.",
         "",
-        "| checkpoint | perplexity: verify | its own forward | apart | KL: verify | its own forward | apart |  |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| checkpoint | perplexity: verify | its own | apart | KL: verify | its own | apart |  | converts to |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for foreign in WRITERS:
         pair = f"{foreign.name} > verify"
@@ -103,11 +104,15 @@ def _cell(results: Results, case: Case, reader: int) -> str:
 def _figures(pair: str, result: Mapping[str, Any] | None) -> str:
     found = outcome(pair, result)
     if result is None or "said" in result:
-        return " | ".join(["", "", "", "", "", "", "not run" if result is None else f"says: {result['said']}"])
+        told = "not run" if result is None else f"not runnable here: {result['said']}"
+        if result is not None and not result.get("not_runnable"):
+            told = f"says: {result['said']}"
+        return " | ".join([*[""] * 6, told, ""])
     cells = []
     for name in ("perplexity", "kl_divergence"):
         cells += [f"{result['quantkit'][name]:.6g}", f"{result['theirs'][name]:.6g}", f"{result['apart'][name]:.0e}"]
-    return " | ".join([*cells, "WRONG" if found == "wrong" else found])
+    kept = [target for target, why_not in result.get("converts", {}).items() if why_not is None]
+    return " | ".join([*cells, "WRONG" if found == "wrong" else found, ", ".join(kept)])
 
 
 def _versions(results: Results) -> str:

@@ -68,7 +68,6 @@ AWQ_TORCH = _kernel("AWQ Torch", "4", "4", (-1, 16, 32, 64, 128), out_multiple=8
 AWQ_TRANSFORMERS = _kernel("AWQ Torch", "4", "4", (*USUAL, 256), out_multiple=8)
 DECOMPRESSED = _kernel("decompression", "2 3 4 5 6 8", "", 1)
 CONVERTED = _kernel("conversion", "2 4 8", "2 4 8", 1)
-CONVERTED_ANY = _kernel("conversion", "2 3 4 5 6 7 8", "2 3 4 5 6 7 8", 1)
 BLOCKS = _kernel("blocks", "4 5 6 8", "4 5 6 8", 16)
 
 
@@ -124,7 +123,7 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
         "awq": "does not read awq",
         "gptq": Loader((CONVERTED,), act_order=True),
         "gptq_v2": Loader((CONVERTED,), act_order=True),
-        "compressed-tensors": Loader((CONVERTED_ANY,)),
+        "compressed-tensors": Loader((CONVERTED,)),  # of 3, 5, 6 and 7 bits it reads the older, padded words
         "gguf": Loader((BLOCKS,), mixed=True),
     },
 }

