@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is inside a folder: what a run wrote down, or what config.json and the headers of another tool's files say."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,7 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
         if scheme is None:
             kept.append(name)
             continue
-        row = {"name": name, "layer": int(number), "kind": local, "bits": scheme.bits, "group_size": scheme.group_size}
-        row |= {"symmetric": scheme.symmetric, "method": info.type, "loss": None, "bytes": info.nbytes}
-        layers.append(row | {"out_features": info.shape[0], "in_features": info.shape[1]})
+        layers.append(_row(name, int(number), local, scheme, info.nbytes, info.shape) | {"method": info.type})
     weights = sum(layer["out_features"] * layer["in_features"] for layer in layers)
     return {
         "out": str(path),
@@ -98,18 +97,24 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
 
 
 def _layer(checkpoint: Checkpoint, fmt: Format, linear: LinearPlan, scheme: Scheme) -> dict[str, Any]:
+    stored = sum(checkpoint.entries[name].nbytes for name in packed_names(fmt, linear))
+    kind = linear.local.rpartition(".")[2]
+    return _row(linear.name, linear.layer, kind, scheme, stored, (linear.out_features, linear.in_features))
+
+
+def _row(name: str, layer: int, kind: str, scheme: Scheme, nbytes: int, shape: Sequence[int]) -> dict[str, Any]:
     return {
-        "name": linear.name,
-        "layer": linear.layer,
-        "kind": linear.local.rpartition(".")[2],
+        "name": name,
+        "layer": layer,
+        "kind": kind,
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
         "method": None,
         "loss": None,
-        "bytes": sum(checkpoint.entries[name].nbytes for name in packed_names(fmt, linear)),
-        "out_features": linear.out_features,
-        "in_features": linear.in_features,
+        "bytes": nbytes,
+        "out_features": shape[0],
+        "in_features": shape[1],
     }
 
 
