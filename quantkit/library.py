@@ -32,7 +32,11 @@ def catalogue() -> list[dict[str, Any]]:
 
 def catalogue_table(rows: list[dict[str, Any]]) -> Table:
     """The rows of `catalogue` as a table."""
-    table = Table("recipe", "model", "here", "what it is", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("model", overflow="fold")  # names to copy, so none is cut
+    table.add_column("here")
+    table.add_column("what it is")
     for row in rows:
         table.add_row(row["name"], row["model"], "yes" if row["path"] else "no", row["description"])
     return table

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQModel writes GPTQ (v1, v2, with the columns reordered or not) and AWQ on CPU."""
 
-import os
 from pathlib import Path
-
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it counts half of the cores and then asks for two
 
 import torch
 from client import write
