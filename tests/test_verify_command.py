@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from quantkit.checkpoint.journal import locked
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.cli import app
 from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
 from quantkit.formats import FORMATS
@@ -86,6 +88,25 @@ def test_the_whole_document_is_that_of_the_run(tmp_path: Path, qwen2: Path, ids:
     assert result["verification"]["tokens"] == 6 * 31
     assert verify(tmp_path / "out") == result == recorded(tmp_path / "out")
     assert (tmp_path / "out" / "report.html").read_bytes() == report
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+def test_quantizing_and_verifying_read_each_layer_of_the_original_once(
+    tmp_path: Path, qwen2: Path, ids: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[str] = Counter()
+    plain = Checkpoint.read
+
+    def read(self: Checkpoint, name: str, *args: Any) -> Tensor:
+        if self.directory == qwen2:
+            seen[name] += 1
+        return plain(self, name, *args)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    assert run(qwen2, tmp_path / "out", ids, calib=str(ids), method=method)["verification"]["tokens"] > 0
+    layers = {name: count for name, count in seen.items() if ".layers." in name}
+    assert len(layers) == sum(".layers." in name for name in open_checkpoint(qwen2).entries)
+    assert set(layers.values()) == {1}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
