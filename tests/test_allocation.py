@@ -245,8 +245,14 @@ def test_a_table_serves_other_budgets(model: Path, tokens: Path, tmp_path: Path)
     larger = allocate(asked(model, tokens, tmp_path, small + 9000, table=table, check=False), QUIET)
     assert larger["predicted_kl"] < first["predicted_kl"]
     assert table.read_bytes() == before
-    with pytest.raises(InputError, match="another model, calibration, menu"):
-        allocate(asked(model, tokens, tmp_path, small, table=table, check=False, menu="W4g32,W8g32"), QUIET)
+    fewer = allocate(asked(model, tokens, tmp_path, small, table=table, check=False, menu="W3g32,W8g32"), QUIET)
+    assert {part["entry"] for part in fewer["parts"]} <= {"W3g32", "W8g32"}
+    with pytest.raises(InputError, match="another model, calibration or method"):
+        allocate(asked(model, tokens, tmp_path, small, table=table, probe_samples=5), QUIET)
+    with pytest.raises(InputError, match=r"has no W5g32 of model.layers.0"):
+        allocate(asked(model, tokens, tmp_path, small, table=table, menu="W3g32,W5g32"), QUIET)
+    with pytest.raises(InputError, match=r"has no .* of lm_head"):
+        allocate(asked(model, tokens, tmp_path, small, table=table, also=("lm_head",)), QUIET)
 
 
 def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass has measured, as a file: `--table` serves other budgets of the same model, calibration and menu."""
+"""What a pass has measured, as a file: `--table` serves other budgets, and smaller menus, of the same calibration."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.allocation.menu import Part, entry_name
+from quantkit.allocation.menu import Entry, Part, entry_name, parse_menu
 from quantkit.allocation.problem import Problem
 from quantkit.allocation.sensitivity import Measured
 from quantkit.calibration import TokenSet
@@ -19,7 +18,6 @@ from quantkit.model.streaming import StreamedModel
 
 def identity(problem: Problem, model: StreamedModel, tokens: TokenSet, probes: int, every: int) -> dict[str, Any]:
     """Everything that the measurements depend on; probes: windows that measure; every: see `table.is_probed`."""
-    menu = {_key(part): [entry_name(entry) for entry in entries] for part, entries in problem.menu.items()}
     return {
         "model": fingerprint(model.checkpoint),
         "calibration": tokens.sha256,
@@ -28,7 +26,6 @@ def identity(problem: Problem, model: StreamedModel, tokens: TokenSet, probes: i
         "method": problem.method,
         "options": vars(problem.options),
         "format": problem.fmt.name,
-        "menu": hashlib.sha256(json.dumps(menu, sort_keys=True).encode()).hexdigest(),
         "symmetric": problem.symmetric,
     }
 
@@ -49,23 +46,33 @@ def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Meas
     """Measurements kept by an earlier call; None when there are none.
 
     Raises:
-        InputError: the file is damaged, or of another model, calibration or menu.
+        InputError: the file is damaged, of another model or calibration, or lacks an entry of the menu.
     """
     if not path.exists():
         return None
-    named = {entry_name(entry): entry for row in problem.menu.values() for entry in row} | {"16bit": None}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["identity"] != json.loads(json.dumps(identity)):
-            raise InputError(f"--table {path}: of another model, calibration, menu or method; choose another file")
-        losses = {_part(p): {named[e]: float(x) for e, x in row.items()} for p, row in raw["losses"].items()}
+            raise InputError(f"--table {path}: of another model, calibration or method; choose another file")
+        losses = {_part(p): {_entry(e, problem): float(x) for e, x in row.items()} for p, row in raw["losses"].items()}
         pairs = [(*key.split(" "), value) for key, value in raw["swapped"].items()]
-        swapped = {(_part(p), named[e]): float(x) for p, e, x in pairs}
-        return Measured(losses, 0.0, swapped, int(raw["tokens"]))
+        swapped = {(_part(p), _entry(e, problem)): float(x) for p, e, x in pairs}
+        found = Measured(losses, 0.0, swapped, int(raw["tokens"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--table {path}: damaged ({type(error).__name__}); delete it, or choose another file"
         ) from error
+    for part, entries in problem.menu.items():
+        lacking = [entry_name(entry) for entry in entries if entry not in losses.get(part, {})]
+        if lacking:
+            name = problem.parts[part][0].name
+            raise InputError(f"--table {path}: has no {', '.join(lacking)} of {name}; choose another file or --menu")
+    return found
+
+
+def _entry(text: str, problem: Problem) -> Entry:
+    (entry,) = parse_menu(text, problem.symmetric)
+    return entry
 
 
 def _key(part: Part) -> str:
