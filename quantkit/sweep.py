@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.activations import Stream, choose_place
+from quantkit.activations import Stream
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
@@ -48,6 +48,7 @@ from quantkit.fit import fit
 from quantkit.job import Job
 from quantkit.layer import quantize_observed, to_stored
 from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
+from quantkit.memory import Layout, keep
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
@@ -65,7 +66,7 @@ from quantkit.progress import display
 from quantkit.quantize import gptq
 from quantkit.recipe import Recipe
 from quantkit.report.sweep import render_sweep
-from quantkit.runs import Request, config_options, serving, tokens_of, tokens_record
+from quantkit.runs import Request, config_options, layout_of, serving, tokens_of, tokens_record
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes
 
@@ -113,6 +114,9 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     for row in refused:
         console.print(f"left out: {row['name']}: {row['why_not']}", highlight=False, markup=False, soft_wrap=True)
     console.print(SHARED_INPUTS, highlight=False, soft_wrap=True)
+    layout = layout_of(run, settings[0].job, [(evaluated.samples, evaluated.seqlen)] * (1 + len(settings)))
+    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    keep(layout, run.device)
     identity = settings[0].job.identity() | {
         "sweep": [setting.name for setting in settings],
         "evaluation": evaluated.sha256,
@@ -121,7 +125,7 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
         del identity[key]
     with open_journal(out, identity, fresh=run.fresh) as journal:
         with display(console, run.device) as progress:
-            figures, shared = _measure(model, settings, calibrated, evaluated, journal, progress)
+            figures, shared = _measure(model, settings, calibrated, evaluated, layout, journal, progress)
         rows = [s.document | figure for s, figure in zip(settings, figures, strict=True)]
         result = {
             "quantkit_version": __version__,
@@ -230,6 +234,7 @@ def _measure(
     settings: Sequence[Setting],
     calibrated: TokenSet | None,
     evaluated: TokenSet,
+    layout: Layout,
     journal: Journal,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], float]:
@@ -246,12 +251,11 @@ def _measure(
         tokens["calibration"] = calibrated
     room = sum(t.input_ids.numel() for t in tokens.values()) * model.config.hidden_size * dtype.itemsize
     require_disk(out, 2 * room)
-    place = job.place or choose_place(room, device)
     streams = {
-        name: open_states(model, each, dtype, device, out / f".{name}-states.tmp", place)
+        name: open_states(model, each, dtype, device, out / f".{name}-states.tmp", layout.place, layout.batch)
         for name, each in tokens.items()
     }
-    progress.start(len(model.layers), sum(t.input_ids.numel() for t in tokens.values()), {"all streams": place})
+    progress.start(len(model.layers), sum(t.input_ids.numel() for t in tokens.values()), {"all streams": layout.place})
     outside = read_outside(model, embedding_names(model))
     as_files = {name: to_stored(name, tensor) for name, tensor in outside.items()}
     for original, tensors in ((True, outside), (False, as_files)):  # also learns what layers are called with

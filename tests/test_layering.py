@@ -80,7 +80,7 @@ ALLOWED: dict[str, str] = {
     ),
     "sweep": (
         "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"
-        " job layer progress report choices runs"
+        " job layer memory progress report choices runs"
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
