@@ -164,25 +164,29 @@ def require_room(problem: Problem) -> None:
 def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
     """Less context, half the cache, fewer bits: what each alone, or where that is too little together, makes fit."""
     budget = problem.budget
+    halves = not budget.weights_only and budget.serve["kv"] != "fp8"  # whether a smaller cache is an answer
     if not budget.weights_only:
         longest = problem.fit(plan)["longest_context"]
         if longest > 0:
             yield f"--context {longest}"
-        if budget.serve["kv"] != "fp8":
-            eight = problem.fit(plan, kv="fp8")
-            if eight["fits"]:
-                yield "--kv fp8"
-            elif eight["longest_context"] > 0:
-                yield f"--kv fp8 --context {eight['longest_context']}"
+    if halves:
+        eight = problem.fit(plan, kv="fp8")
+        if eight["fits"]:
+            halves = False
+            yield "--kv fp8"
+        elif eight["longest_context"] > 0:
+            yield f"--kv fp8 --context {eight['longest_context']}"
+    menu = "--menu" if budget.engine in (None, "any") else "--engine any --menu"
     for bits, group in FEWER_BITS:
         entry = Scheme(bits, group, problem.symmetric)
         try:
             fewer = problem.plan(dict.fromkeys(problem.parts, entry))
         except SchemeError:
             continue
-        if problem.size(fewer) <= budget.nbytes:
-            yield f"--engine any --menu {entry_name(entry)},... ({format_bytes(problem.size(fewer))})"
+        size = problem.size(fewer)
+        if size <= budget.nbytes:
+            yield f"{menu} {entry_name(entry)},... ({format_bytes(size)})"
             return
-        if not budget.weights_only and problem.fit(fewer, kv="fp8")["fits"]:
-            yield f"--kv fp8 --engine any --menu {entry_name(entry)},..."
+        if halves and problem.fit(fewer, kv="fp8")["fits"]:
+            yield f"--kv fp8 {menu} {entry_name(entry)},..."
             return
