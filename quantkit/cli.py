@@ -461,14 +461,14 @@ def allocate(
     ] = False,
     menu: Annotated[
         str | None,
-        typer.Option("--menu", help="What a part may be: W3g128,W4rows,16bit...  [default: W3 to W8, 16bit]"),
+        typer.Option("--menu", help="What a part may be: W3g128,W4rows,16bit...  [default: W2 to W8, 16bit]"),
     ] = None,
     also: Annotated[
         str | None, typer.Option("--also", help="What else to choose for, outside the layers: lm_head.")
     ] = None,
     engine: Annotated[
         Kernels | None,
-        typer.Option("--engine", help="Whose kernels must run it.  [default: vllm; any with --menu, --weights-only]"),
+        typer.Option("--engine", help="Whose kernels must run it.  [default: vllm]"),
     ] = None,
     method: Annotated[Searched, typer.Option("--method", help="How integers are chosen.")] = Searched.gptq,
     sym: Sym = None,
@@ -500,7 +500,8 @@ def allocate(
 ) -> None:
     """Choose bits and groups by part so that all fits and the expected KL is least; writes a recipe with the reasons.
 
-    Costs one pass over the model to measure, one to check. With L layers a swap is L / 2 more layer runs on the probes.
+    Costs one pass over the model to measure, and one as a run makes it to check. With L layers, a swap is L / 2 more
+    layer runs on the probes in each.
     """
     said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
     with _told(resumes=run):

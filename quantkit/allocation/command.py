@@ -40,9 +40,8 @@ class AllocateRequest:
 
     run: the request of the quantizing run, its `budget`, `context` and `kv` included; weights_only: the budget counts
     the files of weights alone; also: parts outside the layers to choose for, too ("lm_head"); engine: whose kernels
-    must run every entry ("any": none asked for; None: vllm, unless a menu is given or the budget is of files); every:
-    probe each n-th layer and interpolate; check: measure the result and correct the table; table: where measurements
-    are kept for other budgets
+    must run every entry (None: vllm; "any": the format must hold it, no more); every: probe each n-th layer and
+    interpolate; check: measure the result and correct the table; table: where measurements are kept for other budgets
     """
 
     run: Request

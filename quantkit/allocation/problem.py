@@ -107,7 +107,7 @@ def pose(
     fmt = choose_format(run.format or "compressed-tensors", run.method, Scheme(4, 128, symmetric), recipe)
     if not fmt.holds_mixed:
         raise InputError(f"--format {fmt.name}: holds one scheme; use compressed-tensors or gptq")
-    engine = budget.engine or ("any" if budget.menu or budget.weights_only else "vllm")
+    engine = budget.engine or "vllm"
     if engine not in ENGINES:
         raise InputError(f"--engine: expected {', '.join(ENGINES)}, got {engine!r}")
     parts = parts_of(model, sites, budget.also)
@@ -176,7 +176,7 @@ def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
             yield "--kv fp8"
         elif eight["longest_context"] > 0:
             yield f"--kv fp8 --context {eight['longest_context']}"
-    menu = "--menu" if budget.engine in (None, "any") else "--engine any --menu"
+    menu = "--menu" if budget.engine in (None, "any", "vllm") else "--engine vllm --menu"
     for bits, group in FEWER_BITS:
         entry = Scheme(bits, group, problem.symmetric)
         try:
