@@ -57,7 +57,7 @@ def sweep_summary(result: Mapping[str, Any]) -> Group:
     table.add_column("setting")
     for heading in ("size", "bits", "perplexity", "KL", "top-1", "time", "longest context"):
         table.add_column(heading, justify="right")
-    table.add_column("loads in")
+    table.add_column("loads in", overflow="fold")
     rows = [row for row in result["settings"] if row["why_not"] is None]
     for row in sorted(rows, key=lambda row: row["total_bytes"]):
         engines = ", ".join(engine for engine, reason in row["engines"].items() if reason is None)

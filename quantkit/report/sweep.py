@@ -83,10 +83,12 @@ def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
 
 
 def _sweep_table(sweep: Result, rows: Sequence[Result]) -> Table:
-    columns = ("setting", "size", "bits", "perplexity", "KL", "top-1", "time", "longest context", "loads in", "front")
+    """One row a setting; a star marks the front, dots the engines that load it."""
+    engines = list(rows[0]["engines"])
+    columns = ("setting (* front)", "size", "bits", "perplexity", "KL", "top-1", "time", "context", *engines)
     cells = [
         (
-            row["name"],
+            row["name"] + (" *" if row["pareto"] else ""),
             wording.size(row["total_bytes"]),
             f"{row['bits_per_weight']:.3f}",
             wording.figure(row["perplexity"]),
@@ -94,8 +96,7 @@ def _sweep_table(sweep: Result, rows: Sequence[Result]) -> Table:
             wording.percent(row["top1_agreement"]),
             wording.duration(row["seconds"]),
             wording.tokens(row["longest_context"]) if row["fits"] else f"{row['longest_context']:,} (too long asked)",
-            ", ".join(engine for engine, reason in row["engines"].items() if reason is None) or "none known",
-            "●" if row["pareto"] else "",
+            *("●" if row["engines"][engine] is None else "" for engine in engines),
         )
         for row in sorted(rows, key=lambda row: row["total_bytes"])
     ]
