@@ -11,12 +11,13 @@ At its peak a run holds one of these, beside the process itself:
     layer   the layer as it runs and what has been quantized of it; for the site that needs most, so many copies of its
             Gram matrix and of the weights that are rounded together, see FACTORISING and REFINING; the activations
             of a micro-batch. In RAM also the layer as stored, the next one being read, and the shard being written
+    head    where it is quantized: it whole and its codes, and what is at work on some of its rows
     end     everything outside the layers twice (the model's and the written one, where they differ), and the logits of
             both for a micro-batch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ import torch
 from quantkit.activations import TOKENS_A_STEP, TOKENS_AT_ONCE_GPU, samples_per_sum
 from quantkit.errors import InputError
 from quantkit.formats.names import fused_name
+from quantkit.head import ROWS
 from quantkit.model.streaming import Architecture
 from quantkit.plan import LinearPlan
 from quantkit.units import format_bytes
@@ -41,6 +43,7 @@ REFINING = (2, 7)
 TUNED_BYTES = 5 * 4 + 2 + 1  # a weight: its position, gradient, two moments, average; its offset; its code
 TUNED_ACTIVATIONS = 3  # what is kept for going back, against what running needs
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
+DEQUANTIZING = 13  # bytes a weight of the head: its code; it, its zero point and its scale as floats
 HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
 SPARE = 0.9  # of what is free, where no limit is given
 
@@ -107,13 +110,14 @@ def lay_out(
     ram: int | None = None,
     place: str | None = None,
     processes: int = 1,
+    head: LinearPlan | None = None,
 ) -> Layout:
     """Choose a layout within the limits; where none is given, within what is free, and then nothing is refused.
 
     itemsize: bytes of a number while running; calibrated: whether Gram matrices are made; follows_original: whether the
     inputs' drift is (see `stats`), for which the original's layer stays; tuned: whether layers are tuned by gradients;
     vram, ram: limits in bytes of this process; place: of hidden states, if that has been chosen; processes: that share
-    the machine's free RAM
+    the machine's free RAM; head: if it is quantized
 
     Raises:
         InputError: a limit that the smallest layout does not keep, with what it needs.
@@ -129,7 +133,9 @@ def lay_out(
     found = []
     for where in places:
         for batch in batches:
-            needs = _needs(architecture, linears, streams, on_gpu, itemsize, batch, calibrated, follows_original, tuned)
+            needs = _needs(
+                architecture, linears, head, streams, on_gpu, itemsize, batch, calibrated, follows_original, tuned
+            )
             device_bytes = needs["device"] + (states if where == "device" else 0)
             ram_bytes = needs["ram"] + (states if where == "ram" else 0)
             found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram))
@@ -169,6 +175,7 @@ def _refuse(smallest: Layout, on_gpu: bool) -> None:
 def _needs(
     architecture: Architecture,
     linears: Sequence[LinearPlan],
+    head: LinearPlan | None,
     streams: Streams,
     on_gpu: bool,
     itemsize: int,
@@ -196,6 +203,12 @@ def _needs(
         "end": (2 if streams.compared else 0) * outside * itemsize + logits,
     }
     files = {"begin": 2 * before, "layer": 2 * stored + largest, "end": (4 if streams.compared else 2) * outside}
+    if head is not None:
+        whole = head.out_features * head.in_features
+        some = replace(head, out_features=min(ROWS, head.out_features))
+        working["head"] = 3 * whole + _solving([some], calibrated, follows_original)
+        files["head"] = 2 * (outside + whole)
+        files["end"] += DEQUANTIZING * whole if streams.compared else 0
     if on_gpu:
         return {
             "device": CUDA_BYTES + WIDE_BYTES + max(working.values()),

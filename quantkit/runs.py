@@ -187,6 +187,7 @@ def layout_of(request: Request, job: Job, evaluated: Sequence[tuple[int, int]]) 
         ram=request.ram,
         place=request.place,
         processes=job.ranks.local_size,
+        head=next((linear for linear in job.plan.quantized if linear.unit == "head"), None),
     )
 
 

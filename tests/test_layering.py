@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     "loaders": "errors scheme formats plan",
     "stored": "errors jsonfile scheme formats checkpoint model plan",
     "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored",
-    "memory": "errors dtypes units formats activations model plan",
+    "memory": "errors dtypes units formats activations model plan head",
     "library": "errors units checkpoint recipe resources",
     "gguf": (
         "errors scheme stats formats quantize machine checkpoint calibration activations model plan stored fit"

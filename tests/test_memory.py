@@ -11,7 +11,7 @@ from quantkit.formats import FORMATS
 from quantkit.memory import Layout, Streams, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme
 
@@ -89,3 +89,28 @@ def test_what_was_chosen_is_told(model: Architecture, plan: Plan) -> None:
     text = str(on_gpu(model, plan, 22, 24))
     assert "2.50 GiB of hidden states" in text
     assert "(22.00 GiB allowed)" in text
+
+
+def test_a_quantized_head_and_an_allocation_of_the_32b_fit_a_24_gb_card(model: Architecture, plan: Plan) -> None:
+    """Two streams of calibration, and those of the probing windows for 2 models and 4 parts in each of 64 layers."""
+    head = LinearPlan("lm_head", OUTSIDE, "lm_head", 152064, 5120, Scheme(8, 128, True))
+    streams = Streams([(128, 512)] * 2 + [(16, 512)] * (4 + 4 * 64 + 1), compared=True)
+
+    def found(head: LinearPlan | None, ram: float) -> Layout:
+        return lay_out(
+            model,
+            plan.linears,
+            streams,
+            GPU,
+            2,
+            follows_original=True,
+            vram=22 * GIB,
+            ram=int(ram * GIB),
+            head=head,
+        )
+
+    assert found(head, 30).place == "file"
+    assert found(head, 30).ram_bytes > found(None, 30).ram_bytes  # the floats of a whole head, for a moment
+    with pytest.raises(InputError, match="--ram"):
+        found(head, 15)
+    found(None, 15)
