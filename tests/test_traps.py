@@ -273,7 +273,7 @@ def test_every_reason_is_a_line() -> None:
 
 
 def test_each_engine_has_a_name_on_the_command_line() -> None:
-    from quantkit.cli import Engine
+    from quantkit.cli.options import Engine
 
     for engine in Engine:
         require_engine(engine.value, "16 bit", (), heads())

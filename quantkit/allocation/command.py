@@ -110,7 +110,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         checked = check(work, choice)
         if checked.kl_elsewhere is not None and checked.kl > 0:
             told["text_ratio"] = checked.kl_elsewhere / checked.kl
-        told |= {"checked_kl": checked.kl, "additivity": checked.kl / total(table, choice) if checked.kl else None}
+        predicted = total(table, choice)
+        told |= {"checked_kl": checked.kl, "additivity": checked.kl / predicted if predicted > 0 else None}
         table = corrected(table, checked, choice)
         first, choice = choice, choose(problem, table) or choice
         told["mended"] = sum(first[part] != entry for part, entry in choice.items())

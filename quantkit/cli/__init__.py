@@ -5,26 +5,76 @@ of FAIL, 130 interrupted.
 Heavy imports wait until a command runs, so that `--help` answers at once.
 """
 
-import errno
-import json
 import os
-import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from enum import StrEnum
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.errors import EngineError, InputError, QuantkitError
-
-if TYPE_CHECKING:
-    from quantkit.runs import Request
+from quantkit.cli.options import (
+    ActOrder,
+    BlockName,
+    Budget,
+    Calib,
+    Context,
+    Correct,
+    Damp,
+    Device,
+    Eval,
+    EvalSamples,
+    For,
+    FormatOption,
+    Fresh,
+    Group,
+    HiddenStates,
+    Inputs,
+    InputsOption,
+    Json,
+    Kernels,
+    Kv,
+    KvOption,
+    MaxKl,
+    MaxPpl,
+    Model,
+    NoVerify,
+    Offline,
+    Out,
+    OutsideName,
+    Quality,
+    QualityOption,
+    Ram,
+    RecipeOption,
+    Rounding,
+    RoundingOption,
+    Samples,
+    Searched,
+    Seed,
+    Seqlen,
+    States,
+    Sym,
+    TargetName,
+    Vram,
+    WBit,
+)
+from quantkit.cli.requests import listed, numbers, run_request
+from quantkit.cli.telling import (
+    FAIL,
+    PROBLEM,
+    command,
+    print_json,
+    processes,
+    quiet_libraries,
+    screen,
+    tell,
+    told,
+)
+from quantkit.errors import InputError
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -33,124 +83,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-PROBLEM, FAIL, INTERRUPTED = 1, 3, 130
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-
-class FormatName(StrEnum):
-    awq = "awq"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    gguf = "gguf"
-
-
-class TargetName(StrEnum):
-    awq = "awq"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    gguf = "gguf"
-    fp16 = "fp16"
-
-
-class Bits(StrEnum):
-    two, three, four, eight = "2", "3", "4", "8"
-
-
-class Kv(StrEnum):
-    fp16, fp8 = "fp16", "fp8"
-
-
-class BlockName(StrEnum):
-    q4_0, q4_1, q8_0, q4_k, q5_k, q6_k = "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"
-
-
-class OutsideName(StrEnum):
-    f16, q8_0, q6_k = "f16", "q8_0", "q6_k"
-
-
-class Quality(StrEnum):
-    fast, best = "fast", "best"
-
-
-class Engine(StrEnum):
-    vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llamacpp"
-
-
-class States(StrEnum):
-    auto, device, ram, file = "auto", "device", "ram", "file"
-
-
-class Inputs(StrEnum):
-    quantized, original = "quantized", "original"
-
-
-class Rounding(StrEnum):
-    gptq, nearest = "gptq", "nearest"
-
-
-Model = Annotated[str, typer.Argument(help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name).")]
-WBit = Annotated[Bits | None, typer.Option("--w-bit", help="Bits of a weight.  [default: 4]")]
-Group = Annotated[
-    int | None, typer.Option("--group", help="Columns that share a scale; -1: whole rows.  [default: 128]")
-]
-Sym = Annotated[
-    bool | None, typer.Option("--sym/--asym", help="Fixed zero point or one per group.  [default: by method]")
-]
-FormatOption = Annotated[
-    FormatName | None, typer.Option("--format", help="How it is stored.  [default: by method and bits]")
-]
-RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", help="A recipe file: bits and groups by layer and kind.")
-]
-QualityOption = Annotated[
-    Quality, typer.Option("--quality", help="fast: what Gram matrices give; best: each layer tuned by gradients.")
-]
-Calib = Annotated[str | None, typer.Option("--calib", help="Calibration SOURCE.  [default: mix]")]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.  [default: 128]")]
-Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens of a window.  [default: 2048]")]
-Seed = Annotated[int, typer.Option("--seed", help="Order of the calibration documents.")]
-Eval = Annotated[str | None, typer.Option("--eval", help="Evaluation SOURCE.  [default: eval, bundled]")]
-EvalSamples = Annotated[int | None, typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: all]")]
-Budget = Annotated[
-    str | None,
-    typer.Option("--budget", help="Memory that weights, KV cache and workspace may take.  [default: 22GiB]"),
-]
-Context = Annotated[str | None, typer.Option("--context", help="Tokens of context that must fit.  [default: 8k]")]
-KvOption = Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache.  [default: fp16]")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/...]")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the comparison with FP16.")]
-MaxPpl = Annotated[
-    str | None, typer.Option("--max-ppl-increase", help="The verdict's limit on perplexity.  [default: 5%]")
-]
-MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's limit on the KL divergence, in nats.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
-ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round columns with much energy first.")]
-For = Annotated[
-    Engine | None,
-    typer.Option("--for", help="An engine that must load it; else every reason why not, before any work."),
-]
-Vram = Annotated[
-    str | None, typer.Option("--vram", help="The most GPU memory the run may take.  [default: what is free]")
-]
-Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may take.  [default: what is free]")]
-HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
-Correct = Annotated[
-    float, typer.Option("--correct", min=0.0, max=1.0, help="Share of earlier layers' errors that is made up for.")
-]
-InputsOption = Annotated[
-    Inputs,
-    typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),
-]
-RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
-
 
 METHODS = {
     "awq": "Scale the channels that matter, then round with error compensation.",
@@ -206,11 +138,11 @@ for _name, _help in METHODS.items():
 @app.command()
 def models(json: Json = False) -> None:
     """The recipes that ship, and what of each is in the local cache."""
-    with _told():
+    with told():
         from quantkit.library import catalogue, catalogue_table
 
         rows = catalogue()
-        _print_json(rows) if json else _console().print(catalogue_table(rows))
+        print_json(rows) if json else screen().print(catalogue_table(rows))
 
 
 @app.command()
@@ -231,7 +163,7 @@ def fit(
     json: Json = False,
 ) -> None:
     """Bytes before compute: weights, KV cache, workspace, the longest context that fits, which engines load it."""
-    with _told():
+    with told():
         from quantkit.fit import table
         from quantkit.fitting import FitRequest, fit_page, fit_request
         from quantkit.units import parse_bytes, parse_tokens
@@ -252,7 +184,7 @@ def fit(
             engine=engine.value if engine else None,
         )
         result = fit_request(request)
-        _print_json(result) if json else _console().print(table(result))
+        print_json(result) if json else screen().print(table(result))
         if picture:
             fit_page(result, picture)
 
@@ -284,7 +216,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Measure a checkpoint against its FP16 model again, from the files alone; exit 3 on a verdict of FAIL."""
-    with _told():
+    with told():
         from quantkit.machine import choose_device
         from quantkit.reverify import VerifyRequest, verify_files
         from quantkit.summary import verify_summary
@@ -294,7 +226,7 @@ def verify(
         quiet_libraries()
         request = VerifyRequest(
             out=out,
-            command=_command(),
+            command=command(),
             against=against,
             evaluation=eval,
             seqlen=seqlen,
@@ -309,10 +241,10 @@ def verify(
             ram=parse_bytes(ram, "--ram") if ram else None,
             offline=offline,
         )
-        result = verify_files(request, _console())
-        _console().print(verify_summary(result, out), highlight=False)
+        result = verify_files(request, screen())
+        screen().print(verify_summary(result, out), highlight=False)
         if json:
-            _print_json(result)
+            print_json(result)
     if result["verification"]["verdict"] == "fail":
         raise typer.Exit(FAIL)
 
@@ -352,7 +284,7 @@ def convert(
     if to is TargetName.gguf:
         _to_gguf(locals())
         return
-    with _told(resumes=True):
+    with told(resumes=True):
         if type is not None:
             raise InputError(f"--type {type.value}: a type of gguf's blocks; use it with --to gguf")
         from quantkit.convert import ConvertRequest
@@ -363,7 +295,7 @@ def convert(
         request = ConvertRequest(
             folder=out,
             to=to.value,
-            command=_command(),
+            command=command(),
             out=target,
             requantize=requantize,
             fresh=fresh,
@@ -371,10 +303,10 @@ def convert(
             offline=offline,
             engine=engine.value if engine else None,
         )
-        result, folder = convert_files(request, _console())
-        _console().print(convert_summary(result, folder), highlight=False)
+        result, folder = convert_files(request, screen())
+        screen().print(convert_summary(result, folder), highlight=False)
         if json:
-            _print_json(result)
+            print_json(result)
     if (result["verification"] or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
 
@@ -412,42 +344,18 @@ def sweep(
     All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
     """
     said = locals() | {"w_bit": None, "group": None}  # lists of them here
-    with _told(resumes=True):
+    with told(resumes=True):
         from quantkit.summary import sweep_summary
         from quantkit.sweep import SweepRequest, sweep
 
         quiet_libraries()
-        methods = _listed(method, "--method")
+        methods = listed(method, "--method")
         unknown = [name for name in methods if name not in METHODS]
         if unknown:
             raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
-        bits, groups = _numbers(w_bit, "--w-bit"), _numbers(group, "--group")
-        result = sweep(SweepRequest(_request(methods[0], said), methods, bits, groups), _console())
-        _print_json(result) if json else _console().print(sweep_summary(result), highlight=False)
-
-
-def _listed(text: str, option: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not found:
-        raise InputError(f"{option}: expected at least one value, got {text!r}")
-    return found
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _listed(text, option))
-    except ValueError:
-        raise InputError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
-
-
-class Kernels(StrEnum):
-    vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
-    any = "any"
-
-
-class Searched(StrEnum):
-    gptq, awq = "gptq", "awq"
+        bits, groups = numbers(w_bit, "--w-bit"), numbers(group, "--group")
+        result = sweep(SweepRequest(run_request(methods[0], said), methods, bits, groups), screen())
+        print_json(result) if json else screen().print(sweep_summary(result), highlight=False)
 
 
 @app.command()
@@ -504,15 +412,15 @@ def allocate(
     layer runs on the probes in each.
     """
     said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
-    with _told(resumes=run):
+    with told(resumes=run):
         from quantkit.allocation.command import AllocateRequest, allocate
         from quantkit.summary import allocate_summary
 
         quiet_libraries()
         request = AllocateRequest(
-            run=_request(method.value, said),
+            run=run_request(method.value, said),
             weights_only=weights_only,
-            also=_listed(also, "--also") if also else (),
+            also=listed(also, "--also") if also else (),
             menu=menu,
             engine=engine.value if engine else None,
             probe_samples=probe_samples,
@@ -522,10 +430,10 @@ def allocate(
             out=out,
             table=table,
         )
-        result = allocate(request, _console())
-        _console().print(allocate_summary(result), highlight=False)
+        result = allocate(request, screen())
+        screen().print(allocate_summary(result), highlight=False)
         if json:
-            _print_json(result)
+            print_json(result)
     if ((result.get("run") or {}).get("verification") or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
 
@@ -541,7 +449,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
-    with _told():
+    with told():
         from quantkit.card import PATH, render_card
         from quantkit.document import RESULT, read_result
         from quantkit.hub.push import push as upload
@@ -549,7 +457,7 @@ def push(
 
         if (out / RESULT).is_file():
             read_result(out)  # a damaged one is told before anything goes up
-        console = _console()
+        console = screen()
         result = upload(
             out,
             repo_id,
@@ -562,7 +470,7 @@ def push(
             card=lambda document: render_card(document, repo_id=repo_id),
             placeholder=PATH,
         )
-        _print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)
+        print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)
 
 
 @app.command()
@@ -571,12 +479,12 @@ def inspect(
     json: Json = False,
 ) -> None:
     """What is inside: bits, group, method, bytes and error per layer; totals; who made it."""
-    with _told():
+    with told():
         from quantkit.inspection import inspect_folder, inspect_table
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         result = inspect_folder(out)
-        _print_json(result) if json else _console().print(inspect_table(result))
+        print_json(result) if json else screen().print(inspect_table(result))
 
 
 def _version(value: bool) -> None:
@@ -593,15 +501,15 @@ def options(
     ] = False,
 ) -> None:
     """Quantize, verify and publish large language models on one card."""
-    if _processes() > 1 and context.invoked_subcommand not in METHODS:
+    if processes() > 1 and context.invoked_subcommand not in METHODS:
         if os.environ["RANK"] == "0":
-            _tell(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
+            tell(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
         raise typer.Exit(PROBLEM)
 
 
 def main() -> None:
     """The `quantkit` console script."""
-    if _processes() == 1 or os.environ["RANK"] == "0":
+    if processes() == 1 or os.environ["RANK"] == "0":
         app(prog_name="quantkit")
     try:  # what is wrong with the words is told once, by the first of several processes
         sys.exit(app(prog_name="quantkit", standalone_mode=False))
@@ -611,87 +519,26 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
-    """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
-    from quantkit.machine import choose_device
-    from quantkit.quantize.methods import Options
-    from quantkit.runs import Request
-    from quantkit.units import parse_bytes, parse_tokens
-    from quantkit.verify import parse_percent
-
-    def plain(name: str) -> Any:
-        value = said.get(name)
-        return value.value if isinstance(value, StrEnum) else value
-
-    def size(name: str) -> int | None:
-        return parse_bytes(said[name], f"--{name}") if said.get(name) else None
-
-    options = Options(
-        said.get("act_order", True),
-        said.get("damp", 0.01),
-        plain("rounding") or "gptq",
-        correct=said.get("correct", 0.5),
-        tune=said.get("quality") is Quality.best,
-    )
-    if options.tune and method == "rtn":
-        raise InputError("--quality best: rtn uses no calibration; use awq or gptq")
-    if options.rounding == "nearest" and method == "gptq":
-        raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
-    states = plain("states")
-    return Request(
-        method=method,
-        model=said["model"],
-        command=_command(),
-        bits=int(said["w_bit"]) if said.get("w_bit") else None,
-        group_size=said.get("group"),
-        symmetric=said.get("sym"),
-        format=plain("format"),
-        recipe=said.get("recipe"),
-        calib=said.get("calib"),
-        samples=said.get("samples"),
-        seqlen=said.get("seqlen"),
-        seed=said.get("seed", 0),
-        evaluation=said.get("eval"),
-        eval_samples=said.get("eval_samples"),
-        budget=size("budget"),
-        context=parse_tokens(said["context"], "--context") if said.get("context") else None,
-        kv=plain("kv"),
-        device=choose_device(said["device"], process),
-        options=options,
-        max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said.get("max_ppl_increase") else None,
-        max_kl=said.get("max_kl"),
-        out=said.get("out"),
-        fresh=said.get("fresh", False),
-        offline=said.get("offline", False),
-        verify=not said.get("no_verify"),
-        engine=plain("engine"),
-        place=None if states in (None, States.auto.value) else states,
-        vram=size("vram"),
-        ram=size("ram"),
-        inputs=plain("inputs") or "quantized",
-    )
-
-
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
-    with _told(resumes=True), ExitStack() as together:
+    with told(resumes=True), ExitStack() as together:
         from quantkit.ranks import joined
         from quantkit.runs import quantize
         from quantkit.summary import summary
 
-        ranks = together.enter_context(joined(_tell))
+        ranks = together.enter_context(joined(tell))
         quiet_libraries()
         console = Console(stderr=True, quiet=not ranks.first)
         process = ranks.local_rank if ranks.size > 1 else None
-        result, out = quantize(_request(method, said, process), console, ranks)
+        result, out = quantize(run_request(method, said, process), console, ranks)
         console.print(summary(result, out), highlight=False)
         if said["json"] and ranks.first:
-            _print_json(result)
+            print_json(result)
     if (result["verification"] or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
 
 
 def _to_gguf(said: dict[str, Any]) -> None:
-    with _told(resumes=True):
+    with told(resumes=True):
         from quantkit.export_gguf import ExportRequest, to_gguf
         from quantkit.machine import choose_device
         from quantkit.summary import convert_summary, summary
@@ -702,7 +549,7 @@ def _to_gguf(said: dict[str, Any]) -> None:
             raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")
         request = ExportRequest(
             source=str(said["out"]),
-            command=_command(),
+            command=command(),
             type=said["type"].value if said["type"] else None,
             outside=said["outside"].value,
             out=said["target"],
@@ -717,77 +564,10 @@ def _to_gguf(said: dict[str, Any]) -> None:
             fresh=said["fresh"],
             offline=said["offline"],
         )
-        result, folder = to_gguf(request, _console())
+        result, folder = to_gguf(request, screen())
         shown = convert_summary if "converted" in result else summary
-        _console().print(shown(result, folder), highlight=False)
+        screen().print(shown(result, folder), highlight=False)
         if said["json"]:
-            _print_json(result)
+            print_json(result)
     if (result["verification"] or {}).get("verdict") == "fail":
         raise typer.Exit(FAIL)
-
-
-def quiet_libraries() -> None:
-    """Keep stderr for our own lines: progress bars and advice of the libraries are for other programs."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _console() -> Console:
-    return Console(stderr=True)
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-def _command(*, without: tuple[str, ...] = ()) -> str:
-    several = (
-        ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if _processes() > 1 else []
-    )
-    return shlex.join([*several, "quantkit", *(word for word in sys.argv[1:] if word not in without)])
-
-
-def _processes() -> int:
-    """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-@contextmanager
-def _told(*, resumes: bool = False) -> Iterator[None]:
-    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback.
-
-    resumes: whether the same command goes on from where it stopped.
-    """
-    try:
-        yield
-    except EngineError as error:
-        _fail(*str(error).splitlines())
-    except QuantkitError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
-        typer.echo(f"\ninterrupted{kept}: {_command(without=('--fresh',))}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        again = "; finished layers are kept" if resumes else ""
-        _fail(f"the device is out of memory{again}; use --states ram, a shorter --seqlen, or --device cpu")
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        _fail(
-            f"{error.filename or 'disk'}: full; finished layers are kept. To continue: {_command(without=('--fresh',))}"
-        )
-
-
-def _fail(*lines: str) -> None:
-    for line in lines:
-        _tell(line)
-    raise typer.Exit(PROBLEM) from None
-
-
-def _tell(line: str) -> None:
-    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options of a command to what it asks for."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from quantkit.cli.options import Quality, States
+from quantkit.cli.telling import command
+from quantkit.errors import InputError
+
+if TYPE_CHECKING:
+    from quantkit.runs import Request
+
+
+def run_request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
+    """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
+    from quantkit.machine import choose_device
+    from quantkit.quantize.methods import Options
+    from quantkit.runs import Request
+    from quantkit.units import parse_bytes, parse_tokens
+    from quantkit.verify import parse_percent
+
+    def plain(name: str) -> Any:
+        value = said.get(name)
+        return value.value if isinstance(value, StrEnum) else value
+
+    def size(name: str) -> int | None:
+        return parse_bytes(said[name], f"--{name}") if said.get(name) else None
+
+    options = Options(
+        said.get("act_order", True),
+        said.get("damp", 0.01),
+        plain("rounding") or "gptq",
+        correct=said.get("correct", 0.5),
+        tune=said.get("quality") is Quality.best,
+    )
+    if options.tune and method == "rtn":
+        raise InputError("--quality best: rtn uses no calibration; use awq or gptq")
+    if options.rounding == "nearest" and method == "gptq":
+        raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
+    states = plain("states")
+    return Request(
+        method=method,
+        model=said["model"],
+        command=command(),
+        bits=int(said["w_bit"]) if said.get("w_bit") else None,
+        group_size=said.get("group"),
+        symmetric=said.get("sym"),
+        format=plain("format"),
+        recipe=said.get("recipe"),
+        calib=said.get("calib"),
+        samples=said.get("samples"),
+        seqlen=said.get("seqlen"),
+        seed=said.get("seed", 0),
+        evaluation=said.get("eval"),
+        eval_samples=said.get("eval_samples"),
+        budget=size("budget"),
+        context=parse_tokens(said["context"], "--context") if said.get("context") else None,
+        kv=plain("kv"),
+        device=choose_device(said["device"], process),
+        options=options,
+        max_ppl_increase=parse_percent(said["max_ppl_increase"]) if said.get("max_ppl_increase") else None,
+        max_kl=said.get("max_kl"),
+        out=said.get("out"),
+        fresh=said.get("fresh", False),
+        offline=said.get("offline", False),
+        verify=not said.get("no_verify"),
+        engine=plain("engine"),
+        place=None if states in (None, States.auto.value) else states,
+        vram=size("vram"),
+        ram=size("ram"),
+        inputs=plain("inputs") or "quantized",
+    )
+
+
+def listed(text: str, option: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not found:
+        raise InputError(f"{option}: expected at least one value, got {text!r}")
+    return found
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in listed(text, option))
+    except ValueError:
+        raise InputError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None

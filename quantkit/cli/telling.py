@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line says: results on stdout, all else on stderr, problems in one line with an exit code."""
+
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from quantkit.errors import EngineError, QuantkitError
+
+PROBLEM, FAIL, INTERRUPTED = 1, 3, 130
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def quiet_libraries() -> None:
+    """Keep stderr for our own lines: progress bars and advice of the libraries are for other programs."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def screen() -> Console:
+    """Where everything but results goes."""
+    return Console(stderr=True)
+
+
+def print_json(document: Any) -> None:
+    """The one document on stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def command(*, without: tuple[str, ...] = ()) -> str:
+    """The command as it was given, to repeat it."""
+    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if processes() > 1 else []
+    return shlex.join([*several, "quantkit", *(word for word in sys.argv[1:] if word not in without)])
+
+
+def processes() -> int:
+    """How many processes torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def told(*, resumes: bool = False) -> Iterator[None]:
+    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback.
+
+    resumes: whether the same command goes on from where it stopped.
+    """
+    try:
+        yield
+    except EngineError as error:
+        fail(*str(error).splitlines())
+    except QuantkitError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
+        typer.echo(f"\ninterrupted{kept}: {command(without=('--fresh',))}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        again = "; finished layers are kept" if resumes else ""
+        fail(f"the device is out of memory{again}; use --states ram, a shorter --seqlen, or --device cpu")
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        fail(
+            f"{error.filename or 'disk'}: full; finished layers are kept. To continue: {command(without=('--fresh',))}"
+        )
+
+
+def fail(*lines: str) -> None:
+    """Tell a problem that the user can fix, and end."""
+    for line in lines:
+        tell(line)
+    raise typer.Exit(PROBLEM) from None
+
+
+def tell(line: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
