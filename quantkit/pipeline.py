@@ -52,7 +52,7 @@ from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded,
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
 from quantkit.stored import dequantized
-from quantkit.tuning import TUNING, learn_steps, tune_layer, tuning_tokens
+from quantkit.tuning import TUNING, learn_steps, prepare, tune_layer
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     tokens = sum(found.input_ids.numel() for found in _streamed(job))
     job = replace(job, calibration=_own(job, job.calibration), evaluation=_own(job, job.evaluation))
     gram_samples = job.calibration.samples if job.calibration else 0
-    job = replace(job, calibration=tuning_tokens(job, journal, progress))
+    job = replace(job, calibration=prepare(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
     for name, tensor in read_outside(model).items():  # what cannot be stored is told now, not after the last layer

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """More calibration text than there is: what the original model itself would have written in many places.
 
-Tuning by gradients learns the few calibration windows by heart. The original model can say what is right for any text,
-so each copy of the windows has a share of its tokens replaced by what the model, having read the original ones before
-it, would put there. One pass over the original model gives all the copies.
+Tuning by gradients learns the few calibration windows by heart. The original model says what is right for any text,
+so each copy of the windows has a share of its tokens replaced by what the model, having read those before, would put
+there. A copy is made of the one before it, and so the text becomes the model's own; each takes one pass over the model.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantkit.activations import Stream
 from quantkit.calibration import TokenSet
 from quantkit.evaluation import (
     Progress,
@@ -43,23 +45,33 @@ def resample(
     spill: see `activations.open_stream`
     """
     states = open_states(model, tokens, dtype, device, spill, place)
+    generator = torch.Generator(device).manual_seed(0)
+    written = [tokens.input_ids]
+    for copy in range(copies):
+        told = f"let the original model rewrite the calibration text, copy {copy + 1} of {copies}"
+        written.append(_rewritten(model, replace(tokens, input_ids=written[-1]), states, generator, progress, told))
+    return torch.cat(written[1:])
+
+
+def _rewritten(
+    model: StreamedModel, tokens: TokenSet, states: Stream, generator: torch.Generator, progress: Progress, told: str
+) -> Tensor:
+    """The ids with a share of them replaced by the model; states: room for them, overwritten."""
+    device, dtype = generator.device, states.states.dtype
     with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
         embed_tokens(model, tokens, states, device)
     for index, layer in enumerate(model.layers):
-        progress.ending(f"let the original model rewrite the calibration text: layer {index + 1}")
+        progress.ending(f"{told}: layer {index + 1}")
         assign(layer, loaded(read_layer(model, index), device, dtype))
         advance(model, index, states)
         drop(layer)
         return_freed_memory()
-    generator = torch.Generator(device).manual_seed(0)
-    written: list[list[Tensor]] = [[] for _ in range(copies)]
+    written = []
     with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
         for batch in states.batches():
             ids = tokens.input_ids[batch].to(device)
             chances = logits(model, states.states[batch].to(device))[:, :-1].float().softmax(-1).flatten(0, 1)
-            for copy in written:
-                next_ids = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1)
-                replaced = torch.rand(next_ids.shape, generator=generator, device=device) < SHARE
-                rest = torch.where(replaced, next_ids, ids[:, 1:])
-                copy.append(torch.cat([ids[:, :1], rest], 1).cpu())
-    return torch.cat([torch.cat(copy) for copy in written])
+            next_ids = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1)
+            replaced = torch.rand(next_ids.shape, generator=generator, device=device) < SHARE
+            written.append(torch.cat([ids[:, :1], torch.where(replaced, next_ids, ids[:, 1:])], 1).cpu())
+    return torch.cat(written)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--quality best`: a rounded layer tuned towards what the original layer made of the same tokens.
 
-The tokens are the calibration samples and copies of them that the original model has rewritten (`resample`).
+The tokens are the calibration samples and copies of them that the original model has rewritten (`resample`), and an
+error of the output weighs what it does to the original model's predictions (`fisher`). Both are made before the first
+layer, from the original model alone, and kept in the output folder for a run that starts again.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
 from quantkit.evaluation import Progress
+from quantkit.fisher import output_directions, weighted_square
 from quantkit.job import Job
 from quantkit.layer import LayerResult, assign_float
 from quantkit.model.streaming import embed, run_layer
@@ -23,27 +26,35 @@ from quantkit.quantize.tune import Loss, tune
 from quantkit.resample import resample
 from quantkit.scheme import QuantizedTensor, dequantize
 
-TUNING = "tuning-tokens"
+TUNING = "tuning"
+TUNING_FILE = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
+PASSES = 2  # over the tokens, for each layer
 JUDGES = 32  # one step in so many is kept back to judge the others
 
 
-def tuning_tokens(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
-    """The calibration set; for tuning, with copies that the original model has rewritten, kept for a next start."""
+def prepare(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
+    """The tokens that layers are calibrated on: for tuning, the calibration set and its rewritten copies.
+
+    With the directions that `layer_directions` reads, what tuning needs of the original model is written here, once.
+    """
     tokens = job.calibration
     if tokens is None or not job.options.tune:
         return tokens
-    copies = job.tuning_copies
-    if copies == 0:
-        return tokens
-    unit = journal.finished.get(TUNING)
-    if unit is None:
-        spill = job.out / ".rewritten-states.tmp"
-        ids = resample(job.model, tokens, copies, job.device, job.dtype, progress, spill, job.place)
-        file = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
-        unit = Unit(TUNING, file, write_shard(job.out / file, {"input_ids": ids}), {"linears": []})
-        journal.append(unit)
-    ids = torch.cat([tokens.input_ids, open_file(job.out / unit.file).read("input_ids")])
-    return replace(tokens, input_ids=ids)
+    if TUNING not in journal.finished:
+        spill = job.out / ".tuning-states.tmp"
+        ids = tokens.input_ids
+        if job.tuning_copies:
+            more = resample(job.model, tokens, job.tuning_copies, job.device, job.dtype, progress, spill, job.place)
+            ids = torch.cat([ids, more])
+        directions = output_directions(job.model, tokens, job.device, job.dtype, progress, spill)
+        tensors = {"input_ids": ids} | {f"directions.{index}": v for index, v in enumerate(directions)}
+        journal.append(Unit(TUNING, TUNING_FILE, write_shard(job.out / TUNING_FILE, tensors), {"linears": []}))
+    return replace(tokens, input_ids=open_file(job.out / TUNING_FILE).read("input_ids"))
+
+
+def layer_directions(job: Job, index: int) -> Tensor:
+    """The directions of the layer's output that matter; see `fisher.weighted_square`."""
+    return open_file(job.out / TUNING_FILE).read(f"directions.{index}").to(job.device)
 
 
 def _samples_a_step(seqlen: int) -> int:
@@ -61,26 +72,35 @@ def learn_steps(job: Job) -> None:
 def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
     """Tune the layer's codes and scales towards the original's outputs; `wanted` holds those already.
 
-    Every sample is seen once, in an order of its own for each layer. The last ones only judge: a layer that they
-    find no better stays as it was.
+    Samples are seen in an order of their own for each layer and pass. Some of them only judge: a layer that they find
+    no better stays as it was.
     """
     layer = job.model.layers[index]
     assign_float(layer, result.changed)
     seqlen = calibration.states.shape[1]
     step = _samples_a_step(seqlen)
-    order = torch.randperm(len(calibration.states), generator=torch.Generator().manual_seed(index))
+    directions = layer_directions(job, index)
 
     def loss(samples: Tensor) -> Loss:
         def of(weights: Mapping[str, Tensor]) -> Tensor:
             inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, wanted))
             output = run_layer(job.model, index, inputs, {f"{name}.weight": w for name, w in weights.items()})
-            return (output.float() - target.float()).square().mean() / target.float().square().mean()
+            energy = target.float().square().sum(-1).mean()
+            return weighted_square(output.float() - target.float(), directions) / energy
 
         return of
 
-    losses = [loss(samples) for samples in order.split(step)]
-    judges = -(-len(losses) // JUDGES)
-    seen, kept_back = losses[:-judges], losses[-judges:]
+    generator = torch.Generator().manual_seed(index)
+    steps = torch.randperm(len(calibration.states), generator=generator).split(step)
+    judges = -(-len(steps) // JUDGES)
+    kept_back = [loss(samples) for samples in steps[-judges:]]
+    learned_from = torch.cat(steps[:-judges]) if len(steps) > judges else torch.empty(0, dtype=torch.int64)
+    seen = [
+        loss(samples)
+        for _ in range(PASSES)
+        for samples in learned_from[torch.randperm(len(learned_from), generator=generator)].split(step)
+        if len(samples)
+    ]
 
     def judged(quantized: Mapping[str, QuantizedTensor]) -> float:
         weights = {name: dequantize(q, job.dtype) for name, q in quantized.items()}

@@ -3,6 +3,9 @@
 
     python scripts/train_demo.py --train train.jsonl.xz --heldout heldout.jsonl.xz --out quantkit/demo
 
+and with `--config FILE` a model of another architecture from the same data: FILE holds the keys of config.json that are
+not the demo's (`benchmarks/qwen3-18m.json` is one).
+
 The data are JSON lines (plain or .xz) with the fields `kind`, `source`, `license`, and either `text` or `messages`
 (chat turns with `role` and `content`). On a CUDA GPU the defaults take a few minutes. On a CPU give a budget, for
 example `--minutes 45 --batch 16`: the schedule then shrinks to the number of steps that fit. The seed decides the
@@ -34,7 +37,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SEQUENCE = 512  # tokens a training window and an evaluation window hold
 VOCABULARY = 4096
@@ -81,7 +84,7 @@ TOKENIZER_CONFIG: dict[str, Any] = {
     "bos_token": END,
     "clean_up_tokenization_spaces": False,
     "eos_token": END,
-    "model_max_length": CONFIG["max_position_embeddings"],
+    "model_max_length": 2048,
     "pad_token": END,
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
@@ -125,8 +128,8 @@ def render(record: Record) -> str:
     return environment.from_string(CHAT_TEMPLATE).render(messages=record["messages"])
 
 
-def train_tokenizer(documents: list[str]) -> Tokenizer:
-    """Byte-level BPE of VOCABULARY tokens; the special tokens come first, the tags of thinking last."""
+def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE of so many tokens; the special tokens come first, the tags of thinking last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -137,7 +140,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     specials = [END, USER, ASSISTANT]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(THINK),
+        vocab_size=vocabulary - len(THINK),
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -174,14 +177,14 @@ def windows(tokens: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-def new_model(seed: int, device: torch.device) -> Any:
+def new_model(config: dict[str, Any], seed: int, device: torch.device) -> Any:
     """Random weights; those that write into the residual stream are smaller, as in GPT-2."""
     torch.manual_seed(seed)
-    keys = {key: value for key, value in CONFIG.items() if key not in ("model_type", "torch_dtype")}
-    model: Any = Qwen2ForCausalLM(Qwen2Config(**keys))
+    keys = {key: value for key, value in config.items() if key != "torch_dtype"}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data /= math.sqrt(2 * CONFIG["num_hidden_layers"])
+            parameter.data /= math.sqrt(2 * config["num_hidden_layers"])
     return model.to(device, torch.float32)
 
 
@@ -259,9 +262,9 @@ def new_optimizer(model: Any, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def seconds_per_step(tokens: Tensor, schedule: Schedule, compiled: bool) -> float:
+def seconds_per_step(config: dict[str, Any], tokens: Tensor, schedule: Schedule, compiled: bool) -> float:
     """Measured on a model that is thrown away, so that the budget decides the number of steps and nothing else."""
-    model = new_model(schedule.seed, tokens.device)
+    model = new_model(config, schedule.seed, tokens.device)
     step = make_step(model, new_optimizer(model, schedule.weight_decay), compiled)
     batches = windows(tokens, schedule.batch, schedule.seed)
     warmup, timed = (20, 100) if tokens.is_cuda else (1, 3)
@@ -273,9 +276,11 @@ def seconds_per_step(tokens: Tensor, schedule: Schedule, compiled: bool) -> floa
     return (time.perf_counter() - start) / timed
 
 
-def train(tokens: Tensor, heldout: dict[str, Tensor], schedule: Schedule, compiled: bool) -> Any:
+def train(
+    config: dict[str, Any], tokens: Tensor, heldout: dict[str, Tensor], schedule: Schedule, compiled: bool
+) -> Any:
     """Train on tokens (on the device to use); progress and held-out perplexity go to stdout."""
-    model = new_model(schedule.seed, tokens.device)
+    model = new_model(config, schedule.seed, tokens.device)
     step = make_step(model, new_optimizer(model, schedule.weight_decay), compiled)
     batches = windows(tokens, schedule.batch, schedule.seed)
     every, start = max(1, schedule.steps // 50), time.perf_counter()
@@ -410,12 +415,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_folder(out: Path, model: Any, tokenizer: Tokenizer) -> None:
+def write_folder(out: Path, model: Any, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     """Weights, config and tokenizer, as AutoModelForCausalLM and AutoTokenizer of transformers 4.51 and 5 read them."""
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # written for its owner alone
-    write_json(out / "config.json", CONFIG)  # over the one just saved, which has the keys of one version alone
+    write_json(out / "config.json", config)  # over the one just saved, which has the keys of one version alone
     write_json(out / "generation_config.json", GENERATION_CONFIG)
     write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -428,6 +433,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="JSON lines, plain or .xz")
     parser.add_argument("--heldout", type=Path, required=True, help="JSON lines, plain or .xz, not in --train")
     parser.add_argument("--out", type=Path, default=Path("quantkit/demo"))
+    parser.add_argument("--config", type=Path, help="JSON: keys of config.json, not the demo's; no card is written")
     parser.add_argument("--epochs", type=float, default=40.0, help="passes over the data when --steps is not given")
     parser.add_argument("--steps", type=int, help="exactly this many steps")
     parser.add_argument("--minutes", type=float, help="no more steps than fit in this time, start and end included")
@@ -454,10 +460,11 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass adds in no fixed order; flash attention's can
 
+    config = CONFIG | (json.loads(options.config.read_text(encoding="utf-8")) if options.config else {})
     records = read_records(options.train)[: options.limit]
     unseen = read_records(options.heldout)[: options.limit]
     documents = [render(record) for record in records]
-    tokenizer = train_tokenizer(documents)
+    tokenizer = train_tokenizer(documents, config["vocab_size"])
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(options.seed)).tolist()
     tokens = tokenize(tokenizer, [documents[i] for i in order]).to(device)
     kinds = sorted({str(record["kind"]) for record in unseen})
@@ -472,19 +479,24 @@ def main() -> None:
     steps = options.steps or max(1, round(options.epochs * len(tokens) / SEQUENCE / options.batch))
     schedule = Schedule(steps, options.batch, options.learning_rate, options.weight_decay, options.seed)
     if options.minutes:
-        each = seconds_per_step(tokens, schedule, compiled)
+        each = seconds_per_step(config, tokens, schedule, compiled)
         left = options.minutes * 60 - (time.perf_counter() - begin)
         schedule = schedule._replace(steps=max(1, min(steps, int(0.9 * left / each))))
         print(f"{each * 1000:.1f} ms a step: {schedule.steps} steps of {steps}", flush=True)
 
-    model = train(tokens, heldout, schedule, compiled)
+    model = train(config, tokens, heldout, schedule, compiled)
     model = model.to(torch.bfloat16)
-    write_folder(options.out, model, tokenizer)
+    write_folder(options.out, model, tokenizer, config)
 
     model = model.float()  # the shipped weights, computed in float32
     parameters = sum(p.numel() for p in model.parameters())
     measured = perplexities(model, heldout)
     rounded = {"none": measured["all"]} | {str(b): p for b, p in rounded_perplexities(model, heldout).items()}
+    print(f"{parameters:,} parameters in {options.out}, {time.perf_counter() - begin:.0f} s")
+    print("held-out perplexity:", {kind: round(value, 3) for kind, value in measured.items()})
+    print("rounded to nearest, groups of 128:", {bits: round(value, 3) for bits, value in rounded.items()})
+    if options.config:
+        return
     card = CARD.format(
         **{k: CONFIG[k] for k in CONFIG if k in CARD},
         parameters=parameters,
@@ -509,9 +521,6 @@ def main() -> None:
     )
     (options.out / "README.md").write_text(card, encoding="utf-8")
     (options.out / "NOTICE").write_text(notice(records), encoding="utf-8")
-    print(f"{parameters:,} parameters in {options.out}, {time.perf_counter() - begin:.0f} s")
-    print("held-out perplexity:", {kind: round(value, 3) for kind, value in measured.items()})
-    print("rounded to nearest, groups of 128:", {bits: round(value, 3) for bits, value in rounded.items()})
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ ALLOWED: dict[str, str] = {
     ),
     # the loop
     "evaluation": "errors dtypes calibration activations verify model stats products ranks",
-    "resample": "errors machine calibration model evaluation",
+    "resample": "machine calibration activations model evaluation",
+    "fisher": "errors machine calibration activations model evaluation",
     "job": "machine ranks quantize calibration checkpoint model plan evaluation",
     "layer": "errors dtypes scheme stats quantize activations model plan evaluation job",
     "head": "ranks scheme stats quantize activations model evaluation",
-    "tuning": "scheme quantize checkpoint calibration activations model evaluation resample job layer",
+    "tuning": "scheme quantize checkpoint calibration activations model evaluation fisher resample job layer",
     "pipeline": (
         "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation job"
         " layer head tuning"

@@ -244,7 +244,7 @@ def test_a_tuned_run_is_continued_to_the_same_bytes(tmp_path: Path, qwen2: Path,
     (out / "model-00003-of-00004.safetensors").unlink()
     done(*tuned)
     assert contents(out) == expected
-    (out / "tuning-tokens.st").unlink()  # what it was tuned on is written again, and all that came of it
+    (out / "tuning.st").unlink()  # what it was tuned on is written again, and all that came of it
     done(*tuned)
     assert contents(out) == expected
 
