@@ -533,7 +533,9 @@ _STYLE: dict[str, Any] = {"box": None, "title_justify": "left", "show_header": F
 
 def _verdict(result: Mapping[str, Any]) -> Text:
     fits, longest, allowed = result["fits"], result["longest_context"], result["max_position_embeddings"]
-    text = Text("FITS" if fits else "DOES NOT FIT", style="bold green" if fits else "bold red")
+    cut = result["tensor_parallel"]["problems"]
+    head = "DOES NOT FIT" if not fits else "FITS, BUT CANNOT BE CUT" if cut else "FITS"
+    text = Text(head, style="bold green" if fits and not cut else "bold red")
     limit = "all that the model allows" if longest == allowed else f"the model allows {allowed:,}" if allowed else ""
     text.append(f"; longest context that fits: {longest:,} tokens" if longest else "; no context fits", style="default")
     return text.append(f" ({limit})" if limit else "", style="default")

@@ -432,5 +432,12 @@ def test_the_document_is_json_and_the_table_comes_from_it() -> None:
     shown = io.StringIO()
     Console(file=shown, width=200).print(table(result))
     text = shown.getvalue()
-    for expected in ("19,328,804,864", "each of 16 cards", "cannot be cut over 16 cards", "does not read awq", "RAM"):
+    for expected in (
+        "19,328,804,864",
+        "each of 16 cards",
+        "BUT CANNOT BE CUT",
+        "cannot be cut over 16 cards",
+        "does not read awq",
+        "RAM",
+    ):
         assert expected in text
