@@ -43,7 +43,7 @@ class Branch:
                 if wait is None:
                     raise OutputError(f"{self.repo_id}: {what}: {self._why(error)}") from None
                 status = status_of(error)
-                said = "the connection dropped" if status is None else f"HTTP {status}"
+                said = "the connection failed" if status is None else f"HTTP {status}"
                 self.say(f"{what}: {said}; again in {wait:.0f} s ({TRIES - tried} more tries)")
             self.sleep(wait)
         raise AssertionError("unreachable")
