@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -146,6 +148,7 @@ def test_output_folder(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     assert (out / "README.md").is_file()
 
 
+@pytest.mark.skipif(Version(transformers.__version__).major < 5, reason="transformers 4 writes what 4 reads")
 def test_older_readers_find_the_rotations(tmp_path: Path, ids: Path) -> None:
     """transformers 4 knows rope_theta and rope_scaling only; 5 writes rope_parameters."""
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -432,6 +435,7 @@ def test_demo_passes_as_users_run_it(tmp_path: Path) -> None:
     assert result["verification"]["fit"]["fits"]
 
 
+@pytest.mark.skipif(Version(transformers.__version__).major < 5, reason="the model says its rotations as 5 reads them")
 @pytest.mark.parametrize(("method", "limit"), [("awq", 0.0172), ("gptq", 0.0172)])
 def test_accuracy_on_a_trained_model(tmp_path: Path, shared: Path, method: str, limit: float) -> None:
     """AutoAWQ 0.2.9 gets 0.0265 with these ids, llm-compressor's GPTQ 0.0222, AutoRound's 200 iterations 0.0178."""
