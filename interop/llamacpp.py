@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp on the GGUF files that quantkit writes: logits, perplexity, greedy continuation and tokens; makes GGUF.md.
 
-    python -m interop.llamacpp
+    python -m interop.llamacpp [MODEL ...]      of pairs.MODELS; the demo where none is named
 
 llama.cpp's own kernels for quantized weights round what they multiply with to 8 bits, so no logits of theirs are those
 of a forward in float32, whatever the file holds. With a BLAS it multiplies many tokens at once in float32, by the same
@@ -10,7 +10,8 @@ weights of the same file: that way shows what the file means to llama.cpp, and t
 
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,12 @@ def rows(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{name} ({model})", compare(path, model, out, ids, prompts)
 
 
-def main() -> None:
+def main(models: Sequence[str]) -> None:
     """Write the table."""
     torch.set_num_threads(1)
     shutil.rmtree(WORK / "gguf", ignore_errors=True)
     lines = [HEADER]
-    for model in (name for name, folder in MODELS.items() if folder.is_dir()):
+    for model in models:
         for label, found in rows(model):
             print(label, found, flush=True)
             lines.append(_row(label, found))
@@ -162,4 +163,4 @@ def _row(label: str, found: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["demo"])

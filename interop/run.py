@@ -35,7 +35,7 @@ from interop.pairs import CASES, MODELS, READERS, RESULTS, WRITERS, Case, Client
 from interop.tables import unexpected, write_tables
 from quantkit.calibration import load_eval
 from quantkit.convert import ConvertRequest, convert
-from quantkit.errors import SchemeError
+from quantkit.errors import QuantkitError
 from quantkit.export_gguf import ExportRequest, to_gguf
 from quantkit.inspection import inspect_folder
 from quantkit.model.streaming import open_model
@@ -47,8 +47,9 @@ WORK = HOME / "work"
 QUIET = Console(quiet=True)
 TARGETS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")  # of `quantkit convert`
 SAMPLES, SEQLEN = 8, 128
-# The clients of the quick part. Those of OWN run where quantkit does: constraints.txt pins what their environment has.
-QUICK, OWN = ("transformers", "gptqmodel"), ("transformers",)
+# The quick part: one client for each format. What OWN holds is also where quantkit runs: constraints.txt has its pins.
+QUICK = ("transformers + gptqmodel", "transformers + compressed-tensors", "transformers + gguf")
+OWN = "transformers"
 NOT_HERE = re.compile(r"AVX512|cpu_gemm_wna16|requires CUDA", re.IGNORECASE)  # the machine's fault
 # One thread for models this small; GPTQModel asks for two workers and by itself takes one on a machine of two cores.
 SETTINGS = os.environ | {"OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
@@ -258,7 +259,7 @@ def conversions(folder: Path) -> dict[str, str | None]:
                 else:
                     convert(ConvertRequest(folder, target, "interop", Path(out) / "out"), QUIET)
                 found[target] = None
-            except SchemeError as error:
+            except QuantkitError as error:
                 found[target] = _line(str(error))
     return found
 
@@ -275,7 +276,7 @@ def run(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     models = {name: token_files(name) for name, folder in MODELS.items() if folder.is_dir()}
     for reader in READERS:
         for model, tokens in models.items():
-            cases = [case for case in CASES if case.model == model and case.format in reader.formats]
+            cases = [case for case in CASES if case.model == model and reader.reads(case)]
             if cases := [case for case in cases if chosen(f"{case.name} < {reader.name}")]:
                 yield from read_ours(reader, cases, tokens)
     for foreign in WRITERS:
@@ -283,12 +284,19 @@ def run(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield (f"{foreign.name} > verify", read_theirs(foreign, models[foreign.model]))
 
 
+def pairs() -> Iterator[str]:
+    """The names of all that the suite asks."""
+    for case in CASES:
+        yield from (f"{case.name} < {reader.name}" for reader in READERS if reader.reads(case))
+    yield from (f"{foreign.name} > verify" for foreign in WRITERS)
+
+
 def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
     """The demo's checkpoints in the clients of QUICK."""
     for reader in READERS:
-        cases = [case for case in CASES if case.model == "demo" and case.format in reader.formats]
-        if reader.environment in QUICK:
-            yield from read_ours(reader, cases, token_files("demo"), own=reader.environment in OWN)
+        cases = [case for case in CASES if case.model == "demo" and reader.reads(case)]
+        if reader.name in QUICK:
+            yield from read_ours(reader, cases, token_files("demo"), own=reader.environment == OWN)
 
 
 def main(words: list[str]) -> int:
@@ -299,7 +307,8 @@ def main(words: list[str]) -> int:
         quick = dict(run_quick())
         print(f"{len(quick)} pairs of checkpoint and client")
         return _told(quick)
-    results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results: dict[str, dict[str, Any]] = {name: before[name] for name in pairs() if name in before}
     for name, result in run(words):
         results[name] = result
         print(f"{name}: { ({key: value for key, value in result.items() if key != 'versions'}) }", flush=True)
