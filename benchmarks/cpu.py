@@ -39,6 +39,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) ->
     from quantkit.choices import choose_scheme
     from quantkit.formats import FORMATS
     from quantkit.job import Job
+    from quantkit.memory import laid_out, lay_out_job
     from quantkit.model.streaming import open_model
     from quantkit.pipeline import run
     from quantkit.plan import make_plan
@@ -54,13 +55,16 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) ->
 
     def work() -> None:
         with display(Console(stderr=True), job.device) as progress:
-            run(job, progress)
+            run(laid_out(job, lay_out_job(job, [])), progress)
 
     return work
 
 
 def by_llmcompressor(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
-    """llm-compressor's oneshot: GPTQ symmetric, AWQ asymmetric, groups of 128."""
+    """llm-compressor's oneshot: GPTQ symmetric, AWQ asymmetric, groups of 128.
+
+    Its AWQ pins memory, which torch refuses where there is no accelerator: there pinning does nothing.
+    """
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -70,6 +74,8 @@ def by_llmcompressor(method: str, model: Path, ids: Path, samples: int, out: Pat
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign]
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=method == "gptq", strategy="group", group_size=128)
     scheme: dict[str, Any] = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}}
     scheme |= {"ignore": ["lm_head"]}

@@ -12,7 +12,6 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from quantkit.choices import choose_scheme
 from quantkit.formats import FORMATS
 from quantkit.job import Job
 from quantkit.machine import choose_device, peak_device_bytes, peak_rss_bytes, versions
-from quantkit.memory import Streams, keep, lay_out
+from quantkit.memory import keep, laid_out, lay_out_job
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline import run
@@ -152,20 +151,16 @@ def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]
     tokens = None if said.method == "rtn" else TokenSet(ids, "random", "random", "random")
     device = choose_device(said.device)
     job = Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device)
-    layout = lay_out(
-        model,
-        plan.linears,
-        Streams([] if tokens is None else [(said.samples, said.seqlen)], compared=False),
-        device,
-        job.dtype.itemsize,
-        calibrated=tokens is not None,
+    layout = lay_out_job(
+        job,
+        [],
         vram=parse_bytes(said.vram, "--vram") if said.vram else None,
         ram=parse_bytes(said.ram, "--ram") if said.ram else None,
     )
     keep(layout, device)
     clock = Clock()
     began = time.perf_counter()
-    run(replace(job, place=layout.place, batch=layout.batch), clock)
+    run(laid_out(job, layout), clock)
     return {
         "recipe": said.recipe,
         "method": said.method,

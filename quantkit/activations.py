@@ -39,10 +39,10 @@ class Stream:
     batch: int
     mapping: mmap.mmap | None = None
 
-    def batches(self, samples: int | None = None) -> Iterator[slice]:
-        """The micro-batches, as slices of samples: of all, or of the first so many."""
+    def batches(self, samples: int | None = None, first: int = 0) -> Iterator[slice]:
+        """The micro-batches, as slices of samples: of all, or of the first so many; from one of them on."""
         count = len(self.states) if samples is None else samples
-        for start in range(0, count, self.batch):
+        for start in range(first, count, self.batch):
             yield slice(start, min(start + self.batch, count))
             if self.mapping is not None:  # pages of a file that were touched count as this process's own
                 self.mapping.madvise(mmap.MADV_DONTNEED)

@@ -5,10 +5,13 @@ One thread each, one call at a time, in order: what is read and written, and whe
 call raises is raised in the main thread, where its result is asked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -49,6 +52,24 @@ class Writer:
         last, self._last = self._last, None
         if last is not None:
             last.result()
+
+
+def copied(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:
+    """Have tensors copied to RAM while other things are computed; the result waits for that, in any thread."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return lambda: tensors
+    copies = {
+        name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+    done = torch.cuda.Event()
+    done.record()
+
+    def result() -> Mapping[str, Tensor]:
+        done.synchronize()
+        return copies
+
+    return result
 
 
 @contextmanager

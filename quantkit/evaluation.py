@@ -18,6 +18,7 @@ from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.families import Site
+from quantkit.model.shortcuts import Shortcut, taken
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
 from quantkit.products import mirror_
 from quantkit.ranks import ALONE, Ranks
@@ -79,19 +80,50 @@ def embed_tokens(model: StreamedModel, tokens: TokenSet, stream: Stream, device:
         stream.states[batch] = embed(model, tokens.input_ids[batch].to(device)).to(stream.states.device)
 
 
-def advance(model: StreamedModel, index: int, stream: Stream, *, keep: bool = True) -> None:
+def advance(
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    *,
+    keep: bool = True,
+    first: int = 0,
+    known: Mapping[Shortcut, Tensor] | None = None,
+    exact: bool = True,
+) -> None:
     """Run the materialised layer over a stream, in place; without `keep` the stream stays as it is.
+
+    first: the sample to begin with; known: inputs of its linears, for all samples, where that is so; exact: see
+    `products.fast_linears`
 
     Raises:
         NumericsError: its output is not finite.
     """
-    device = next(iter(model.layers[index].parameters())).device
-    for batch in stream.batches():
-        output = run_layer(model, index, stream.states[batch].to(device))
-        if not bool(torch.isfinite(output).all()):
-            raise NumericsError(f"{model.layer_name(index)}: its output is not finite; check the model's weights")
+    layer = model.layers[index]
+    device = next(iter(layer.parameters())).device
+    for batch in stream.batches(first=first):
+        with taken(layer, {shortcut: inputs[batch] for shortcut, inputs in (known or {}).items()}):
+            output = run_finite(model, index, stream.states[batch].to(device), exact=exact)
         if keep:
             stream.states[batch] = output
+
+
+def run_finite(
+    model: StreamedModel,
+    index: int,
+    hidden: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = True,
+) -> Tensor:
+    """As `run_layer`.
+
+    Raises:
+        NumericsError: its output is not finite.
+    """
+    output = run_layer(model, index, hidden, weights, exact=exact)
+    if not bool(torch.isfinite(output).all()):
+        raise NumericsError(f"{model.layer_name(index)}: its output is not finite; check the model's weights")
+    return output
 
 
 def observe(

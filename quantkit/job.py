@@ -30,6 +30,7 @@ class Job:
     evaluation: None to leave out verification; device: where the layers run;
     place: where hidden states live ("device", "ram", "file"; None lets memory decide);
     batch: samples in a micro-batch (None: as many as are usual);
+    kept_width: the widest inputs of linears that are kept until their layer is done (0: none; see `passage`);
     inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original";
     amend: whether finished layers of another recipe are made anew (from the first that differs), not refused;
     ranks: the processes that share it; their number changes no byte of the result on a CPU.
@@ -45,6 +46,7 @@ class Job:
     device: torch.device
     place: str | None = None
     batch: int | None = None
+    kept_width: int = 0
     inputs: str = "quantized"
     amend: bool = False
     ranks: Ranks = ALONE

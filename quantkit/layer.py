@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import Stream, regrouped, samples_per_sum
+from quantkit.activations import regrouped, samples_per_sum
 from quantkit.dtypes import torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.evaluation import Progress, loaded
 from quantkit.job import Job
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
-from quantkit.model.streaming import assign, run_to
+from quantkit.model.streaming import assign
+from quantkit.passage import Passage, inputs_of
 from quantkit.plan import STORED, LinearPlan
 from quantkit.quantize.gptq import Factor
 from quantkit.quantize.grid import to_float16
@@ -50,22 +51,25 @@ def quantize_layer(
     job: Job,
     index: int,
     sites: tuple[Site, ...],
-    calibration: Stream | None,
-    wanted: Stream | None,
-    weights: Mapping[str, Tensor],
-    gram_samples: int,
+    source: Mapping[str, Tensor],
+    calibration: Passage | None,
+    original: Passage | None,
     observed: Sequence[SiteStats | None] | None,
     progress: Progress,
     factors: Sequence[Factor | None] | None = None,
 ) -> LayerResult:
     """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
 
-    wanted: the calibration samples as they enter this layer in the original model; weights: those
-    of this layer in the original model
+    source: the layer's tensors as stored; calibration: the calibration samples in this layer; original: the same in
+    that of the original model
     observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
     """
     layer, linears = job.model.layers[index], job.plan.layer(index)
     result = LayerResult()
+    last = _last_calibrated(job, sites, linears)
+    rounded = {f"{name}.weight" for name, linear in linears.items() if linear.scheme is not None}
+    kept = {name: to_stored(name, tensor) for name, tensor in source.items() if name not in rounded}
+    assign(layer, loaded(kept, job.device, job.dtype))
     for number, site in enumerate(sites):
         if all(linears[name].scheme is None for name in site.linears):
             continue
@@ -74,7 +78,7 @@ def quantize_layer(
         stats = None if observed is None else observed[number]
         if stats is None and calibration is not None and method != "rtn":
             progress.stage(f"calibrate {_kinds(site)}")
-            stats = _collect(job, index, site, calibration, wanted, weights, gram_samples)
+            stats = _collect(job, layer, site, calibration, original, last=site is last)
             require_finite_stats(stats, name)
         progress.stage(f"quantize {_kinds(site)}")
         channel = fold_channels(job.model, index, site)
@@ -90,6 +94,8 @@ def quantize_layer(
             fold = Fold(site, outcome.scale, channel.to(job.device))
             _fold(layer, fold, schemes, result)
             result.folds.append(fold)
+            if calibration is not None:
+                _forget(calibration, sites, site)
         result.quantized |= outcome.quantized
         result.offsets |= outcome.offsets
         assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
@@ -127,7 +133,7 @@ def quantize_observed(
     Returns the layer's tensors as a written shard would stand for them (names local to the layer), and the records.
     """
     assign(job.model.layers[index], loaded(source, job.device, job.dtype))
-    result = quantize_layer(job, index, sites, None, None, {}, 0, observed, progress, factors)
+    result = quantize_layer(job, index, sites, source, None, None, observed, progress, factors)
     return as_written(source, result), result.records
 
 
@@ -183,36 +189,34 @@ def _site_input(
     )
 
 
+def _last_calibrated(job: Job, sites: Sequence[Site], linears: Mapping[str, LinearPlan]) -> Site | None:
+    """The last site whose inputs are summed up."""
+    for site in reversed(sites):
+        present = [linears[name] for name in site.linears if linears[name].scheme is not None]
+        if present and job.method_of(present[0]) != "rtn":
+            return site
+    return None
+
+
 def _collect(
-    job: Job,
-    index: int,
-    site: Site,
-    calibration: Stream,
-    wanted: Stream | None,
-    weights: Mapping[str, Tensor],
-    samples: int,
+    job: Job, layer: nn.Module, site: Site, calibration: Passage, original: Passage | None, *, last: bool
 ) -> SiteStats:
-    layer = job.model.layers[index]
-    in_features = _weight(layer, site.linears[0]).shape[1]
-    so_far = dict(layer.named_parameters())
-
-    def inputs(stream: Stream, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        together = samples_per_sum(stream.states.shape[1])
-        return regrouped(job.ranks.in_turn(_inputs(job, index, site, stream, parameters, samples)), together)
-
-    originals = None if wanted is None else inputs(wanted, weights)
-    stats = collect(inputs(calibration, so_far), in_features, job.device, originals, job.ranks)
-    assign(layer, so_far)
-    return stats
+    linear = site.linears[0]
+    together = samples_per_sum(calibration.stream.states.shape[1])
+    found = regrouped(job.ranks.in_turn(inputs_of(calibration, linear, job.device)), together)
+    originals = None
+    if original is not None:
+        originals = regrouped(job.ranks.in_turn(inputs_of(original, linear, job.device, last=last)), together)
+    weight = _weight(layer, linear)
+    few_rows = len(site.linears) == 1 and 2 * weight.shape[0] < weight.shape[1]
+    return collect(found, weight.shape[1], job.device, originals, job.ranks, weight if few_rows else None)
 
 
-def _inputs(
-    job: Job, index: int, site: Site, stream: Stream, parameters: Mapping[str, Tensor], samples: int
-) -> Iterator[Tensor]:
-    """What the site's linears read, one micro-batch [samples, seqlen, in_features] at a time, with these parameters."""
-    for batch in stream.batches(samples):
-        assign(job.model.layers[index], parameters)
-        yield run_to(job.model, index, stream.states[batch].to(job.device), site.linears[0])
+def _forget(calibration: Passage, sites: Sequence[Site], site: Site) -> None:
+    """A scale was folded into the site's producer: what came after that is not as it was kept."""
+    changed = next((n + 1 for n, before in enumerate(sites) if site.producer in before.linears), sites.index(site))
+    read = {name for after in sites[changed:] for name in after.linears}
+    calibration.known = {shortcut: kept for shortcut, kept in calibration.known.items() if shortcut.linear not in read}
 
 
 def _fold(
@@ -245,8 +249,9 @@ def _fold(
         result.quantized[producer] = replace(done, scales=scales)
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
     to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
-    result.changed |= {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
-    assign_float(layer, changed)
+    kept = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
+    result.changed |= kept
+    assign_float(layer, {name: to_stored(name, tensor) for name, tensor in kept.items()})
 
 
 def records_of(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from quantkit.activations import TOKENS_A_STEP, TOKENS_AT_ONCE_GPU, samples_per_
 from quantkit.errors import InputError
 from quantkit.formats.names import fused_name
 from quantkit.head import ROWS
+from quantkit.job import Job
 from quantkit.model.streaming import Architecture
 from quantkit.plan import LinearPlan
 from quantkit.units import format_bytes
@@ -53,6 +54,7 @@ class Layout:
     """Where things go, and the most that will be held.
 
     place: of hidden states, "device", "ram" or "file"; batch: samples in a micro-batch; states_bytes: of hidden states;
+    kept_width: the widest inputs of linears that are kept beside them while a layer is calibrated (0: none);
     device_bytes, ram_bytes: at the peak, as counted; device_limit, ram_limit: what was asked for, or None
     """
 
@@ -63,6 +65,7 @@ class Layout:
     ram_bytes: int
     device_limit: int | None
     ram_limit: int | None
+    kept_width: int = 0
 
     def record(self) -> dict[str, Any]:
         """For the result document."""
@@ -82,10 +85,14 @@ def _of(limit: int | None) -> str:
 
 @dataclass(frozen=True)
 class Streams:
-    """The token streams of a run: (samples, seqlen) of each, and whether the two models are compared at the end."""
+    """The token streams of a run: (samples, seqlen) of each, and whether the two models are compared at the end.
+
+    kept: the tokens of a stream whose inputs of linears may be kept
+    """
 
     shapes: Sequence[tuple[int, int]]
     compared: bool
+    kept: int = 0
 
     @property
     def tokens(self) -> int:
@@ -130,20 +137,71 @@ def lay_out(
     ram_room = ram or int(SPARE * psutil.virtual_memory().available / processes)
     batches = _batches(streams) if on_gpu else [1]
     places = [place] if place else (["device"] if on_gpu else []) + ["ram", "file"]
+    fastest = "device" if on_gpu else "ram"
     found = []
     for where in places:
         for batch in batches:
             needs = _needs(
                 architecture, linears, head, streams, on_gpu, itemsize, batch, calibrated, follows_original, tuned
             )
-            device_bytes = needs["device"] + (states if where == "device" else 0)
-            ram_bytes = needs["ram"] + (states if where == "ram" else 0)
-            found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram))
+            for width, numbers in _keepable(linears, follows_original) if where == fastest else [(0, 0)]:
+                held = states + numbers * streams.kept * itemsize
+                device_bytes = needs["device"] + (held if where == "device" else 0)
+                ram_bytes = needs["ram"] + (held if where == "ram" else 0)
+                found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram, width))
     fitting = [x for x in found if x.device_bytes <= device_room and x.ram_bytes <= ram_room]
     smallest = found[-1]
     if not fitting:
         _refuse(smallest, on_gpu)
     return (fitting or [smallest])[0]
+
+
+def _keepable(linears: Sequence[LinearPlan], follows_original: bool) -> list[tuple[int, int]]:
+    """What may be kept for each token, the most first: its width, and the numbers that everything up to it comes to."""
+    sites = _sites([linear for linear in linears if linear.layer == 0])
+    widths = [site[0].in_features for site in sites if len(site) == 1]
+    both = widths + (widths[:-1] if follows_original else [])  # the original has left the layer at its last site
+    return [(limit, sum(w for w in both if w <= limit)) for limit in sorted({0, *widths}, reverse=True)]
+
+
+def lay_out_job(
+    job: Job,
+    evaluated: Sequence[tuple[int, int]],
+    *,
+    vram: int | None = None,
+    ram: int | None = None,
+    place: str | None = None,
+    keeps: bool = True,
+) -> Layout:
+    """The layout of a job: see `lay_out`.
+
+    evaluated: (samples, seqlen) of each stream that measures; keeps: whether layers are calibrated site by site
+    """
+    shapes, kept = list(evaluated), 0
+    if job.calibration:
+        samples, seqlen = job.ranks.most(job.calibration.samples), job.calibration.seqlen
+        shapes += [(samples * (1 + job.tuning_copies), seqlen)] * (2 if job.follows_original else 1)
+        kept = samples * seqlen if keeps and job.inputs == "quantized" and not job.options.tune else 0
+    return lay_out(
+        job.model,
+        job.plan.linears,
+        Streams(shapes, compared=bool(evaluated), kept=kept),
+        job.device,
+        job.dtype.itemsize,
+        calibrated=job.calibration is not None,
+        follows_original=job.follows_original,
+        tuned=job.options.tune,
+        vram=vram,
+        ram=ram,
+        place=place,
+        processes=job.ranks.local_size,
+        head=next((linear for linear in job.plan.quantized if linear.unit == "head"), None),
+    )
+
+
+def laid_out(job: Job, layout: Layout) -> Job:
+    """The job as this layout has it run."""
+    return replace(job, place=layout.place, batch=layout.batch, kept_width=layout.kept_width)
 
 
 def keep(layout: Layout, device: torch.device) -> None:
@@ -219,11 +277,8 @@ def _needs(
 
 def _solving(linears: Sequence[LinearPlan], calibrated: bool, follows_original: bool) -> int:
     """The Gram matrices and weights of the site that needs most."""
-    sites: dict[tuple[int, str], list[LinearPlan]] = {}
-    for linear in linears:
-        sites.setdefault((linear.layer, _reads(linear)), []).append(linear)
     needs = [0]
-    for site in sites.values():
+    for site in _sites(linears):
         width = site[0].in_features
         weight = 4 * width * sum(linear.out_features for linear in site)
         gram = 4 * width**2
@@ -233,6 +288,14 @@ def _solving(linears: Sequence[LinearPlan], calibrated: bool, follows_original: 
             else [4 * weight]
         )
     return max(needs)
+
+
+def _sites(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
+    """The linears by what they read, in order."""
+    sites: dict[tuple[int, str], list[LinearPlan]] = {}
+    for linear in linears:
+        sites.setdefault((linear.layer, _reads(linear)), []).append(linear)
+    return list(sites.values())
 
 
 def _reads(linear: LinearPlan) -> str:

@@ -13,7 +13,7 @@ from the disk and only runs them.
 Several processes may share a run: all go through this loop together, each with its samples, see `ranks`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.activations import Stream, choose_place
-from quantkit.background import read_ahead, writer
+from quantkit.background import copied, read_ahead, writer
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
@@ -47,8 +47,10 @@ from quantkit.job import Job
 from quantkit.layer import LayerResult, quantize_layer, records_of, to_stored
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, return_freed_memory
 from quantkit.model.families import Site
+from quantkit.model.shortcuts import Shortcut
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
+from quantkit.passage import Passage, shortcuts_of
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
 from quantkit.stored import dequantized
@@ -198,14 +200,18 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             shard = shards[f"layer.{index}"]
             reused = shard.unit in finished
             unfinished = any(layer > index or layer == OUTSIDE for layer in waiting)
+            following = wanted and (unfinished or (job.options.tune and not reused))
+            seen = followed = None
             if not reused:
-                result = quantize_layer(
-                    job, index, sites, calibration, wanted, weights, gram_samples, observed, progress
-                )
-            if wanted and (unfinished or (job.options.tune and not reused)):
+                if calibration and job.inputs == "quantized":
+                    seen = Passage(model, index, calibration, gram_samples, _shortcuts(job, index, calibration, sites))
+                if seen and wanted:
+                    followed = replace(seen, stream=wanted, weights=weights, known={}, leaves=bool(following))
+                result = quantize_layer(job, index, sites, source, seen, followed, observed, progress)
+            if wanted and following:
                 progress.stage("run the original")
                 assign(model.layers[index], weights)
-                advance(model, index, wanted)
+                advance(model, index, wanted, first=followed.left if followed else 0, exact=False)
             if reused:
                 stored, records = _read_shard(job, shard), journal.finished[shard.unit].record["linears"]
             else:
@@ -215,15 +221,17 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
                 if job.ranks.first:
-                    writing.submit(partial(_write_shard, job, journal, shard, stored, records))
+                    writing.submit(partial(_write_shard, job, journal, shard, copied(stored), records))
                 del result
-            del source, weights, observed
+            del source, weights, observed, followed
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
             del stored
             progress.stage("run the quantized")
-            for stream in (quantized, calibration if unfinished and job.inputs == "quantized" else None):
-                if stream:
-                    advance(model, index, stream)
+            if quantized:
+                advance(model, index, quantized)
+            if calibration and unfinished and job.inputs == "quantized":
+                advance(model, index, calibration, known=seen.known if seen else {}, exact=False)
+            del seen
             drop(model.layers[index])
             return_freed_memory()
             if original and quantized:
@@ -296,7 +304,7 @@ def _quantize_head(
     _require_planned(shard, tensors)
     outcome = SiteResult({head.local: rounded}, None, {head.local: record})
     if job.ranks.first:
-        _write_shard(job, journal, shard, tensors, records_of(job, outcome, {head.local: head}))
+        _write_shard(job, journal, shard, copied(tensors), records_of(job, outcome, {head.local: head}))
     job.ranks.wait()  # the others read it
 
 
@@ -329,9 +337,13 @@ def _require_planned(shard: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_shard(
-    job: Job, journal: Journal, shard: ShardPlan, tensors: Mapping[str, Tensor], records: list[dict[str, Any]]
+    job: Job,
+    journal: Journal,
+    shard: ShardPlan,
+    tensors: Callable[[], Mapping[str, Tensor]],
+    records: list[dict[str, Any]],
 ) -> None:
-    sha256 = write_shard(job.out / shard.file, tensors)
+    sha256 = write_shard(job.out / shard.file, tensors())
     journal.append(Unit(shard.unit, shard.file, sha256, {"linears": records}))
 
 
@@ -365,6 +377,13 @@ def _streamed(job: Job) -> list[TokenSet]:
 def _own(job: Job, tokens: TokenSet | None) -> TokenSet | None:
     """The samples of this rank."""
     return tokens and replace(tokens, input_ids=tokens.input_ids[job.ranks.own(tokens.samples)])
+
+
+def _shortcuts(job: Job, index: int, calibration: Stream, sites: Sequence[Site]) -> tuple[Shortcut, ...]:
+    """What need not run again for every site. Tuning moves all weights and runs all samples: nothing is kept for it."""
+    if job.options.tune or not job.kept_width:
+        return ()
+    return shortcuts_of(job.model, index, calibration, sites, job.kept_width)
 
 
 def _open(job: Job, tokens: TokenSet | None, name: str, place: str) -> Stream | None:

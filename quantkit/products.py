@@ -8,16 +8,25 @@ is the sum of two bfloat16 numbers up to 2^-17 of itself, a = a1 + a2, so
 
 is one bfloat16 product over three times the terms, and right to about 2^-16: what tf32 (2^-11) is not, at tf32's price
 (Henry, Tang, Heinecke, arXiv 1904.06376). A product of numbers that are 16-bit to begin with is exact term by term.
+
+A CPU multiplies in float32. torch does so through MKL, which takes AVX2 where the processor is not Intel's; oneDNN,
+which torch also holds, takes what the processor has: with AVX512 that is twice as fast (`LOG.md`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-TERMS_AT_ONCE = 2048  # of the sum in a split product: bounds the memory of the split copies
+TERMS_AT_ONCE = 2048  # of the sum in a split or turned product: bounds the memory of the copies
 HALVES = 8  # strips of columns in which the upper half of a symmetric product is made: 56% of all the work
 NARROWEST_STRIP = 512
+NARROWEST_STRIP_CPU = 128
+PRODUCT_AT_ONCE = 1 << 24  # of a product that is added to something on a CPU, where it is first made by itself
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
@@ -27,20 +36,19 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = Tru
     exact: False lets a GPU round float32 to bfloat16 once (2^-9), where that is enough.
     """
     if not _fast(left):
-        return total.addmm_(left.T.float(), right.float())
-    if left.dtype != torch.float32:
-        return _accumulate_16bit(total, left, right)
-    for a, b in zip(left.split(TERMS_AT_ONCE), right.split(TERMS_AT_ONCE), strict=True):
-        if exact:
-            (a1, a2), (b1, b2) = _split(a), _split(b)
-            a, b = torch.cat([a1, a1, a2]), torch.cat([b1, b2, b1])
-        _accumulate_16bit(total, a.bfloat16(), b.bfloat16())
+        rows = max(1, PRODUCT_AT_ONCE // total.shape[1])
+        for part, columns in zip(total.split(rows), left.T.split(rows), strict=True):
+            part.add_(linear(columns.float().contiguous(), right.float().T))
+        return total
+    for a, b in zip(_pieces(left), _pieces(right), strict=True):
+        _accumulate_16bit(total, *_terms(a, b, exact))
     return total
 
 
 def strips(gram: Tensor) -> list[slice]:
     """The rows of a symmetric matrix [in, in] that are made at once, of which only what is right of the diagonal is."""
-    width = max(NARROWEST_STRIP, -(-len(gram) // HALVES))
+    narrowest = NARROWEST_STRIP_CPU if gram.device.type == "cpu" else NARROWEST_STRIP
+    width = max(narrowest, -(-len(gram) // HALVES))
     return [slice(start, min(start + width, len(gram))) for start in range(0, len(gram), width)]
 
 
@@ -49,8 +57,17 @@ def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = Non
 
     rows: the `strips` to do, if not all
     """
-    for strip in strips(gram) if rows is None else rows:
-        accumulate_(gram[strip, strip.start :], x[:, strip], x[:, strip.start :])
+    rows = strips(gram) if rows is None else rows
+    if not _fast(x):
+        for part in x.split(TERMS_AT_ONCE):
+            columns = part.T.float().contiguous()
+            for strip in rows:
+                gram[strip, strip.start :] += linear(columns[strip], columns[strip.start :])
+        return gram
+    for part in _pieces(x):
+        left, right = _terms(part, part, exact=True)
+        for strip in rows:
+            _accumulate_16bit(gram[strip, strip.start :], left[:, strip], right[:, strip.start :])
     return gram
 
 
@@ -67,14 +84,83 @@ def mirror_(gram: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """left [m, k] @ right [k, n] in float32; see `accumulate_`."""
     if not _fast(left):
-        return left.float() @ right.float()
+        return linear(left.float(), right.float().T)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return accumulate_(total, left.T, right, exact=exact)
+
+
+def fast_linears(like: Tensor, *, exact: bool = True) -> AbstractContextManager[object]:
+    """Within it, float32 linears of a CPU are multiplied by oneDNN, whatever module calls them.
+
+    exact: False lets them be rounded to bfloat16 (2^-9), before and after, where the CPU multiplies those faster
+    """
+    return nullcontext() if like.device.type != "cpu" else _ByOneDNN(exact)
+
+
+class _ByOneDNN(TorchFunctionMode):
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self._exact = exact
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.nn.functional.linear and not kwargs:
+            return linear(*args, exact=self._exact)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    supported: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return _onednn() and supported()
+
+
+def linear(left: Tensor, right: Tensor, bias: Tensor | None = None, *, exact: bool = True) -> Tensor:
+    """left [..., k] @ right.T + bias for right [n, k]; of float32 on a CPU by oneDNN. exact: see `fast_linears`."""
+    plain = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and 0 not in left.shape
+    gradients = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if not (plain and _onednn()) or gradients:
+        return torch.nn.functional.linear(left, right, bias)
+    if not (right.is_contiguous() or right.T.is_contiguous()):  # oneDNN has no kernel for others, only a reference
+        right = right.contiguous()
+    if not exact and _fast_bfloat16():
+        half = None if bias is None else bias.bfloat16()
+        return _pointwise(left.bfloat16(), right.bfloat16(), half).float()
+    return _pointwise(left, right, bias)
+
+
+def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _fast(like: Tensor) -> bool:
     """Whether 16-bit products with a float32 result are there, and faster."""
     return like.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(TERMS_AT_ONCE) if x.dtype == torch.float32 else (x,)
+
+
+def _terms(left: Tensor, right: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """The 16-bit matrices whose product left.T @ right is."""
+    if left.dtype != torch.float32:
+        return left, right
+    if not exact:
+        return left.bfloat16(), right.bfloat16()
+    (a1, a2), (b1, b2) = _split(left), _split(right)
+    return torch.cat([a1, a1, a2]), torch.cat([b1, b2, b1])
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from quantkit.gguf.export import export
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.job import Job
 from quantkit.machine import peak_rss_bytes, versions
-from quantkit.memory import Layout, Streams, keep, lay_out
+from quantkit.memory import keep, laid_out, lay_out_job
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Outcome, run
 from quantkit.plan import OUTSIDE, make_plan, resolved
@@ -148,8 +148,9 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         amend=request.amend,
         ranks=ranks,
     )
-    layout = layout_of(request, job, [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else [])
-    job = replace(job, place=layout.place, batch=layout.batch)
+    measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
+    layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
+    job = laid_out(job, layout)
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
     told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
     _announce(console, request, recipe, job, told)
@@ -166,29 +167,6 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     with display(console, request.device) as progress:
         run(job, progress, fresh=request.fresh, finish=finish)
     return ranks.agree(finished[0] if finished else None), out
-
-
-def layout_of(request: Request, job: Job, evaluated: Sequence[tuple[int, int]]) -> Layout:
-    """Where things go in memory for a job; evaluated: (samples, seqlen) of each stream that measures."""
-    shapes = list(evaluated)
-    if job.calibration:
-        samples = job.ranks.most(job.calibration.samples) * (1 + job.tuning_copies)
-        shapes += [(samples, job.calibration.seqlen)] * (2 if job.follows_original else 1)
-    return lay_out(
-        job.model,
-        job.plan.linears,
-        Streams(shapes, compared=bool(evaluated)),
-        job.device,
-        job.dtype.itemsize,
-        calibrated=job.calibration is not None,
-        follows_original=job.follows_original,
-        tuned=job.options.tune,
-        vram=request.vram,
-        ram=request.ram,
-        place=request.place,
-        processes=job.ranks.local_size,
-        head=next((linear for linear in job.plan.quantized if linear.unit == "head"), None),
-    )
 
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:

@@ -8,10 +8,11 @@ For inputs X [tokens, in_features] and a rounding Q of W, the squared error of t
 so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978).
 
 Where the original model's inputs X0 to the same site are known too, their drift D = (X0 - X)^T X says what part of the
-original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692).
+original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692). Only
+W D is ever asked for, and where W has few rows it takes fewer products to sum up W (X0 - X)^T X.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, accumulate_gram_, mirror_, product, strips
+from quantkit.products import accumulate_, accumulate_gram_, linear, mirror_, product, strips
 from quantkit.ranks import ALONE, Ranks
 
 
@@ -31,7 +32,9 @@ class SiteStats:
     abs_sum:  float32 [in_features], sum of |x|
     abs_max:  float32 [], the largest |x|
     tokens:   how many rows were added
-    drift:    float32 [in_features, in_features], sum of (x0 - x)^T x, or None if the original's inputs were not seen
+    drift:    float32 [in_features, in_features], sum of (x0 - x)^T x, or None if the original's inputs were not seen;
+              or [out_features, in_features], that multiplied by a weight
+    projected: whether it is
     """
 
     gram: Tensor
@@ -39,6 +42,7 @@ class SiteStats:
     abs_max: Tensor
     tokens: int = 0
     drift: Tensor | None = None
+    projected: bool = False
 
     @property
     def abs_mean(self) -> Tensor:
@@ -51,22 +55,23 @@ def collect(
     device: torch.device,
     originals: Iterable[Tensor] | None = None,
     ranks: Ranks = ALONE,
+    weight: Tensor | None = None,
 ) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
     originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
-    decides how the sums are split, and so their last bits. ranks: all of which have these inputs, and share the work.
+    decides how the sums are split, and so their last bits. ranks: all of which have these inputs, and share the work;
+    weight: [out_features, in_features], to multiply the drift by.
     """
     stats = empty_stats(in_features, device)
     if originals is not None:
-        stats.drift = torch.zeros(in_features, in_features, device=device)
-    own = [strip for number, strip in enumerate(strips(stats.gram)) if ranks.owner(number) == ranks.rank]
+        stats.drift = torch.zeros(in_features if weight is None else len(weight), in_features, device=device)
+        stats.projected = weight is not None
     for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
-        add_inputs(stats, tensor, original, own)
-    for number, strip in enumerate(strips(stats.gram)):
-        for total in (stats.gram, stats.drift):
-            if total is not None:
-                ranks.send_(total[strip], ranks.owner(number))
+        add_inputs(stats, tensor, original, ranks, weight)
+    for total in [stats.gram] if stats.drift is None else [stats.gram, stats.drift]:
+        for number, strip in enumerate(strips(total)):
+            ranks.send_(total[strip], ranks.owner(number))
     mirror_(stats.gram)
     return stats
 
@@ -81,24 +86,32 @@ def empty_stats(in_features: int, device: torch.device) -> SiteStats:
 
 
 def add_inputs(
-    stats: SiteStats, inputs: Tensor, original: Tensor | None = None, rows: Sequence[slice] | None = None
+    stats: SiteStats,
+    inputs: Tensor,
+    original: Tensor | None = None,
+    ranks: Ranks = ALONE,
+    weight: Tensor | None = None,
 ) -> None:
     """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`.
 
-    rows: the `products.strips` to do of the matrices, if not all
+    ranks: that share the `products.strips` of the matrices; weight: to multiply the drift by
     """
     x = inputs.reshape(-1, inputs.shape[-1])
     magnitude = x.abs()
     stats.abs_sum += magnitude.sum(0, dtype=torch.float32)
     stats.abs_max = torch.maximum(stats.abs_max, magnitude.max().float())
     del magnitude
-    rows = strips(stats.gram) if rows is None else rows
-    accumulate_gram_(stats.gram, x, rows)
+    accumulate_gram_(stats.gram, x, _own_strips(stats.gram, ranks))
     if stats.drift is not None and original is not None:
-        difference = (original.reshape(x.shape).float() - x.float()).to(x.dtype)
-        for strip in rows:
-            accumulate_(stats.drift[strip], difference[:, strip], x)
+        moved = original.reshape(x.shape) - x
+        for strip in _own_strips(stats.drift, ranks):
+            part = moved[:, strip] if weight is None else linear(moved, weight[strip].to(x.dtype), exact=False)
+            accumulate_(stats.drift[strip], part, x)
     stats.tokens += len(x)
+
+
+def _own_strips(matrix: Tensor, ranks: Ranks) -> list[slice]:
+    return [strip for number, strip in enumerate(strips(matrix)) if ranks.owner(number) == ranks.rank]
 
 
 def require_finite_stats(stats: SiteStats, name: str) -> None:
@@ -122,6 +135,13 @@ def rescale_(gram: Tensor, scale: Tensor) -> Tensor:
     """Make it the Gram matrix of x / scale, in place: D^-1 H D^-1 with D = diag(scale [in_features])."""
     inverse = scale.float().reciprocal()
     return gram.mul_(inverse.unsqueeze(0)).mul_(inverse.unsqueeze(1))
+
+
+def rescale_drift_(stats: SiteStats, scale: Tensor) -> Tensor | None:
+    """Make the drift that of x / scale, in place; where a weight stands before it, the weight is taken times scale."""
+    if stats.drift is None:
+        return None
+    return stats.drift.mul_(scale.float().reciprocal()) if stats.projected else rescale_(stats.drift, scale)
 
 
 def output_error(difference: Tensor, gram: Tensor, *, exact: bool = True) -> Tensor:

@@ -48,7 +48,7 @@ from quantkit.fit import fit
 from quantkit.job import Job
 from quantkit.layer import quantize_observed, to_stored
 from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
-from quantkit.memory import Layout, keep
+from quantkit.memory import Layout, keep, lay_out_job
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
@@ -66,7 +66,7 @@ from quantkit.progress import display
 from quantkit.quantize import gptq
 from quantkit.recipe import Recipe
 from quantkit.report.sweep import render_sweep
-from quantkit.runs import Request, config_options, layout_of, serving, tokens_of, tokens_record
+from quantkit.runs import Request, config_options, serving, tokens_of, tokens_record
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes
 
@@ -114,7 +114,8 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     for row in refused:
         console.print(f"left out: {row['name']}: {row['why_not']}", highlight=False, markup=False, soft_wrap=True)
     console.print(SHARED_INPUTS, highlight=False, soft_wrap=True)
-    layout = layout_of(run, settings[0].job, [(evaluated.samples, evaluated.seqlen)] * (1 + len(settings)))
+    streams = [(evaluated.samples, evaluated.seqlen)] * (1 + len(settings))
+    layout = lay_out_job(settings[0].job, streams, vram=run.vram, ram=run.ram, place=run.place, keeps=False)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, run.device)
     identity = settings[0].job.identity() | {

@@ -33,12 +33,12 @@ ALLOWED: dict[str, str] = {
     "background": "",
     "verify": "errors units",
     "recipe": "errors units scheme formats resources",
-    "model": "errors jsonfile checkpoint",
+    "model": "errors jsonfile checkpoint products",
     "plan": "errors dtypes units scheme formats checkpoint model recipe",
     "loaders": "errors scheme formats plan",
     "stored": "errors jsonfile scheme formats checkpoint model plan",
     "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored",
-    "memory": "errors dtypes units formats activations model plan head",
+    "memory": "errors dtypes units formats activations model plan head job",
     "library": "errors units checkpoint recipe resources",
     "gguf": (
         "errors scheme stats formats quantize machine checkpoint calibration activations model plan stored fit"
@@ -48,13 +48,14 @@ ALLOWED: dict[str, str] = {
     "evaluation": "errors dtypes calibration activations verify model stats products ranks",
     "resample": "machine calibration activations model evaluation",
     "fisher": "errors machine calibration activations model evaluation",
+    "passage": "activations model evaluation",
     "job": "machine ranks quantize calibration checkpoint model plan evaluation",
-    "layer": "errors dtypes scheme stats quantize activations model plan evaluation job",
+    "layer": "errors dtypes scheme stats quantize activations model plan evaluation passage job",
     "head": "ranks scheme stats quantize activations model evaluation",
     "tuning": "scheme quantize checkpoint calibration activations model evaluation fisher resample job layer",
     "pipeline": (
-        "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation job"
-        " layer head tuning"
+        "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation"
+        " passage job layer head tuning"
     ),
     "remeasure": "errors machine activations formats checkpoint calibration model plan stored evaluation",
     # what is shown and written for people
@@ -77,7 +78,7 @@ ALLOWED: dict[str, str] = {
     ),
     "allocation": (
         "errors units scheme stats machine quantize formats checkpoint calibration activations recipe model plan stored"
-        " fit loaders evaluation job layer head memory progress choices runs"
+        " fit loaders evaluation passage job layer head memory progress choices runs"
     ),
     "sweep": (
         "errors units scheme stats machine quantize checkpoint calibration activations recipe model plan fit evaluation"

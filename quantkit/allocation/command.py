@@ -20,14 +20,14 @@ from quantkit.choices import choose_recipe, find_model
 from quantkit.errors import InputError
 from quantkit.fit import shapes_in
 from quantkit.job import Job
-from quantkit.memory import keep
+from quantkit.memory import keep, lay_out_job
 from quantkit.model.families import FAMILIES
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
 from quantkit.recipe import Recipe
-from quantkit.runs import Request, layout_of, quantize, serving, tokens_of
+from quantkit.runs import Request, quantize, serving, tokens_of
 from quantkit.units import format_bytes
 
 PROBE_SAMPLES = 16
@@ -205,7 +205,8 @@ def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(work.model, work.problem.plan(choice), run.method, options, calibration, None, folder, run.device)
     streams = 2 + swaps + (0 if work.elsewhere is None else 2)
-    layout = layout_of(run, job, [(probe.samples, probe.seqlen)] * streams)
+    probes = [(probe.samples, probe.seqlen)] * streams
+    layout = lay_out_job(job, probes, vram=run.vram, ram=run.ram, place=run.place, keeps=False)
     work.console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, run.device)
     return replace(job, place=layout.place, batch=layout.batch)

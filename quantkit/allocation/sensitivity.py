@@ -43,6 +43,7 @@ from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
+from quantkit.passage import Passage
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, SiteInput
 from quantkit.scheme import Scheme, dequantize
@@ -143,14 +144,16 @@ def measure_choice(
 
     def step(index: int, source: Tensors) -> Step:
         layer = model.layers[index]
-        result = quantize_layer(job, index, sites, calibration, wanted, source, samples, None, progress)
+        seen = Passage(model, index, calibration, samples)
+        followed = None if wanted is None else Passage(model, index, wanted, samples, weights=source, leaves=True)
+        result = quantize_layer(job, index, sites, source, seen, followed, None, progress)
         standing = loaded(as_written(source, result), job.device, job.dtype)
         back = loaded(folded(source, result.folds), job.device, job.dtype)
         if wanted is not None:
             assign(layer, source)
-            advance(model, index, wanted)
+            advance(model, index, wanted, first=followed.left if followed else 0, exact=False)
         assign(layer, standing)
-        advance(model, index, calibration)
+        advance(model, index, calibration, exact=False)
         tried = {
             swap: {f"{name}.weight": back[f"{name}.weight"] for name in sites[swap[0][1]].linears}
             for swap in swaps

@@ -23,6 +23,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_fini
 from quantkit.errors import ModelError
 from quantkit.model.config import load_config, one_line
 from quantkit.model.shapes import Shapes
+from quantkit.products import fast_linears
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -372,21 +373,38 @@ def _equal(first: list[Call], second: list[Call]) -> bool:
     return all(torch.equal(a, b) for a, b in pairs.values())
 
 
-def run_layer(model: StreamedModel, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def run_layer(
+    model: StreamedModel,
+    index: int,
+    hidden: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = True,
+) -> Tensor:
     """The output of layer `index` (materialised) for hidden states [batch, seqlen, hidden].
 
-    weights: parameters (names local to the layer) to run with instead of the layer's own
+    weights: parameters (names local to the layer) to run with instead of the layer's own; exact: see `fast_linears`
     """
     args, kwargs = model.calls[hidden.shape[0], hidden.shape[1]][index]
-    output = torch.func.functional_call(model.layers[index], dict(weights or {}), (hidden, *args), kwargs)
+    with fast_linears(hidden, exact=exact):
+        output = torch.func.functional_call(model.layers[index], dict(weights or {}), (hidden, *args), kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
     return result
 
 
-def run_to(model: StreamedModel, index: int, hidden: Tensor, linear: str) -> Tensor:
+def run_to(
+    model: StreamedModel,
+    index: int,
+    hidden: Tensor,
+    linear: str,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = True,
+) -> Tensor:
     """Run layer `index` only until `linear` is about to run, and return its input [batch, seqlen, in_features]."""
-    return _input_of(model.layers[index].get_submodule(linear), lambda: run_layer(model, index, hidden))
+    module = model.layers[index].get_submodule(linear)
+    return _input_of(module, lambda: run_layer(model, index, hidden, weights, exact=exact))
 
 
 def run_to_head(model: StreamedModel, hidden: Tensor) -> Tensor:
@@ -426,7 +444,7 @@ def logits(model: StreamedModel, hidden: Tensor) -> Tensor:
         return forward
 
     batch, seqlen = hidden.shape[:2]
-    with _layers_replaced(model, skip):
+    with _layers_replaced(model, skip), fast_linears(hidden):
         output = model.model(inputs_embeds=_placeholder(model, batch, seqlen, hidden), use_cache=False)
     result = output.logits
     assert isinstance(result, Tensor)

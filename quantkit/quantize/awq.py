@@ -25,7 +25,7 @@ from quantkit.stats import output_error
 POWERS = tuple(i / 20 for i in range(1, 20))
 RATIO_POWERS = tuple(i / 10 for i in range(10))
 AT_ONCE_GPU = 1 << 27  # scaled weights in temporaries at a time; on a CPU one candidate's are enough
-ROWS_JUDGED = 1024  # rows of a linear that speak for all of it: a scale belongs to columns, and every row costs in^2
+ROWS_JUDGED = 512  # rows of a linear that speak for all of it: a scale belongs to columns, and every row costs in^2
 
 
 @dataclass(frozen=True)

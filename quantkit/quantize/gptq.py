@@ -7,7 +7,7 @@ and E = W - Q, the error tr(E H E^T) = ||E R||^2 falls apart by columns, and col
     v_j = w_j + sum over k < j of e_k R_kj / R_jj
 
 rounded to the grid. So one Cholesky factorisation is all that is needed: if P reverses rows and columns and
-P H P = L L^T, then R = P L P. The usual recipe inverts H and factorises once more, for the same codes.
+P H P = U^T U, then R = P U^T P. The usual recipe inverts H and factorises once more, for the same codes.
 
 Columns are taken in order of falling diag(H) (`act_order`) on grids fixed beforehand from the original columns
 ("static groups"), so that groups stay consecutive in the file and no g_idx is needed. Left out on purpose: grids
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, product
+from quantkit.products import accumulate_, accumulate_gram_
 from quantkit.quantize.columns import round_run, wide
 from quantkit.quantize.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme
 
 MAX_DAMP = 10.0
+SOLVED_AT_ONCE = 1024  # rows of a triangular matrix; what lies beside them is left to products
 
 
 @dataclass(frozen=True)
@@ -64,38 +65,61 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Fa
     mean = diagonal.mean().clamp(min=1e-30)
     used = damp
     # Two matrices at a time beside the Gram: for a 27648-wide input each one is 2.85 GiB.
-    while (lower := _cholesky(gram, order.flip(0), dead, used * mean)) is None:
+    while (upper := _cholesky(gram, order.flip(0), dead, used * mean)) is None:
         used = max(used * 10, 1e-4)
         if used > MAX_DAMP:
             raise NumericsError(f"the Gram matrix cannot be factorised, even with damping {MAX_DAMP}")
-    feedback = lower.T.flip(0, 1)
+    feedback = upper.flip(0, 1)
     root = feedback.diagonal().clone()
     return Factor(order, feedback.div_(root.unsqueeze(1)), root.square(), dead, used)
 
 
 def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tensor | None:
-    """The lower triangular factor of the damped Gram matrix with its columns in this order, or None."""
-    damped = gram[order][:, order]
-    damped.diagonal().masked_fill_(dead[order], 1).add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    return lower if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()) else None
+    """The upper triangular factor U of the damped Gram matrix U^T U with its columns in this order, or None.
+
+    Block by block, so that nearly all of it is products. What is not factorised yet stands with its sign turned.
+    """
+    work = gram[order][:, order]
+    work.diagonal().masked_fill_(dead[order], 1).add_(ridge)
+    work.neg_()
+    for part in _blocks(len(work)):
+        corner, info = torch.linalg.cholesky_ex(-work[part, part], upper=True)
+        if int(info) or not bool(torch.isfinite(corner.diagonal()).all()):
+            return None
+        beside, rest = work[part, part.stop :], work[part.stop :, part.stop :]
+        work[part, part] = corner
+        beside.copy_(torch.linalg.solve_triangular(corner.T, -beside, upper=False))
+        accumulate_gram_(rest, beside)
+    return work.triu_()
 
 
-def toward_original(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> Tensor:
+def toward_original(weight: Tensor, pull: Tensor, factor: Factor, strength: float) -> Tensor:
     """The weight [out, in] that brings back a share of what the inputs' drift has changed in the outputs.
 
     Least squares for inputs X that were X0 in the original: W' = W + strength W (X0 - X)^T X (X^T X)^-1, with the
     damped matrix that GPTQ has factorised anyway. All of it (1) would fit the calibration inputs more than others.
-    drift: (X0 - X)^T X, [in, in].
+    pull: W (X0 - X)^T X, [out, in].
     """
-    wanted = product(weight.masked_fill(factor.dead, 0), drift)[:, factor.order].T
+    wanted = pull[:, factor.order].T.contiguous()
     # H = F^T diag(pivots) F
-    wanted = torch.linalg.solve_triangular(factor.feedback.T, wanted, upper=True, unitriangular=True)
-    wanted = wanted.div_(factor.pivots.unsqueeze(1))
-    wanted = torch.linalg.solve_triangular(factor.feedback, wanted, upper=False, unitriangular=True)
+    for part in reversed(_blocks(len(wanted))):
+        _solve_(factor.feedback[part, part].T, wanted[part], upper=True)
+        accumulate_(wanted[: part.start], factor.feedback[part, : part.start], -wanted[part])
+    wanted.div_(factor.pivots.unsqueeze(1))
+    for part in _blocks(len(wanted)):
+        _solve_(factor.feedback[part, part], wanted[part], upper=False)
+        accumulate_(wanted[part.stop :], factor.feedback[part.stop :, part].T, -wanted[part])
     result = weight.clone()
     result[:, factor.order] += strength * wanted.T
     return result
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + SOLVED_AT_ONCE, count)) for start in range(0, count, SOLVED_AT_ONCE)]
+
+
+def _solve_(triangle: Tensor, wanted: Tensor, *, upper: bool) -> None:
+    wanted.copy_(torch.linalg.solve_triangular(triangle, wanted, upper=upper, unitriangular=True))
 
 
 def quantize(

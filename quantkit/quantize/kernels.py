@@ -17,8 +17,8 @@ try:
 except ImportError:  # no Triton for this machine
     triton = None
 
-ROWS = 8  # of a weight, in one program
-WIDEST = 128  # columns of a block: their errors lie in registers
+ROWS = 32  # of a weight, in one program: one a thread, so that no sum goes from thread to thread
+STEPS = 32  # columns whose errors lie in registers, before the others of the block hear of them
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
 
@@ -43,9 +43,8 @@ def round_block(
     steps: Tensor,
     errors: Tensor,
 ) -> None:
-    """`columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. At most WIDEST columns."""
+    """`columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. Overwrites target."""
     columns, rows = target.shape
-    assert columns <= WIDEST
     assert all(x.is_contiguous() for x in (target, base, scales, zeros, group, steps, errors))
     assert feedback.stride(1) == 1
     _round_block[(triton.cdiv(rows, ROWS),)](
@@ -61,7 +60,7 @@ def round_block(
         columns,
         feedback.stride(0),
         max_code,
-        WIDEST,
+        STEPS,
         ROWS,
         num_warps=1,  # no step waits for another warp
         enable_fp_fusion=True,
@@ -128,31 +127,41 @@ if triton is not None:
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         here = row < rows
         k = tl.arange(0, WIDTH)
-        made = tl.zeros([HEIGHT, WIDTH], dtype=tl.float32)  # the errors so far
-        # What a column needs is loaded while the one before it is at work: memory is far, and each waits for the last.
-        in_group = tl.load(group) * rows + row
-        coming = tl.load(group + tl.minimum(1, columns - 1))
-        scale = tl.load(scales + in_group, mask=here, other=1.0)
-        zero = tl.load(zeros + in_group, mask=here, other=0.0)
-        wanted = tl.load(target + row, mask=here, other=0.0)
-        whole = tl.load(base + row, mask=here, other=0.0)
-        moves = tl.load(feedback + k, mask=k < 0, other=0.0)
-        for j in range(columns):
-            after = tl.minimum(j + 1, columns - 1)
-            in_group = coming * rows + row
-            coming = tl.load(group + tl.minimum(j + 2, columns - 1))
-            next_scale = tl.load(scales + in_group, mask=here, other=1.0)
-            next_zero = tl.load(zeros + in_group, mask=here, other=0.0)
-            next_wanted = tl.load(target + after * rows + row, mask=here, other=0.0)
-            next_whole = tl.load(base + after * rows + row, mask=here, other=0.0)
-            next_moves = tl.load(feedback + after * stride + k, mask=k < after, other=0.0)
-            value = wanted + tl.sum(made * moves[None, :], 1)
-            step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
-            error = whole - step * scale
-            tl.store(steps + j * rows + row, step, mask=here)
-            tl.store(errors + j * rows + row, error, mask=here)
-            made = tl.where((k == j)[None, :], error[:, None], made)
-            scale, zero, wanted, whole, moves = next_scale, next_zero, next_wanted, next_whole, next_moves
+        for start in range(0, columns, WIDTH):
+            made = tl.zeros([WIDTH, HEIGHT], dtype=tl.float32)  # the errors of these columns so far
+            stop = tl.minimum(start + WIDTH, columns)
+            for j in range(start, stop):
+                at = j * rows + row
+                in_group = tl.load(group + j) * rows + row
+                scale = tl.load(scales + in_group, mask=here, other=1.0)
+                zero = tl.load(zeros + in_group, mask=here, other=0.0)
+                wanted = tl.load(target + at, mask=here, other=0.0)
+                whole = tl.load(base + at, mask=here, other=0.0)
+                moves = tl.load(feedback + j * stride + start + k, mask=k < j - start, other=0.0)
+                value = wanted + tl.sum(made * moves[:, None], 0)
+                step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
+                error = whole - step * scale
+                tl.store(steps + at, step, mask=here)
+                tl.store(errors + at, error, mask=here)
+                made = tl.where((k == j - start)[:, None], error[None, :], made)
+            for j in range(stop, columns, 4):  # four loads at a time: memory is far
+                at = j * rows + row
+                move = feedback + j * stride + start + k
+                second = row < rows * (j + 1 < columns)
+                third = row < rows * (j + 2 < columns)
+                fourth = row < rows * (j + 3 < columns)
+                value0 = tl.load(target + at, mask=here, other=0.0)
+                value1 = tl.load(target + at + rows, mask=second, other=0.0)
+                value2 = tl.load(target + at + 2 * rows, mask=third, other=0.0)
+                value3 = tl.load(target + at + 3 * rows, mask=fourth, other=0.0)
+                moves0 = tl.load(move)
+                moves1 = tl.load(move + stride, mask=k < WIDTH * (j + 1 < columns), other=0.0)
+                moves2 = tl.load(move + 2 * stride, mask=k < WIDTH * (j + 2 < columns), other=0.0)
+                moves3 = tl.load(move + 3 * stride, mask=k < WIDTH * (j + 3 < columns), other=0.0)
+                tl.store(target + at, value0 + tl.sum(made * moves0[:, None], 0), mask=here)
+                tl.store(target + at + rows, value1 + tl.sum(made * moves1[:, None], 0), mask=second)
+                tl.store(target + at + 2 * rows, value2 + tl.sum(made * moves2[:, None], 0), mask=third)
+                tl.store(target + at + 3 * rows, value3 + tl.sum(made * moves3[:, None], 0), mask=fourth)
 
     @triton.jit
     def _stored(scale):

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.products import product
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
 from quantkit.quantize.tune import offsets
 from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, split_rows
-from quantkit.stats import SiteStats, output_error, rescale_
+from quantkit.stats import SiteStats, output_error, rescale_, rescale_drift_
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ def round_to_nearest(site: SiteInput, options: Options) -> SiteResult:
 def compensate(site: SiteInput, options: Options) -> SiteResult:
     """GPTQ: see `gptq`."""
     assert site.stats is not None
-    return _round(site.weights, site, site.stats.gram, site.stats.drift, options, site.factor)
+    return _round(site.weights, site, site.stats, options, site.factor)
 
 
 def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
-    """AWQ: see `awq`; then rounding as for GPTQ, or to nearest. Rescales the statistics' Gram matrix in place."""
+    """AWQ: see `awq`; then rounding as for GPTQ, or to nearest. Rescales the statistics in place."""
     assert site.stats is not None
     names = [name for name, scheme in site.schemes.items() if scheme is not None]
     if site.channel is None or not names:
-        return _round(site.weights, site, site.stats.gram, site.stats.drift, options)
+        return _round(site.weights, site, site.stats, options)
     weights = [site.weights[name] for name in names]
     schemes = [scheme for scheme in site.schemes.values() if scheme is not None]
     search = awq.search_scale(
@@ -112,8 +113,9 @@ def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
     )
     columns = search.scale[site.channel]
     scaled = {name: weight.float() * columns for name, weight in site.weights.items()}
-    drift = None if site.stats.drift is None else rescale_(site.stats.drift, columns)
-    result = _round(scaled, site, rescale_(site.stats.gram, columns), drift, options)
+    rescale_(site.stats.gram, columns)
+    rescale_drift_(site.stats, columns)
+    result = _round(scaled, site, site.stats, options)
     for record in result.records.values():
         record["scale"] = search.kind
         record["scale_gain"] = 1 - search.error / search.unscaled_error if search.unscaled_error > 0 else 0.0
@@ -126,11 +128,11 @@ METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq"
 def _round(
     weights: Mapping[str, Tensor],
     site: SiteInput,
-    gram: Tensor,
-    drift: Tensor | None,
+    stats: SiteStats,
     options: Options,
     factor: gptq.Factor | None = None,
 ) -> SiteResult:
+    gram, drift = stats.gram, stats.drift
     if factor is None and options.rounding == "gptq":
         factor = gptq.factorize(gram, damp=options.damp, act_order=options.act_order)
     quantized, records = {}, {}
@@ -141,12 +143,15 @@ def _round(
         names = [name for name in site.schemes if site.schemes[name] == scheme]
         rows = [len(weights[name]) for name in names]
         # Rows know nothing of each other: each rank takes some.
-        weight = torch.cat([weights[name].float() for name in names])[site.ranks.rows(sum(rows))]
+        share = site.ranks.rows(sum(rows))
+        weight = torch.cat([weights[name].float() for name in names])[share]
         if factor is not None and drift is not None:
-            weight = gptq.toward_original(weight, drift, factor, options.correct)
+            alive = weight.masked_fill(factor.dead, 0)
+            pull = drift[share] if stats.projected else product(alive, drift, exact=False)
+            weight = gptq.toward_original(weight, pull, factor, options.correct)
         own = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
         gather = site.ranks.gather
-        error = gather(output_error(dequantize(own) - weight, gram)).split(rows)
+        error = gather(output_error(dequantize(own) - weight, gram, exact=False)).split(rows)
         energy = gather(output_error(weight, gram, exact=False)).split(rows)
         together = replace(own, codes=gather(own.codes), scales=gather(own.scales), zeros=gather(own.zeros))
         for name, part, lost, whole in zip(names, split_rows(together, rows), error, energy, strict=True):

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a layer that need not run again: what a linear reads is kept, and the module around it answers from that.
+
+Attention hands on what its output projection returns, an MLP what its down projection does. Whoever knows what such a
+linear reads can leave out all that the module does before it. That a module is of this kind is seen by watching it run,
+so an architecture where none is only takes longer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.model.streaming import StreamedModel, run_layer
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A module of a layer that returns what one of its linears returns, untouched; names local to the layer.
+
+    nothings: how many times None it returns beside that; None if it returns the tensor alone
+    """
+
+    module: str
+    linear: str
+    nothings: int | None
+
+
+def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Sequence[str]) -> tuple[Shortcut, ...]:
+    """Run layer `index` (materialised) on hidden states, and see which modules hand on what these linears return."""
+    layer = model.layers[index]
+    returned: dict[str, Any] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            returned[name] = output
+
+        return see
+
+    names = {name for linear in linears for name in (linear, *_around(linear))}
+    handles = [layer.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        run_layer(model, index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [
+        next(
+            (
+                Shortcut(name, linear, _nothings(returned[name]))
+                for name in _around(linear)
+                if returned.get(name) is not None and _first(returned[name]) is returned[linear]
+            ),
+            None,
+        )
+        for linear in linears
+    ]
+    return tuple(shortcut for shortcut in found if shortcut is not None)
+
+
+def _around(linear: str) -> list[str]:
+    """The modules within the layer that a linear is in, the outermost first."""
+    parts = linear.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _first(output: Any) -> Any:
+    if not isinstance(output, tuple):
+        return output
+    return output[0] if output and all(rest is None for rest in output[1:]) else None
+
+
+def _nothings(output: Any) -> int | None:
+    return len(output) - 1 if isinstance(output, tuple) else None
+
+
+@contextmanager
+def taken(layer: nn.Module, known: Mapping[Shortcut, Tensor]) -> Iterator[None]:
+    """Within it, the shortcuts' modules return what their linears make of these inputs."""
+
+    def answer(shortcut: Shortcut) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = layer.get_submodule(shortcut.linear)(known[shortcut])
+            return output if shortcut.nothings is None else (output, *[None] * shortcut.nothings)
+
+        return forward
+
+    for shortcut in known:
+        layer.get_submodule(shortcut.module).forward = answer(shortcut)
+    try:
+        yield
+    finally:
+        for shortcut in known:
+            del layer.get_submodule(shortcut.module).forward
+
+
+@contextmanager
+def watched(layer: nn.Module, linears: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within it, what these linears read is put into the dictionary, by name, as they run."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return see
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in linears]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A token stream on its way through one layer: run to a site, the layer starts where what is known ends.
+
+A site's inputs come from the sites before it as they are by now, so a layer is run once for each site. What the linears
+of earlier sites read has not changed since, unless a scale was folded into what makes it: it is kept, where memory
+allows, and the parts before it are left out (`model.shortcuts`).
+
+What is run here is summed up over many tokens, so a CPU may multiply in bfloat16, as a GPU does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantkit.activations import Stream
+from quantkit.evaluation import run_finite
+from quantkit.model.families import Site
+from quantkit.model.shortcuts import Shortcut, find_shortcuts, taken, watched
+from quantkit.model.streaming import StreamedModel, run_to
+
+
+@dataclass
+class Passage:
+    """A stream before, and in, layer `index` (materialised).
+
+    samples: of it that are run to the sites; shortcuts: whose inputs are kept; weights: what the layer runs with (names
+    local to it), None: its own; known: the inputs that are kept, [samples, seqlen, in_features];
+    leaves: whether the samples are to leave the layer when they are run to its last site; left: how many have
+    """
+
+    model: StreamedModel
+    index: int
+    stream: Stream
+    samples: int
+    shortcuts: tuple[Shortcut, ...] = ()
+    weights: Mapping[str, Tensor] | None = None
+    known: dict[Shortcut, Tensor] = field(default_factory=dict)
+    leaves: bool = False
+    left: int = 0
+
+
+def shortcuts_of(
+    model: StreamedModel, index: int, stream: Stream, sites: Sequence[Site], widest: int
+) -> tuple[Shortcut, ...]:
+    """The shortcuts of a materialised layer by linears that are a site alone and read at most so many features."""
+    layer = model.layers[index]
+    weights = {
+        site.linears[0]: layer.get_parameter(f"{site.linears[0]}.weight") for site in sites if len(site.linears) == 1
+    }
+    narrow = [name for name, weight in weights.items() if weight.shape[1] <= widest]
+    if not narrow:
+        return ()
+    hidden = stream.states[next(stream.batches())].to(weights[narrow[0]].device)
+    return find_shortcuts(model, index, hidden, narrow)
+
+
+def inputs_of(passage: Passage, linear: str, device: torch.device, *, last: bool = False) -> Iterator[Tensor]:
+    """What a linear reads, one micro-batch [samples, seqlen, in_features] at a time; keeps what is to be kept.
+
+    last: this is the last site
+    """
+    model, index, stream = passage.model, passage.index, passage.stream
+    layer, leaving = model.layers[index], last and passage.leaves
+    again = not last or passage.weights is None  # the layer runs once more on its new weights
+    wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
+    kept: dict[Shortcut, Tensor] = {}
+    for batch in stream.batches(passage.samples):
+        hidden = stream.states[batch].to(device)
+        known = {shortcut: tensor[batch] for shortcut, tensor in passage.known.items()}
+        with taken(layer, known), watched(layer, [linear, *(shortcut.linear for shortcut in wanted)]) as seen:
+            if leaving:
+                stream.states[batch] = run_finite(model, index, hidden, passage.weights, exact=False)
+            else:
+                run_to(model, index, hidden, linear, passage.weights, exact=False)
+        for shortcut in wanted:
+            if shortcut.linear in seen:
+                tensor = seen[shortcut.linear]
+                if shortcut not in kept:
+                    kept[shortcut] = tensor.new_empty(passage.samples, *tensor.shape[1:])
+                kept[shortcut][batch] = tensor
+        yield seen[linear]
+    passage.known |= kept
+    if leaving:
+        passage.left, passage.known = passage.samples, {}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer that starts where something is known comes to the very same numbers as one that runs from its beginning."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.activations import Stream
+from quantkit.model.families import FAMILIES
+from quantkit.model.shortcuts import Shortcut, find_shortcuts, taken, watched
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    embed,
+    open_model,
+    outside_loaded,
+    read_layer,
+    read_outside,
+    run_layer,
+    run_to,
+)
+from quantkit.passage import Passage, inputs_of, shortcuts_of
+from tests.tiny import as_float, random_ids, save_tiny
+
+LINEARS = ["self_attn.o_proj", "mlp.down_proj"]
+
+
+@contextmanager
+def layer_of(folder: Path, kind: str) -> Iterator[tuple[StreamedModel, Tensor]]:
+    """A model with its layer 0 materialised, and what enters it."""
+    model = open_model(save_tiny(folder, kind))
+    with torch.no_grad(), outside_loaded(model, as_float(read_outside(model))):
+        hidden = embed(model, random_ids(4)[:1])
+        hidden = torch.cat([embed(model, part) for part in random_ids(4).split(1)])
+        assign(model.layers[0], as_float(read_layer(model, 0)))
+        yield model, hidden
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
+def test_attention_and_mlp_answer_from_what_their_last_linear_reads(tmp_path: Path, kind: str) -> None:
+    with layer_of(tmp_path, kind) as (model, hidden):
+        found = find_shortcuts(model, 0, hidden[:1], LINEARS)
+        assert [(x.module, x.linear) for x in found] == [("self_attn", LINEARS[0]), ("mlp", LINEARS[1])]
+        with watched(model.layers[0], LINEARS) as seen:
+            expected = run_layer(model, 0, hidden[:1])
+        known = {shortcut: seen[shortcut.linear] for shortcut in found}
+        with taken(model.layers[0], known), watched(model.layers[0], ["self_attn.q_proj", "mlp.up_proj"]) as ran:
+            assert torch.equal(run_layer(model, 0, hidden[:1]), expected)
+        assert not ran
+        assert not any("forward" in vars(module) for module in model.layers[0].modules())
+
+
+def test_attention_that_returns_more_than_its_projection_is_run(tmp_path: Path) -> None:
+    with layer_of(tmp_path, "gemma2") as (model, hidden):  # eager: its weights too
+        assert [x.module for x in find_shortcuts(model, 0, hidden[:1], LINEARS)] == ["mlp"]
+
+
+def test_a_module_that_changes_what_its_linear_returns_is_run(tmp_path: Path) -> None:
+    with layer_of(tmp_path, "qwen2") as (model, hidden):
+        attention = model.layers[0].get_submodule("self_attn")
+        original = attention.forward
+
+        def doubled(*args: object, **kwargs: object) -> tuple[Tensor, None]:
+            return 2 * original(*args, **kwargs)[0], None
+
+        attention.forward = doubled
+        assert find_shortcuts(model, 0, hidden[:1], LINEARS) == (Shortcut("mlp", LINEARS[1], None),)
+
+
+def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
+    sites = FAMILIES["qwen2"]
+    with layer_of(tmp_path, "qwen2") as (model, hidden):
+        stream = Stream(hidden.clone(), "ram", 1)
+        shortcuts = shortcuts_of(model, 0, stream, sites, 96)
+        assert [x.linear for x in shortcuts] == LINEARS
+        assert [x.linear for x in shortcuts_of(model, 0, stream, sites, 48)] == LINEARS[:1]
+        assert shortcuts_of(model, 0, stream, sites, 0) == ()
+        keeping, forgetting = (Passage(model, 0, stream, 3, these) for these in (shortcuts, ()))
+        for site in sites:
+            pairs = [list(inputs_of(passage, site.linears[0], hidden.device)) for passage in (keeping, forgetting)]
+            assert len(pairs[0]) == 3
+            assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+        assert {shortcut.linear for shortcut in keeping.known} == set(LINEARS)
+        assert not forgetting.known
+        assert torch.equal(stream.states, hidden)
+
+
+def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> None:
+    with layer_of(tmp_path, "qwen2") as (model, hidden):
+        weights = {name: 1.5 * tensor for name, tensor in model.layers[0].named_parameters()}
+        stream = Stream(hidden.clone(), "ram", 2)
+        embed(model, random_ids(2))  # shows what layers are called with at this micro-batch
+        passage = Passage(model, 0, stream, 2, (), weights, leaves=True)
+        assert torch.equal(
+            next(inputs_of(passage, LINEARS[0], hidden.device)),
+            run_to(model, 0, hidden[:2], LINEARS[0], weights, exact=False),
+        )
+        assert torch.equal(stream.states, hidden)
+        list(inputs_of(passage, LINEARS[1], hidden.device, last=True))
+        assert passage.left == 2
+        assert torch.equal(stream.states[:2], run_layer(model, 0, hidden[:2], weights, exact=False))
+        assert torch.equal(stream.states[2:], hidden[2:])
