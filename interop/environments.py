@@ -68,7 +68,7 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
             "pillow",
             "requests",
         ],
-        ["--no-deps", "llmcompressor==0.14.0.1", "auto-round==0.15.1", "nvidia-ml-py"],
+        ["--no-deps", "llmcompressor==0.14.0.1", "auto-round==0.15.1", "py-cpuinfo", "nvidia-ml-py"],
     ],
     "autogptq": [
         TORCH,
