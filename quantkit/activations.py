@@ -24,6 +24,7 @@ from quantkit.errors import OutputError
 
 TOKENS_AT_ONCE_GPU = 8192
 TOKENS_PER_SUM = 4096  # that a Gram matrix takes at once: fixed, so that memory does not decide how sums are split
+LOGITS_AT_ONCE = 2**26  # where the original model's own predictions are drawn from: 256 MiB a float32 temporary
 TOKENS_A_STEP = 4096  # that a step of tuning by gradients sees
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
@@ -56,6 +57,13 @@ def micro_batch(seqlen: int, device: torch.device) -> int:
 def samples_per_sum(seqlen: int) -> int:
     """Samples that are added to a Gram matrix at once, whatever the micro-batch."""
     return max(1, TOKENS_PER_SUM // seqlen)
+
+
+def few_positions(states: Tensor, vocabulary: int) -> Iterator[slice]:
+    """The positions of hidden states [batch, seqlen, hidden] in slices with LOGITS_AT_ONCE logits at most."""
+    batch, seqlen = states.shape[:2]
+    at_once = max(1, LOGITS_AT_ONCE // (batch * vocabulary))
+    return (slice(start, min(start + at_once, seqlen)) for start in range(0, seqlen, at_once))
 
 
 def regrouped(tensors: Iterable[Tensor], samples: int) -> Iterator[Tensor]:

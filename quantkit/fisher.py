@@ -19,10 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.activations import TOKENS_A_STEP, Stream
+from quantkit.activations import TOKENS_A_STEP, Stream, few_positions
 from quantkit.calibration import TokenSet
 from quantkit.errors import NumericsError
-from quantkit.evaluation import Progress, embed_tokens, embedding_names, ending_names, loaded, open_states
+from quantkit.evaluation import (
+    Progress,
+    embed_tokens,
+    embedding_names,
+    ending_names,
+    loaded,
+    open_states,
+)
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
@@ -92,13 +99,14 @@ def _start_back(model: StreamedModel, states: Stream, device: torch.device, dtyp
     generator = torch.Generator(device).manual_seed(0)
     with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
         for part in states.batches():
-            hidden = states.states[part].to(device).requires_grad_()
-            with torch.enable_grad():
-                chances = logits(model, hidden).float().log_softmax(-1)
-            drawn = torch.multinomial(chances.exp().flatten(0, 1), 1, generator=generator).view(*chances.shape[:2], 1)
-            with torch.enable_grad():
-                likelihood = chances.gather(2, drawn).sum()
-            states.states[part] = torch.autograd.grad(likelihood, hidden)[0]
+            for some in few_positions(states.states[part], model.config.vocab_size):
+                hidden = states.states[part, some].to(device).requires_grad_()
+                with torch.enable_grad():
+                    chances = logits(model, hidden).float().log_softmax(-1)
+                drawn = torch.multinomial(chances.exp().flatten(0, 1), 1, generator=generator)
+                with torch.enable_grad():
+                    likelihood = chances.flatten(0, 1).gather(1, drawn).sum()
+                states.states[part, some] = torch.autograd.grad(likelihood, hidden)[0]
 
 
 def _step_back(model: StreamedModel, index: int, entering: Stream, gradients: Stream, device: torch.device) -> None:

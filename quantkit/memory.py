@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from quantkit.activations import TOKENS_A_STEP, TOKENS_AT_ONCE_GPU, samples_per_sum
+from quantkit.activations import LOGITS_AT_ONCE, TOKENS_A_STEP, TOKENS_AT_ONCE_GPU, samples_per_sum
 from quantkit.errors import InputError
 from quantkit.formats.names import fused_name
 from quantkit.head import ROWS
@@ -42,6 +42,7 @@ CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
 FACTORISING = (3, 2)
 REFINING = (2, 7)
 TUNED_BYTES = 5 * 4 + 2 + 1  # a weight: its position, gradient, two moments, average; its offset; its code
+TUNED_LOGITS = 6  # float32 copies of the logits from which gradients start, see `fisher`
 TUNED_ACTIVATIONS = 3  # what is kept for going back, against what running needs
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
 DEQUANTIZING = 13  # bytes a weight of the head: its code; it, its zero point and its scale as floats
@@ -260,6 +261,9 @@ def _needs(
         "layer": largest * (itemsize * (2 if follows_original else 1) + 1) + at_work,
         "end": (2 if streams.compared else 0) * outside * itemsize + logits,
     }
+    if tuned:
+        drawn = TUNED_LOGITS * 4 * min(LOGITS_AT_ONCE, max(TOKENS_A_STEP, streams.longest) * vocabulary)
+        working["end"] = max(working["end"], outside * itemsize + drawn)
     files = {"begin": 2 * before, "layer": 2 * stored + largest, "end": (4 if streams.compared else 2) * outside}
     if head is not None:
         whole = head.out_features * head.in_features

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream
+from quantkit.activations import Stream, few_positions
 from quantkit.calibration import TokenSet
 from quantkit.evaluation import (
     Progress,
@@ -70,8 +70,11 @@ def _rewritten(
     with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
         for batch in states.batches():
             ids = tokens.input_ids[batch].to(device)
-            chances = logits(model, states.states[batch].to(device))[:, :-1].float().softmax(-1).flatten(0, 1)
-            next_ids = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1)
+            before = states.states[batch, :-1]  # the last position predicts what comes after the window
+            next_ids = torch.empty_like(ids[:, 1:])
+            for some in few_positions(before, model.config.vocab_size):
+                chances = logits(model, before[:, some].to(device)).float().softmax(-1).flatten(0, 1)
+                next_ids[:, some] = torch.multinomial(chances, 1, generator=generator).view(len(ids), -1)
             replaced = torch.rand(next_ids.shape, generator=generator, device=device) < SHARE
             written.append(torch.cat([ids[:, :1], torch.where(replaced, next_ids, ids[:, 1:])], 1).cpu())
     return torch.cat(written)

@@ -28,7 +28,8 @@ from quantkit.scheme import QuantizedTensor, dequantize
 
 TUNING = "tuning"
 TUNING_FILE = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
-PASSES = 2  # over the tokens, for each layer
+STEPS = 96  # for each layer, of TOKENS_A_STEP tokens,
+PASSES = 2  # in no more passes over the tokens than this
 JUDGES = 32  # one step in so many is kept back to judge the others
 
 
@@ -69,11 +70,21 @@ def learn_steps(job: Job) -> None:
             embed(job.model, job.calibration.input_ids[:samples].to(job.device))
 
 
+def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Which samples each step learns from, and which are kept back to judge, so many at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randperm(samples, generator=generator).split(step)
+    judges = -(-len(parts) // JUDGES)
+    rest = [sample for part in parts[:-judges] for sample in part.tolist()]
+    passes = [torch.tensor(rest)[torch.randperm(len(rest), generator=generator)] for _ in range(PASSES) if rest]
+    return [part for each in passes for part in each.split(step)][:STEPS], list(parts[-judges:])
+
+
 def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
     """Tune the layer's codes and scales towards the original's outputs; `wanted` holds those already.
 
-    Samples are seen in an order of their own for each layer and pass. Some of them only judge: a layer that they find
-    no better stays as it was.
+    Samples come in an order of their own for each layer and pass. Some of them only judge: a layer that they find no
+    better stays as it was.
     """
     layer = job.model.layers[index]
     assign_float(layer, result.changed)
@@ -90,21 +101,12 @@ def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, w
 
         return of
 
-    generator = torch.Generator().manual_seed(index)
-    steps = torch.randperm(len(calibration.states), generator=generator).split(step)
-    judges = -(-len(steps) // JUDGES)
-    kept_back = [loss(samples) for samples in steps[-judges:]]
-    learned_from = torch.cat(steps[:-judges]) if len(steps) > judges else torch.empty(0, dtype=torch.int64)
-    seen = [
-        loss(samples)
-        for _ in range(PASSES)
-        for samples in learned_from[torch.randperm(len(learned_from), generator=generator)].split(step)
-        if len(samples)
-    ]
+    learned_from, kept_back = _steps(len(calibration.states), step, index)
+    seen, judges = [loss(samples) for samples in learned_from], [loss(samples) for samples in kept_back]
 
     def judged(quantized: Mapping[str, QuantizedTensor]) -> float:
         weights = {name: dequantize(q, job.dtype) for name, q in quantized.items()}
-        return sum(float(loss(weights)) for loss in kept_back) / judges
+        return sum(float(judge(weights)) for judge in judges) / len(judges)
 
     tuned = tune(result.quantized, result.offsets, seen, job.dtype) if seen else result.quantized
     before, after = judged(result.quantized), judged(tuned)
