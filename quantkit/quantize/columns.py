@@ -79,11 +79,11 @@ def round_block_by_torch(
     It is the oracle of `kernels.round_block`, and what runs without it.
     """
     scale, low = scales[group], -zeros[group]
-    high = low + max_code
-    for j in range(len(target)):
-        value = torch.addmv(target[j], errors[:j].T, feedback[j, :j]) if j else target[j]
-        torch.clamp(torch.round(value / scale[j]), low[j], high[j], out=steps[j])
-        torch.addcmul(base[j], steps[j], scale[j], value=-1, out=errors[j])
+    rows = zip(target, base, scale, low, low + max_code, steps, errors, strict=True)
+    for j, (wanted, whole, size, least, most, step, error) in enumerate(rows):
+        value = torch.addmv(wanted, errors[:j].T, feedback[j, :j]) if j else wanted
+        torch.clamp(torch.round(value / size), least, most, out=step)
+        torch.addcmul(whole, step, size, value=-1, out=error)
 
 
 def refit_group(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
