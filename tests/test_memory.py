@@ -50,6 +50,16 @@ def test_hidden_states_move_out_as_memory_shrinks(model: Architecture, plan: Pla
     assert places == ["device", "ram", "file"]
 
 
+def test_less_is_kept_of_what_linears_read_before_hidden_states_move_out(model: Architecture, plan: Plan) -> None:
+    streams = replace(CALIBRATION, kept=128 * 2048)
+    found = [on_gpu(model, plan, vram, 64, streams) for vram in (80, 30, 18)]
+    assert [(x.place, x.kept_width) for x in found] == [("device", 27648), ("device", 5120), ("device", 0)]
+    kept = (27648 + 5120) * 128 * 2048 * 2  # of down_proj and o_proj
+    assert found[0].device_bytes - on_gpu(model, plan, 80, 64).device_bytes == kept
+    for layout, vram in zip(found, (80, 30, 18), strict=True):
+        assert layout.device_bytes <= vram * GIB
+
+
 def test_micro_batches_shrink_before_anything_is_refused(model: Architecture, plan: Plan) -> None:
     most = on_gpu(model, plan, 80, 64)
     batches = {on_gpu(model, plan, vram / 4, 64).batch for vram in range(64, 120) if _fits(model, plan, vram / 4)}
