@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import InputError
+from quantkit.products import fast_bfloat16
 
 PACKAGES = ("quantkit", "torch", "transformers", "safetensors", "tokenizers")
 
@@ -80,4 +81,5 @@ def device_name(device: torch.device) -> str:
     """What results may depend on in the last bit: the kind of GPU, or the CPU's instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    instructions = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if fast_bfloat16() else "")
+    return f"cpu ({instructions}, {torch.get_num_threads()} threads)"

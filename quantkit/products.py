@@ -120,7 +120,7 @@ def _onednn() -> bool:
 
 
 @cache
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16."""
     supported: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return _onednn() and supported()
@@ -134,7 +134,7 @@ def linear(left: Tensor, right: Tensor, bias: Tensor | None = None, *, exact: bo
         return torch.nn.functional.linear(left, right, bias)
     if not (right.is_contiguous() or right.T.is_contiguous()):  # oneDNN has no kernel for others, only a reference
         right = right.contiguous()
-    if not exact and _fast_bfloat16():
+    if not exact and fast_bfloat16():
         half = None if bias is None else bias.bfloat16()
         return _pointwise(left.bfloat16(), right.bfloat16(), half).float()
     return _pointwise(left, right, bias)
