@@ -18,7 +18,7 @@ from quantkit.scheme import Scheme
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 512, 3328, 64
 MIB = 2**20
-SPARE = 96 * MIB  # beyond what a process holds that has verified a small model; two thirds of it suffice
+SPARE = 112 * MIB  # beyond what a process holds that has verified a small model; some 65 are needed
 SCHEME = Scheme(4, 128, True)
 
 # Data segments are private memory: what is allocated, and not files that are mapped and can be dropped at any time.
