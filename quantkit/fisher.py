@@ -41,6 +41,7 @@ from quantkit.model.streaming import (
     read_outside,
     run_layer,
 )
+from quantkit.products import accumulate_, linear
 
 TOKENS = 2**14  # that speak for all: a few times the hidden sizes that there are
 DIRECTIONS = 256  # kept for each layer; what is left over counts in all directions alike
@@ -68,7 +69,9 @@ def output_directions(
         progress.ending(f"see what matters to the original model: layer {index + 1}")
         assign(layer, loaded(read_layer(model, index), device, dtype))
         for part in entering[index].batches():
-            entering[index + 1].states[part] = run_layer(model, index, entering[index].states[part].to(device))
+            entering[index + 1].states[part] = run_layer(
+                model, index, entering[index].states[part].to(device), exact=False
+            )
         drop(layer)
         return_freed_memory()
     gradients = entering.pop()
@@ -91,7 +94,7 @@ def weighted_square(error: Tensor, directions: Tensor) -> Tensor:
     directions: V [hidden, k], which stands for F = V V^T + c I
     """
     even = 1 - directions.square().sum() / len(directions)
-    return ((error @ directions).square().sum(-1) + even * error.square().sum(-1)).mean()
+    return (linear(error, directions.T).square().sum(-1) + even * error.square().sum(-1)).mean()
 
 
 def _start_back(model: StreamedModel, states: Stream, device: torch.device, dtype: torch.dtype) -> None:
@@ -114,7 +117,7 @@ def _step_back(model: StreamedModel, index: int, entering: Stream, gradients: St
     for part in gradients.batches():
         hidden = entering.states[part].to(device).requires_grad_()
         with torch.enable_grad():
-            output = run_layer(model, index, hidden)
+            output = run_layer(model, index, hidden, exact=False)
         gradients.states[part] = torch.autograd.grad(output, hidden, gradients.states[part].to(device))[0]
 
 
@@ -124,7 +127,7 @@ def _information(gradients: Stream, device: torch.device) -> Tensor:
     total = torch.zeros(hidden, hidden, device=device)
     for part in gradients.batches():
         g = gradients.states[part].to(device).float().flatten(0, 1)
-        total.addmm_(g.T, g)
+        accumulate_(total, g, g)
     return total
 
 

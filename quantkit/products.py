@@ -129,15 +129,36 @@ def fast_bfloat16() -> bool:
 def linear(left: Tensor, right: Tensor, bias: Tensor | None = None, *, exact: bool = True) -> Tensor:
     """left [..., k] @ right.T + bias for right [n, k]; of float32 on a CPU by oneDNN. exact: see `fast_linears`."""
     plain = left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and 0 not in left.shape
-    gradients = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if not (plain and _onednn()) or gradients:
+    if not (plain and _onednn()):
         return torch.nn.functional.linear(left, right, bias)
+    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        result: Tensor = _Differentiable.apply(left, right, exact)  # type: ignore[no-untyped-call]
+        return result if bias is None else result + bias
     if not (right.is_contiguous() or right.T.is_contiguous()):  # oneDNN has no kernel for others, only a reference
         right = right.contiguous()
     if not exact and fast_bfloat16():
         half = None if bias is None else bias.bfloat16()
         return _pointwise(left.bfloat16(), right.bfloat16(), half).float()
     return _pointwise(left, right, bias)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`linear` of left and right, and its gradients, without a bias."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, exact: bool) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.exact = exact
+        return linear(left, right, exact=exact)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        left, right = ctx.saved_tensors
+        wants_left, wants_right, _ = ctx.needs_input_grad
+        to_left = linear(gradient, right.T, exact=ctx.exact) if wants_left else None
+        rows = gradient.flatten(0, -2)
+        to_right = linear(rows.T, left.flatten(0, -2).T, exact=ctx.exact) if wants_right else None
+        return to_left, to_right, None
 
 
 def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

@@ -63,7 +63,7 @@ def _rewritten(
     for index, layer in enumerate(model.layers):
         progress.ending(f"{told}: layer {index + 1}")
         assign(layer, loaded(read_layer(model, index), device, dtype))
-        advance(model, index, states)
+        advance(model, index, states, exact=False)
         drop(layer)
         return_freed_memory()
     written = []

@@ -47,7 +47,7 @@ ALLOWED: dict[str, str] = {
     # the loop
     "evaluation": "errors dtypes calibration activations verify model stats products ranks",
     "resample": "machine calibration activations model evaluation",
-    "fisher": "errors machine calibration activations model evaluation",
+    "fisher": "errors machine products calibration activations model evaluation",
     "passage": "activations model evaluation",
     "job": "machine ranks quantize calibration checkpoint model plan evaluation",
     "layer": "errors dtypes scheme stats quantize activations model plan evaluation passage job",

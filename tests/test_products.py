@@ -36,11 +36,16 @@ def test_linears_of_any_module_are_multiplied_the_fast_way() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_still_pass() -> None:
-    linear, x = torch.nn.Linear(3, 4), random(5, 3)
-    with fast_linears(x):
-        linear(x).sum().backward()
-    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(4, 3))
+@pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-6), (False, 1e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_torch(exact: bool, tolerance: float, bias: bool) -> None:
+    linear, x, upstream = torch.nn.Linear(30, 40, bias), random(2, 5, 30).requires_grad_(), random(2, 5, 40, seed=1)
+    wanted = [x, *linear.parameters()]
+    expected = torch.autograd.grad(linear(x), wanted, upstream)
+    with fast_linears(x, exact=exact):
+        found = torch.autograd.grad(linear(x), wanted, upstream)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) < tolerance * float(b.norm())
 
 
 def test_nothing_times_something() -> None:
