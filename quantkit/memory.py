@@ -33,7 +33,7 @@ from quantkit.plan import LinearPlan
 from quantkit.units import format_bytes
 
 MIB = 2**20
-PROCESS_BYTES = 640 * MIB  # of RAM: Python, torch and transformers, tokenizer and tokens
+PROCESS_BYTES = 704 * MIB  # of RAM: Python, torch and transformers, what oneDNN keeps, tokenizer and tokens
 CUDA_PROCESS_BYTES = 3 * 2**30  # of RAM with CUDA's libraries loaded
 CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
 # Copies of the Gram matrix and of the weights: it, and two at a time of: damped, its factor, that reversed; beside the
