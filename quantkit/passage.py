@@ -40,6 +40,11 @@ class Passage:
     leaves: bool = False
     left: int = 0
 
+    @property
+    def ends_whole(self) -> bool:
+        """Whether the samples end where a micro-batch does: others are then cut as if all ran in one go."""
+        return self.samples == len(self.stream.states) or self.samples % self.stream.batch == 0
+
 
 def shortcuts_of(
     model: StreamedModel, index: int, stream: Stream, sites: Sequence[Site], widest: int
@@ -62,7 +67,7 @@ def inputs_of(passage: Passage, linear: str, device: torch.device, *, last: bool
     last: this is the last site
     """
     model, index, stream = passage.model, passage.index, passage.stream
-    layer, leaving = model.layers[index], last and passage.leaves
+    layer, leaving = model.layers[index], last and passage.leaves and passage.ends_whole
     again = not last or passage.weights is None  # the layer runs once more on its new weights
     wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
     kept: dict[Shortcut, Tensor] = {}

@@ -54,7 +54,7 @@ from quantkit.passage import Passage, shortcuts_of
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
 from quantkit.stored import dequantized
-from quantkit.tuning import TUNING, learn_steps, prepare, tune_layer
+from quantkit.tuning import TUNING, learn_sizes, prepare, tune_layer
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         _embed(job, job.calibration, wanted)
         if job.inputs == "original":
             _embed(job, job.calibration, calibration)
-        learn_steps(job)
+        learn_sizes(job, calibration, gram_samples)
     with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
         _embed(job, job.evaluation, quantized)
         if job.inputs == "quantized":

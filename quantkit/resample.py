@@ -39,12 +39,13 @@ def resample(
     progress: Progress,
     spill: Path,
     place: str | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Token ids int64 [copies * samples, seqlen], copy after copy, the same on every run on the same device.
 
-    spill: see `activations.open_stream`
+    spill, place, batch: see `activations.open_stream`
     """
-    states = open_states(model, tokens, dtype, device, spill, place)
+    states = open_states(model, tokens, dtype, device, spill, place, batch)
     generator = torch.Generator(device).manual_seed(0)
     written = [tokens.input_ids]
     for copy in range(copies):

@@ -45,7 +45,8 @@ def prepare(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
         spill = job.out / ".tuning-states.tmp"
         ids = tokens.input_ids
         if job.tuning_copies:
-            more = resample(job.model, tokens, job.tuning_copies, job.device, job.dtype, progress, spill, job.place)
+            places = spill, job.place, job.batch
+            more = resample(job.model, tokens, job.tuning_copies, job.device, job.dtype, progress, *places)
             ids = torch.cat([ids, more])
         directions = output_directions(job.model, tokens, job.device, job.dtype, progress, spill)
         tensors = {"input_ids": ids} | {f"directions.{index}": v for index, v in enumerate(directions)}
@@ -62,12 +63,16 @@ def _samples_a_step(seqlen: int) -> int:
     return max(1, TOKENS_A_STEP // seqlen)
 
 
-def learn_steps(job: Job) -> None:
-    """Let the model show what its layers are called with at the sizes of tuning's steps; inside `outside_loaded`."""
-    if job.options.tune and job.calibration is not None:
+def learn_sizes(job: Job, calibration: Stream | None, samples: int) -> None:
+    """Let the model show what its layers are called with at the sizes that tuning needs; inside `outside_loaded`.
+
+    Those are of its steps, and of the micro-batches of the first samples alone, which Gram matrices are made of.
+    """
+    if calibration is not None and job.calibration is not None and job.options.tune:
         step = _samples_a_step(job.calibration.seqlen)
-        for samples in {min(step, job.calibration.samples), job.calibration.samples % step} - {0}:
-            embed(job.model, job.calibration.input_ids[:samples].to(job.device))
+        sizes = {min(step, job.calibration.samples), job.calibration.samples % step, samples % calibration.batch}
+        for size in sorted(sizes - {0}):
+            embed(job.model, job.calibration.input_ids[:size].to(job.device))
 
 
 def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

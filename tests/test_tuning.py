@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--quality best` around the layer: micro-batches that its samples do not fill."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.calibration import TokenSet
+from quantkit.formats import FORMATS
+from quantkit.job import Job
+from quantkit.model.streaming import open_model
+from quantkit.pipeline import run
+from quantkit.plan import make_plan
+from quantkit.quantize.methods import Options
+from quantkit.scheme import Scheme
+from tests.test_fisher import Silent
+from tests.tiny import random_ids, save_tiny
+
+CPU = torch.device("cpu")
+
+
+def tuned(model: Path, out: Path, samples: int, batch: int) -> Job:
+    streamed = open_model(model)
+    plan = make_plan(streamed, lambda name, layer: Scheme(4, 16, True), FORMATS["compressed-tensors"])
+    tokens = TokenSet(random_ids(samples), "random", "random", "random")
+    return Job(streamed, plan, "gptq", Options(tune=True), tokens, None, out, CPU, batch=batch)
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_micro_batches_of_any_size_end_the_same_when_continued(tmp_path: Path, samples: int) -> None:
+    """As on a GPU, where several samples go through a layer at once: 20 of them by 4, of which 5 make Gram matrices."""
+    model, out = save_tiny(tmp_path / "model", "qwen2"), tmp_path / "out"
+    run(tuned(model, out, samples, 4), Silent())
+    expected = shards(out)
+    (out / "model-00003-of-00005.safetensors").unlink()
+    run(tuned(model, out, samples, 4), Silent())
+    assert shards(out) == expected
