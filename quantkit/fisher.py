@@ -59,8 +59,7 @@ def output_directions(
     Raises:
         NumericsError: a gradient is not finite.
     """
-    stride = max(1, tokens.input_ids.numel() // TOKENS)
-    tokens = replace(tokens, input_ids=tokens.input_ids[::stride])
+    tokens = _some(tokens)
     batch = None if device.type == "cpu" else max(1, TOKENS_A_STEP // tokens.seqlen)
     entering = [open_states(model, tokens, dtype, device, spill, "file", batch) for _ in range(len(model.layers) + 1)]
     with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
@@ -86,6 +85,16 @@ def output_directions(
         return_freed_memory()
         found.append(_directions(_information(gradients, device), model.layer_name(index - 1)))
     return found[::-1]
+
+
+def spilled_bytes(model: StreamedModel, tokens: TokenSet, dtype: torch.dtype) -> int:
+    """What `output_directions` takes of the disk while it works: what enters each layer, and what leaves the last."""
+    return (len(model.layers) + 1) * _some(tokens).input_ids.numel() * int(model.config.hidden_size) * dtype.itemsize
+
+
+def _some(tokens: TokenSet) -> TokenSet:
+    stride = max(1, tokens.input_ids.numel() // TOKENS)
+    return replace(tokens, input_ids=tokens.input_ids[::stride])
 
 
 def weighted_square(error: Tensor, directions: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from quantkit.activations import TOKENS_A_STEP, Stream
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
-from quantkit.checkpoint.writer import write_shard
+from quantkit.checkpoint.writer import require_disk, write_shard
 from quantkit.evaluation import Progress
-from quantkit.fisher import output_directions, weighted_square
+from quantkit.fisher import output_directions, spilled_bytes, weighted_square
 from quantkit.job import Job
 from quantkit.layer import LayerResult, assign_float
 from quantkit.model.streaming import embed, run_layer
@@ -43,6 +43,7 @@ def prepare(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
         return tokens
     if TUNING not in journal.finished:
         spill = job.out / ".tuning-states.tmp"
+        require_disk(job.out, spilled_bytes(job.model, tokens, job.dtype))
         ids = tokens.input_ids
         if job.tuning_copies:
             places = spill, job.place, job.batch

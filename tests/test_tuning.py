@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--quality best` around the layer: micro-batches that its samples do not fill."""
+"""`--quality best` around the layer: what is prepared, and micro-batches that its samples do not fill."""
 
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
+from quantkit import tuning
 from quantkit.calibration import TokenSet
+from quantkit.checkpoint.journal import open_journal
+from quantkit.errors import OutputError
 from quantkit.formats import FORMATS
 from quantkit.job import Job
 from quantkit.model.streaming import open_model
@@ -40,3 +44,14 @@ def test_micro_batches_of_any_size_end_the_same_when_continued(tmp_path: Path, s
     (out / "model-00003-of-00005.safetensors").unlink()
     run(tuned(model, out, samples, 4), Silent())
     assert shards(out) == expected
+
+
+def test_a_full_disk_is_told_before_the_text_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tuned(save_tiny(tmp_path / "model", "qwen2"), tmp_path / "out", 4, 1)
+    usage = namedtuple("usage", "total used free")
+    assert job.calibration is not None
+    needed = tuning.spilled_bytes(job.model, job.calibration, job.dtype)
+    assert needed == 4 * 4 * 24 * 48 * 4  # layers + 1, samples, tokens, numbers, bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed, 1, needed - 1))
+    with open_journal(job.out, {}, fresh=False) as journal, pytest.raises(OutputError, match="needed"):
+        tuning.prepare(job, journal, Silent())
