@@ -244,6 +244,7 @@ def _measure(
     device, dtype, out = job.device, job.dtype, job.out
     done = journal.finished.get("figures")
     if done is not None:
+        _forget_states(out)
         return list(done.record["figures"]), float(done.record["shared_seconds"])
     sites = sites_of(model)
     move_buffers(model.model, device)
@@ -303,10 +304,9 @@ def _measure(
     )
     shared += time.monotonic() - began
     rows = [figure | {"seconds": took} for figure, took in zip(figures, seconds, strict=True)]
-    last = journal.finished[f"layer.{len(model.layers) - 1}"]
     sha256 = write_json(out / "figures.json", rows)
     journal.append(Unit("figures", "figures.json", sha256, {"figures": rows, "shared_seconds": shared}))
-    (out / last.file).unlink(missing_ok=True)
+    _forget_states(out)
     return rows, shared
 
 
@@ -330,12 +330,19 @@ def _own(
 
 
 def _keep(journal: Journal, index: int, streams: Mapping[str, Stream], seconds: Sequence[float], shared: float) -> None:
-    """Keep the streams behind a layer, and then forget those behind the layer before."""
+    """Keep the streams behind a layer, and then forget those behind layers before."""
     name = f"states-{index}.safetensors"
     sha256 = write_shard(journal.folder / name, {key: stream.states.cpu() for key, stream in streams.items()})
     record = {"seconds": list(seconds), "shared_seconds": shared}
     journal.append(Unit(f"layer.{index}", name, sha256, record))
-    (journal.folder / f"states-{index - 1}.safetensors").unlink(missing_ok=True)
+    _forget_states(journal.folder, but=name)
+
+
+def _forget_states(folder: Path, but: str = "") -> None:
+    """Remove kept streams, those too that an interrupted sweep had no time to remove."""
+    for path in folder.glob("states-*.safetensors"):
+        if path.name != but:
+            path.unlink()
 
 
 def _resume(journal: Journal, streams: Mapping[str, Stream], settings: int) -> tuple[int, list[float], float]:
