@@ -211,6 +211,16 @@ def test_the_corrected_table_sums_to_what_was_measured(model: Path, tokens: Path
     assert found[1, 2][w3] == pytest.approx(4 * found[1, 2][w4])
 
 
+def test_the_head_says_nothing_of_a_layer(model: Path, tokens: Path, tmp_path: Path) -> None:
+    problem, _ = posed(asked(model, tokens, tmp_path, 10**9, also=("lm_head",)))
+    w4 = Scheme(4, 32, True)
+    table = {part: {w4: 0.01, None: 0.0} for part in problem.parts}
+    choice = dict.fromkeys(problem.parts, w4) | {(0, 0): None}  # whose own fall is not known
+    swapped = {(part, None): 0.2 - (0.1 if part == HEAD else 0.01) for part in problem.parts}
+    found = corrected(table, Measured({}, 0.2, swapped), choice)
+    assert found[0, 0][w4] == pytest.approx(found[1, 0][w4])
+
+
 # ---------------------------------------------------------------- the command
 
 

@@ -13,7 +13,7 @@ from quantkit.recipe import BITS
 from quantkit.scheme import Scheme
 
 Part = tuple[int, int]  # the layer, and the number of the site within it
-HEAD: Part = (OUTSIDE, 0)
+HEAD: Part = (OUTSIDE, OUTSIDE)  # no site of a layer: nothing is interpolated from it
 Entry = Scheme | None  # None: 16 bit
 Parts = Mapping[Part, Sequence[LinearPlan]]
 
