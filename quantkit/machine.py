@@ -55,6 +55,8 @@ def versions() -> dict[str, str]:
 def choose_device(name: str, process: int | None = None) -> torch.device:
     """The device that "auto", "cpu" or "cuda[:N]" names; with several processes of one run a GPU for each.
 
+    A GPU becomes torch's current one, where events and kernels go that are not told where.
+
     process: the number of this one of several
 
     Raises:
@@ -74,7 +76,10 @@ def choose_device(name: str, process: int | None = None) -> torch.device:
         raise InputError(f"--device: expected auto, cpu or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device: torch.device) -> str:
