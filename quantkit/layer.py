@@ -68,13 +68,14 @@ def quantize_layer(
     result = LayerResult()
     last = _last_calibrated(job, sites, linears)
     rounded = {f"{name}.weight" for name, linear in linears.items() if linear.scheme is not None}
-    kept = {name: to_stored(name, tensor) for name, tensor in source.items() if name not in rounded}
+    prefix = job.model.layer_name(index)
+    kept = {name: to_stored(f"{prefix}.{name}", tensor) for name, tensor in source.items() if name not in rounded}
     assign(layer, loaded(kept, job.device, job.dtype))
     for number, site in enumerate(sites):
         if all(linears[name].scheme is None for name in site.linears):
             continue
         method = job.method_of(linears[site.linears[0]])
-        name = f"{job.model.layer_name(index)}.{site.linears[0]}"
+        name = f"{prefix}.{site.linears[0]}"
         stats = None if observed is None else observed[number]
         if stats is None and calibration is not None and method != "rtn":
             progress.stage(f"calibrate {_kinds(site)}")

@@ -96,7 +96,7 @@ def push(
 
     Raises:
         InputError: repo_id, revision or the token cannot be used.
-        OutputError: what `check_verified` raises; or the hub refused, failed for good, or lists other content than was
+        OutputError: what `files.check` raises; or the hub refused, failed for good, or lists other content than was
             sent. Running it again goes on from where it stopped.
     """
     require_names(repo_id, revision)
