@@ -15,7 +15,7 @@ from quantkit.fit import shapes_in
 from quantkit.formats import Format
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import SCHEMES, find_gguf
-from quantkit.plan import LinearPlan
+from quantkit.plan import LinearPlan, number_ranges
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
 from quantkit.units import format_bytes
@@ -129,7 +129,7 @@ def inspect_table(result: dict[str, Any]) -> Group:
         losses = [member["loss"] for member in members if member["loss"] is not None]
         table.add_row(
             kind,
-            _ranges(sorted(member["layer"] for member in members)) if members[0]["layer"] >= 0 else "",
+            number_ranges([member["layer"] for member in members if member["layer"] >= 0]),
             str(bits),
             "rows" if group == -1 else str(group),
             "middle" if symmetric else "per group",
@@ -161,14 +161,3 @@ def inspect_table(result: dict[str, Any]) -> Group:
         "made by", f"quantkit {result['quantkit_version']}: {result['command']}" if ours else result["made_by"]
     )
     return Group(table, totals)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
