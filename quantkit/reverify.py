@@ -141,6 +141,7 @@ def _layout(
         calibrated=False,
         vram=request.vram,
         ram=request.ram,
+        head=next((linear for linear in quantized.linears if linear.unit == "head" and linear.scheme), None),
     )
 
 
