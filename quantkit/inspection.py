@@ -13,8 +13,6 @@ from quantkit.document import RESULT, read_result
 from quantkit.errors import ModelError
 from quantkit.fit import shapes_in
 from quantkit.formats import Format
-from quantkit.gguf.file import open_gguf
-from quantkit.gguf.reading import SCHEMES, find_gguf
 from quantkit.plan import LinearPlan, number_ranges
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
@@ -65,10 +63,17 @@ def _lone_gguf(out: Path) -> Path | None:
     """A .gguf file, or the only one of a folder with no other weights and nothing of ours."""
     if out.is_file() and out.suffix == ".gguf":
         return out
-    return None if (out / RESULT).is_file() else find_gguf(out, None)
+    if (out / RESULT).is_file() or not any(out.glob("*.gguf")):
+        return None
+    from quantkit.gguf.reading import find_gguf  # imports torch
+
+    return find_gguf(out, None)
 
 
 def _inspect_gguf(path: Path) -> dict[str, Any]:
+    from quantkit.gguf.file import open_gguf  # imports torch
+    from quantkit.gguf.reading import SCHEMES
+
     file = open_gguf(path)
     layers, kept = [], []
     for name, info in file.infos.items():

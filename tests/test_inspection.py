@@ -3,6 +3,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,8 @@ def test_what_is_no_checkpoint(tmp_path: Path, qwen2: Path) -> None:
     (tmp_path / "journal.jsonl").touch()
     with pytest.raises(OutputError, match="unfinished"):
         inspect_folder(tmp_path)
+
+
+def test_inspecting_safetensors_imports_no_torch() -> None:
+    code = "import sys, quantkit.inspection; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
