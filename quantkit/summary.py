@@ -108,8 +108,8 @@ def allocate_summary(result: Mapping[str, Any]) -> Group:
     )
     if "checked_kl" in result:
         lines.append(
-            f"checked: KL {result['checked_kl']:.5f} where the sum of the parts was {result['predicted_by_sum']:.5f}; "
-            f"{result['mended']} parts changed by it"
+            f"checked: KL {result['checked_kl']:.5f} on windows kept from calibration, where the parts of the first "
+            f"choice came to {result['predicted_by_sum']:.5f}; {result['mended']} parts changed by it"
         )
     lines += [f"{engine}: {why or 'loads it'}" for engine, why in result["engines"].items()]
     run = result.get("run")

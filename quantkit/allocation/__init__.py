@@ -9,7 +9,8 @@ A *part* is a site of a decoder layer: linears that read the same input and have
                  for small errors the KL is quadratic in them, and so is the loss (`table`).
     2. solve     the entries of least summed KL within the bytes, exactly (`knapsack`).
     3. check     a second pass with all the chosen roundings in place, as a run makes them: the true KL, and what it
-                 falls by when one part goes back to 16 bit. These correct the table, and it is solved again.
+                 falls by when one part goes back to 16 bit. These correct the table, and it is solved again; a third
+                 pass measures a choice that came out of that, and the better of the two is kept.
 
 Bytes are those of `plan` and `fit`: the recipe is planned as a run plans it (`problem`). The windows that measure KL
 are taken from the end of the calibration tokens and do not calibrate.

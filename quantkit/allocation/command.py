@@ -10,10 +10,11 @@ from rich.console import Console
 from torch import Tensor
 
 from quantkit.allocation import kept
+from quantkit.allocation.menu import Part
 from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_room
 from quantkit.allocation.recipe_file import document_of, recipe_text
 from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
-from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, table_of, total
+from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.writer import write_text
 from quantkit.choices import choose_recipe, find_model
@@ -107,14 +108,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         raise InputError(f"--budget: nothing of the menu fits in {format_bytes(budget.nbytes)}")
     told: dict[str, Any] = {"predicted_by_sum": total(table, choice), "text_ratio": 1.0}
     if request.check:
-        checked = check(work, choice)
-        if checked.kl_elsewhere is not None and checked.kl > 0:
-            told["text_ratio"] = checked.kl_elsewhere / checked.kl
-        predicted = total(table, choice)
-        told |= {"checked_kl": checked.kl, "additivity": checked.kl / predicted if predicted > 0 else None}
-        table = corrected(table, checked, choice)
-        first, choice = choice, choose(problem, table) or choice
-        told["mended"] = sum(first[part] != entry for part, entry in choice.items())
+        choice, table, found = mend(work, table, choice)
+        told |= found
 
     def write(table: Table, choice: Choice) -> dict[str, Any]:
         document = told | document_of(problem, choice, table, told["text_ratio"])
@@ -175,13 +170,42 @@ def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
     return found
 
 
-def check(work: Work, choice: Choice) -> Measured:
-    """The true KL of what a run would leave of an allocation, and of the same with each part back in 16 bit.
+def mend(work: Work, table: Table, choice: Choice) -> tuple[Choice, Table, dict[str, Any]]:
+    """Check a choice as a whole, solve again by what that says, and keep what is truly better on the probing windows.
+
+    Returns the choice, the table at it, and what is told of it. The falls that correct the table are of parts put back
+    beside others that were rounded to make up for them, so a second choice is believed only when it was measured.
+    """
+    first = check(work, choice, probed(work, choice))
+    predicted = total(table, choice)
+    table = corrected(table, first, choice)
+    other = choose(work.problem, table) or choice
+    second = first if other == choice else check(work, other, [])
+    kept, found = (other, second) if second.kl < first.kl else (choice, first)
+    return (
+        kept,
+        scaled(table, kept, found.kl),
+        {
+            "checked_kl": found.kl,
+            "additivity": first.kl / predicted if predicted > 0 else None,
+            "text_ratio": found.kl_elsewhere / found.kl if found.kl_elsewhere is not None and found.kl > 0 else 1.0,
+            "other_kl": second.kl if kept is choice else first.kl,
+            "mended": sum(choice[part] != entry for part, entry in kept.items()),
+        },
+    )
+
+
+def probed(work: Work, choice: Choice) -> list[Part]:
+    """The parts to put back when a choice is checked."""
+    return [part for part in choice if is_probed(work.problem, part, work.request.every)]
+
+
+def check(work: Work, choice: Choice, parts: Sequence[Part]) -> Measured:
+    """The true KL of what a run would leave of an allocation, and of the same with each of some parts back in 16 bit.
 
     Windows of the evaluation text run through it as well, to tell the KL that is to be expected there; they decide
     nothing.
     """
-    parts = [part for part in choice if is_probed(work.problem, part, work.request.every)]
     job = _job(work, choice, work.request.run.options, len(parts))
     _announce(work, "the allocation", len(parts))
     with display(work.console, work.request.run.device) as progress:
@@ -242,7 +266,7 @@ def _run_and_repair(
         found = result["verification"]
         if found is None or found["verdict"] == "pass" or len(repairs) == MAX_REPAIRS:
             break
-        table = corrected(table, check(work, choice), choice)
+        table = corrected(table, check(work, choice, probed(work, choice)), choice)
         better = choose(work.problem, table) or choice
         changed = sum(choice[part] != entry for part, entry in better.items())
         if changed == 0:

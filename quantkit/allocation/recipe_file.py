@@ -57,7 +57,7 @@ def recipe_text(
     counted = "files of weights" if weights_only else f"{serve['context']} tokens of {serve['kv']} cache counted"
     checked = ""
     if "checked_kl" in document:
-        checked = f"; the first choice was checked: {document['checked_kl']:.5f} on windows kept from calibration"
+        checked = f"; measured as a whole: {document['checked_kl']:.5f} on windows kept from calibration"
     lines = [
         f"# {document['total_bytes']:,} bytes of weights, {document['bits_per_weight']:.3f} bits per weight; budget "
         f"{problem.budget.nbytes:,} bytes ({counted})",

@@ -59,9 +59,15 @@ def corrected(table: Table, checked: Measured, choice: Mapping[Part, Entry]) -> 
         if table[part][choice[part]] > 0
     }
     factors = {part: _interpolated(known, part) or 1.0 for part in choice}
-    total = sum(factors[part] * table[part][choice[part]] for part in choice)
-    scale = checked.kl / total if total > 0 else 1.0
-    return {part: {entry: kl * factors[part] * scale for entry, kl in row.items()} for part, row in table.items()}
+    raised = {part: {entry: kl * factors[part] for entry, kl in row.items()} for part, row in table.items()}
+    return scaled(raised, choice, checked.kl)
+
+
+def scaled(table: Table, choice: Mapping[Part, Entry], kl: float) -> Table:
+    """The table with its sum at a choice brought to what was measured there."""
+    expected = total(table, choice)
+    factor = kl / expected if expected > 0 else 1.0
+    return {part: {entry: factor * value for entry, value in row.items()} for part, row in table.items()}
 
 
 def total(table: Table, choice: Mapping[Part, Entry]) -> float:
