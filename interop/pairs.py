@@ -211,6 +211,10 @@ KNOWN = [
         "looks for the listed names in names within a layer, so it skips in all layers or none",
     ),
     Known("AutoGPTQ", r"gptq_v2", "0.7.1 reads every file as v1"),
+    Known("llama.cpp's converter", r"^gptq(_v2)? W3", "does not read 3 bits of gptq"),
+    Known("llama.cpp's converter", r"^gptq .*mixed", "does not read `dynamic`"),
+    Known("llama.cpp's converter", r"^compressed-tensors W3", "reads the words of compressed-tensors 0.17 at 3 bits"),
+    Known("llama.cpp's converter", r"^compressed-tensors .*mixed", "takes one scheme only"),
 ]
 
 
