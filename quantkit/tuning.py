@@ -28,8 +28,7 @@ from quantkit.scheme import QuantizedTensor, dequantize
 
 TUNING = "tuning"
 TUNING_FILE = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so
-STEPS = 96  # for each layer, of TOKENS_A_STEP tokens,
-PASSES = 2  # in no more passes over the tokens than this
+PASSES = 2  # over the tokens, for each layer
 JUDGES = 32  # one step in so many is kept back to judge the others
 
 
@@ -83,7 +82,7 @@ def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tenso
     judges = -(-len(parts) // JUDGES)
     rest = [sample for part in parts[:-judges] for sample in part.tolist()]
     passes = [torch.tensor(rest)[torch.randperm(len(rest), generator=generator)] for _ in range(PASSES) if rest]
-    return [part for each in passes for part in each.split(step)][:STEPS], list(parts[-judges:])
+    return [part for each in passes for part in each.split(step)], list(parts[-judges:])
 
 
 def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
