@@ -15,19 +15,14 @@ from pathlib import Path
 from typing import Any
 
 SLAB = Path(__file__).with_name("slab.py")
-BUILD = (
-    "from benchmarks.slab import make_slab; from pathlib import Path; import sys; f = Path(sys.argv[4]); f.mkdir(); "
-)
-BUILD += "make_slab(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), f)"
 
 
 def measured(recipe: str, layers: int, words: list[str]) -> dict[str, Any]:
     """The document of one slab, which is built by another process so that only quantizing it counts."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "slab"
-        build = [sys.executable, "-c", BUILD, recipe, str(layers), "1024", str(folder)]
-        subprocess.run(build, check=True, cwd=SLAB.parents[1])
         command = [sys.executable, str(SLAB), recipe, "--layers", str(layers), "--folder", str(folder), *words]
+        subprocess.run([*command, "--build"], check=True)
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     document = json.loads(output[output.index("\n{") :])
     assert isinstance(document, dict)

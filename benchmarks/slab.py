@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A slab of a large model: a few layers of its real geometry with random weights, quantized as any model is.
 
-    python benchmarks/slab.py deepseek-r1-32b --layers 2 --method awq --samples 128 --seqlen 2048 --device cuda:0
+    python benchmarks/slab.py deepseek-r1-32b --layers 3 --method awq --samples 128 --seqlen 2048 --device cuda:0
+    python benchmarks/slab.py deepseek-r1-32b --layers 3 --folder SLAB --build     # or keep one, and start from it
+    torchrun --nproc-per-node 2 benchmarks/slab.py deepseek-r1-32b --folder SLAB
 
-prints seconds per layer and stage, the operations and bytes that a layer cannot do without, and the peaks of memory.
-Random weights say nothing about accuracy; they take the same time.
+prints, of the second layer (the first also compiles), the seconds of each stage beside what it cannot do without:
+floating-point operations, and the share that they are of what the device does in one large product measured beside it,
+or bytes; then one JSON document with all layers and the peaks of memory. Random weights say nothing about accuracy;
+they take the same time.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,22 +27,30 @@ from quantkit.checkpoint.writer import write_json, write_shard
 from quantkit.choices import choose_scheme
 from quantkit.formats import FORMATS
 from quantkit.job import Job
-from quantkit.machine import choose_device, peak_device_bytes, peak_rss_bytes, versions
+from quantkit.layer import kinds
+from quantkit.machine import choose_device, versions
 from quantkit.memory import keep, laid_out, lay_out_job
 from quantkit.model.config import config_from_dict
+from quantkit.model.families import Site
+from quantkit.model.sites import sites_of
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline import run
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import make_plan
+from quantkit.quantize.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
 from quantkit.quantize.methods import Options
 from quantkit.quantize.refine import SWEEPS
+from quantkit.ranks import ALONE, Ranks, joined
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.units import parse_bytes
 
+CANDIDATES = 1 + len(POWERS) + len(RATIO_POWERS)  # scales that AWQ's search tries
+
 
 class Clock:
-    """Notes when each layer and stage begins; says it while it runs."""
+    """Notes when each layer and stage begins; says it while it runs, unless it is quiet."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.layers: list[float] = []
         self.stages: list[dict[str, float]] = []  # of each layer
         self.last: tuple[str, float] | None = None
@@ -45,7 +58,8 @@ class Clock:
 
     def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None:
         """The run begins."""
-        print(f"{layers} layers, {tokens} tokens, {dict(places)}", flush=True)
+        if not self.quiet:
+            print(f"{layers} layers, {tokens} tokens, {dict(places)}", flush=True)
 
     def layer(self, index: int) -> None:
         """A layer begins."""
@@ -65,7 +79,8 @@ class Clock:
         """A layer is done."""
         self.stage("between layers")
         self.layers.append(time.perf_counter() - self.begun)
-        print(f"layer {index}: {self.layers[-1]:.2f} s, worst error {loss:.3%}", flush=True)
+        if not self.quiet:
+            print(f"layer {index}: {self.layers[-1]:.2f} s, worst error {loss:.3%}", flush=True)
 
     def ending(self, name: str) -> None:
         """What comes after the layers."""
@@ -75,19 +90,21 @@ def make_slab(recipe: str, layers: int, vocabulary: int, folder: Path) -> None:
     """Write a model of the recipe's geometry with random BF16 weights, one shard a layer."""
     sizes = shipped()[recipe].config
     assert sizes is not None, f"{recipe} states no sizes"
+    folder.mkdir(parents=True, exist_ok=True)
     config = sizes | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     architecture = build(config_from_dict(config))
-    generator = torch.Generator().manual_seed(0)
-
-    def random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if "norm" in name:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
-
     parts = [architecture.outside()]
     for index in range(layers):
         prefix = architecture.layer_name(index)
         parts.append({f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()})
+    largest = max(math.prod(shape) for part in parts for shape in part.values())
+    numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+
+    def random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if "norm" in name:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return numbers[: math.prod(shape)].view(shape)  # the same for all: more would only take longer to make
+
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -97,30 +114,74 @@ def make_slab(recipe: str, layers: int, vocabulary: int, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def counted(plan: Plan, tokens: int, refine: int) -> dict[str, int]:
-    """Operations and bytes of one layer, each done once: the floor that its stages can be held against.
+class Floor(NamedTuple):
+    """What a stage cannot do without: floating-point operations, and bytes of files."""
 
-    forward: of its linears over the calibration tokens; gram: half of each site's symmetric product; factorise; round:
-    GPTQ's updates; refine: the first residual, and the updates of each sweep and refit; read, written: bytes
+    operations: int = 0
+    bytes: int = 0
+
+
+def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
+    """Stage -> what it cannot do without, each thing done once; attention's own products are left out.
+
+    calibrate: the linears of the site before, once for each stream; half of a symmetric product for the Gram matrix;
+    the drift; at the last site the original's last linear. quantize: the factor; the correction by the drift; AWQ's
+    candidates on the rows that judge them; GPTQ's updates; the refinement's first residual, sweeps and refits; the
+    error that is told. run: the last site's linears
     """
-    linears = [linear for linear in plan.linears if linear.layer == 0]
-    sites = {linear.in_features: 0 for linear in linears} | {linears[0].in_features: 3}  # q/k/v, o, gate/up
-    squares = sum(max(1, times) * width**2 for width, times in sites.items())
-    updates = sum(2 * linear.out_features * linear.in_features**2 for linear in linears)
-    return {
-        "forward": 2 * tokens * sum(linear.out_features * linear.in_features for linear in linears),
-        "gram": tokens * squares,
-        "factorise": sum(max(1, times) * width**3 // 3 for width, times in sites.items()),
-        "round": updates // 2,
-        "refine": updates * (refine * (SWEEPS + 1) + 2 if refine else 0),
-        "bytes_read": 2 * sum(linear.out_features * linear.in_features for linear in linears),
-        "bytes_written": plan.shards[1].tensor_bytes,
-    }
+    linears, tokens = job.plan.layer(0), 0 if job.calibration is None else job.calibration.input_ids.numel()
+    drifts = job.follows_original
+    found = {"read": Floor(bytes=2 * sum(x.out_features * x.in_features for x in linears.values()))}
+    found["write"] = Floor(bytes=next(x for x in job.plan.shards if x.unit == "layer.0").tensor_bytes)
+    run = 0
+    for site in sites:
+        width = linears[site.linears[0]].in_features
+        rows = [linears[name].out_features for name in site.linears]
+        update = 2 * sum(rows) * width**2
+        if tokens and job.method != "rtn":
+            drift = min(2 * width**2, 4 * sum(rows) * width) if len(rows) == 1 else 2 * width**2
+            summed = tokens * (width**2 + drifts * drift)
+            leaves = drifts * 2 * tokens * sum(rows) * width if site is sites[-1] else 0
+            found[f"calibrate {kinds(site)}"] = Floor((1 + drifts) * run + summed + leaves)
+            judged = sum(min(count, ROWS_JUDGED) for count in rows)
+            search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.producer else 0
+            refine = update * (job.options.refine * (SWEEPS + 1) + 2) if job.options.refine else 0
+            solved = width**3 // 3 + 2 * drifts * update + update // 2 + refine + 2 * update
+            found[f"quantize {kinds(site)}"] = Floor(search + solved)
+        run = 2 * tokens * sum(rows) * width
+    return found | {"run the quantized": Floor(run)}
 
 
-def main() -> None:
-    """Build the slab, quantize it, print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def peak(device: torch.device) -> float:
+    """Operations a second of one large product, in the type that layers run in there."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+        del product
+    return 2 * size**3 / best
+
+
+def table(stages: Mapping[str, float], counts: Mapping[str, Floor], fastest: float) -> str:
+    """One line a stage: seconds, what was counted, and how near that comes to the device's peak."""
+    lines = [f"{'stage':24} {'seconds':>8} {'Tflop':>8} {'of peak':>8} {'GB':>6}"]
+    for name, seconds in stages.items():
+        floor = counts.get(name, Floor())
+        share = f"{floor.operations / fastest / seconds:.0%}" if floor.operations else ""
+        operations = f"{floor.operations / 1e12:.2f}" if floor.operations else ""
+        size = f"{floor.bytes / 1e9:.2f}" if floor.bytes else ""
+        lines.append(f"{name:24} {seconds:8.3f} {operations:>8} {share:>8} {size:>6}")
+    return "\n".join(lines)
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is to be built and measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--method", choices=["awq", "gptq", "rtn"], default="gptq")
@@ -132,16 +193,29 @@ def main() -> None:
     parser.add_argument("--vram", help="keep to so much GPU memory, such as 22GiB")
     parser.add_argument("--ram", help="keep to so much RAM, such as 16GiB")
     parser.add_argument("--folder", type=Path, help="keep the slab here, and use it if it is there")
-    said = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    parser.add_argument("--build", action="store_true", help="only build the slab in --folder")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Build the slab, quantize it, print one JSON document."""
+    said = arguments()
+    if said.build:
+        make_slab(said.recipe, said.layers, said.vocabulary, said.folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch, joined(print) as ranks:
         folder = said.folder or Path(scratch) / "slab"
         if not (folder / "config.json").is_file():
-            folder.mkdir(parents=True)
             make_slab(said.recipe, said.layers, said.vocabulary, folder)
-        print(json.dumps(measure(said, folder, Path(scratch) / "out"), indent=2))
+        out = Path(ranks.agree(str(Path(scratch) / "out")))  # of the first process
+        document = measure(said, folder, out, ranks)
+        ranks.wait()
+    if ranks.first:
+        print(document.pop("table"))
+        print(json.dumps(document, indent=2))
 
 
-def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]:
+def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Quantize the slab in `folder` without verification."""
     model = open_model(folder)
     scheme = choose_scheme(said.method, Recipe(), 4, 128, None)
@@ -149,8 +223,8 @@ def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(said.vocabulary, (said.samples, said.seqlen), generator=generator)
     tokens = None if said.method == "rtn" else TokenSet(ids, "random", "random", "random")
-    device = choose_device(said.device)
-    job = Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device)
+    device = choose_device(said.device, ranks.local_rank if ranks.size > 1 else None)
+    job = Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device, ranks=ranks)
     layout = lay_out_job(
         job,
         [],
@@ -158,23 +232,28 @@ def measure(said: argparse.Namespace, folder: Path, out: Path) -> dict[str, Any]
         ram=parse_bytes(said.ram, "--ram") if said.ram else None,
     )
     keep(layout, device)
-    clock = Clock()
+    fastest = peak(device)
+    clock = Clock(quiet=not ranks.first)
     began = time.perf_counter()
-    run(laid_out(job, layout), clock)
+    outcome = run(laid_out(job, layout), clock)
+    counts = floors(job, sites_of(model))
     return {
         "recipe": said.recipe,
         "method": said.method,
         "refine": said.refine,
         "tokens": f"{said.samples} x {said.seqlen}",
+        "processes": ranks.size,
         "seconds": time.perf_counter() - began,
         "seconds_per_layer": clock.layers,
         "stages": clock.stages,
-        "counted": counted(plan, 0 if tokens is None else ids.numel(), said.refine),
+        "counted": {name: floor._asdict() for name, floor in counts.items()},
+        "peak_operations_per_second": fastest,
         "memory": layout.record(),
-        "peak_device_gib": peak_device_bytes(device) / 2**30,
-        "peak_rss_gib": peak_rss_bytes() / 2**30,
+        "peak_device_gib": max(held for _, held in outcome.peaks) / 2**30,
+        "peak_rss_gib": max(rss for rss, _ in outcome.peaks) / 2**30,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
+        "table": table(clock.stages[:2][-1], counts, fastest * ranks.size),
     }
 
 

@@ -21,11 +21,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
+from quantkit.portions import LOGITS_AT_ONCE, TOKENS_AT_ONCE_GPU
 
-TOKENS_AT_ONCE_GPU = 8192
-TOKENS_PER_SUM = 4096  # that a Gram matrix takes at once: fixed, so that memory does not decide how sums are split
-LOGITS_AT_ONCE = 2**26  # where the original model's own predictions are drawn from: 256 MiB a float32 temporary
-TOKENS_A_STEP = 4096  # that a step of tuning by gradients sees
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
 
@@ -52,11 +49,6 @@ class Stream:
 def micro_batch(seqlen: int, device: torch.device) -> int:
     """Samples per micro-batch, where memory sets no limit."""
     return 1 if device.type == "cpu" else max(1, TOKENS_AT_ONCE_GPU // seqlen)
-
-
-def samples_per_sum(seqlen: int) -> int:
-    """Samples that are added to a Gram matrix at once, whatever the micro-batch."""
-    return max(1, TOKENS_PER_SUM // seqlen)
 
 
 def few_positions(states: Tensor, vocabulary: int) -> Iterator[slice]:

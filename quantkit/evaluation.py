@@ -13,13 +13,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import Stream, open_stream, samples_per_sum
+from quantkit.activations import Stream, open_stream
 from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Shortcut, taken
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
+from quantkit.portions import samples_per_sum
 from quantkit.products import mirror_
 from quantkit.ranks import ALONE, Ranks
 from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.activations import TOKENS_A_STEP, Stream, few_positions
+from quantkit.activations import Stream, few_positions
 from quantkit.calibration import TokenSet
 from quantkit.errors import NumericsError
 from quantkit.evaluation import (
@@ -41,6 +41,7 @@ from quantkit.model.streaming import (
     read_outside,
     run_layer,
 )
+from quantkit.portions import TOKENS_A_STEP
 from quantkit.products import accumulate_, linear
 
 TOKENS = 2**14  # that speak for all: a few times the hidden sizes that there are

@@ -18,12 +18,12 @@ prefills in chunks and serves one sequence:
 With tensor parallel each card has its part of every linear and of the vocabulary, and all of the norms; the budget is
 the memory of one card.
 
-What quantizing itself needs is a model of `pipeline`, see `_quantizing`.
+What quantizing itself needs is counted by `needs`.
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from quantkit.formats.reading import READERS
 from quantkit.jsonfile import read_object
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
 from quantkit.model.shapes import Shapes, shapes_of
+from quantkit.needs import HIDDEN_COPIES, Work, needs
 from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan
 from quantkit.stored import quantization_of, sixteen_bit_linears, stored_linears
 from quantkit.units import format_bytes
@@ -47,16 +48,9 @@ MIB = 2**20
 KV_BYTES = {"fp16": 2, "fp8": 1}
 
 PREFILL_TOKENS = 2048
-TOKENS_AT_ONCE = 4096  # of a micro-batch while quantizing
-HIDDEN_COPIES = 4  # residual, its norm, attention's output, the next residual
+CALIBRATION_SEQLEN = 2048  # of a run's defaults
 ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
-
-PROCESS_BYTES = 512 * MIB  # Python, torch and transformers, measured at 350 MiB, and room for the tokenizer and tokens
-GRAM_COPIES = 4  # the Gram matrix, the drift, and two at a time of: damped, its factor, that reversed, the inverse
-WEIGHT_COPIES = (
-    8  # of the widest linear while it is refined: scaled, codes, scales, zeros, difference, residual, two at work
-)
 
 FARTHEST = 2**30  # tokens; what fits this many has no limit
 
@@ -425,37 +419,29 @@ def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards:
 
 
 def _quantizing(model: Shapes, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
-    """What the run itself will need: a model of `pipeline`, for the method that needs most (AWQ with GPTQ's rounding).
+    """What the run itself will need at its defaults, for the method that needs most: see `needs`.
 
-    The largest of three moments, beside PROCESS_BYTES:
-
-        begin   the input embedding as stored and in float32
-        layer   the largest layer as stored and in float32, GRAM_COPIES of its widest Gram matrix, WEIGHT_COPIES of its
-                widest linear, and the activations of a micro-batch
-        end     everything outside the layers in float32 twice (the model's and the written one, where they differ), and
-                the logits of both for a micro-batch
-
-    On a GPU the layer lies in its memory (device_bytes), in bfloat16. Hidden states lie where they fit, and on the disk
-    if nowhere: hidden_states_bytes for each stream of calibration_tokens in float32; they are not part of ram_bytes.
+    On a CPU all is in RAM, in float32; on a GPU the layer lies in its memory, in 16 bit (device_bytes, with one sample
+    at a time). Hidden states lie where they fit, and on the disk if nowhere: hidden_states_bytes for each stream of
+    calibration_tokens in float32; they are part of neither.
     """
-    layers = [sum(map(_count, model.layer_shapes(i).values())) for i in range(len(model.layer_tensors))]
-    outside = sum(map(_count, model.outside().values()))
-    embedding = sum(map(_count, model.before_layers().values()))
-    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
-    grams = GRAM_COPIES * 4 * _widest_input(plan.linears) ** 2
-    weight = WEIGHT_COPIES * 4 * max(linear.out_features * linear.in_features for linear in plan.linears)
-    width = HIDDEN_COPIES * hidden + _widest_output(plan.linears) + _widest_input(plan.linears)
-    moments = {
-        "begin": 6 * embedding,
-        "layer": 6 * max(layers) + grams + weight + 4 * TOKENS_AT_ONCE * width,
-        "end": 8 * outside + 2 * 4 * TOKENS_AT_ONCE * vocabulary,
-    }
+    head = next((linear for linear in plan.quantized if linear.unit == "head"), None)
+    work = Work(
+        linears=plan.linears,
+        on_gpu=False,
+        itemsize=4,
+        longest=CALIBRATION_SEQLEN,
+        compared=True,
+        calibrated=True,
+        follows_original=True,
+        head=head,
+    )
     return {
         "disk_bytes": plan.file_bytes + plan.beside_bytes + DISK_MARGIN,
-        "ram_bytes": PROCESS_BYTES + max(moments.values()),
-        "device_bytes": ENGINE_BYTES + 2 * max(layers) + grams + weight,
-        "hidden_states_bytes": 4 * calibration_tokens * hidden,
-        "quantizing": {"process": PROCESS_BYTES, **moments, "grams": grams, "calibration_tokens": calibration_tokens},
+        "ram_bytes": needs(model, work).ram,
+        "device_bytes": needs(model, replace(work, on_gpu=True, itemsize=2)).device,
+        "hidden_states_bytes": 4 * calibration_tokens * model.config.hidden_size,
+        "quantizing": {"calibration_tokens": calibration_tokens, "seqlen": CALIBRATION_SEQLEN},
     }
 
 

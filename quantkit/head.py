@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, regrouped, samples_per_sum
+from quantkit.activations import Stream, regrouped
 from quantkit.evaluation import ending_names, loaded
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
+from quantkit.portions import HEAD_ROWS, samples_per_sum
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, Options, SiteInput
 from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
-
-ROWS = 2**14  # of the vocabulary that are rounded at once: no more weights than a large layer's linear has
 
 
 def head_stats(
@@ -70,7 +69,7 @@ def quantize_head(
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
     round_rows = METHODS["rtn" if stats is None else "gptq"]
     parts, lost, energy = [], 0.0, 0.0
-    for rows in weight.split(ROWS):
+    for rows in weight.split(HEAD_ROWS):
         found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor, ranks), options)
         parts.append(found.quantized["rows"])
         squares = rows.float().square() if stats is None else output_error(rows, stats.gram)

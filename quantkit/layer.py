@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import regrouped, samples_per_sum
+from quantkit.activations import regrouped
 from quantkit.dtypes import torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.evaluation import Progress, loaded
@@ -18,6 +18,7 @@ from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.passage import Passage, inputs_of
 from quantkit.plan import STORED, LinearPlan
+from quantkit.portions import samples_per_sum
 from quantkit.quantize.gptq import Factor
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, SiteInput, SiteResult
@@ -78,10 +79,10 @@ def quantize_layer(
         name = f"{prefix}.{site.linears[0]}"
         stats = None if observed is None else observed[number]
         if stats is None and calibration is not None and method != "rtn":
-            progress.stage(f"calibrate {_kinds(site)}")
+            progress.stage(f"calibrate {kinds(site)}")
             stats = _collect(job, layer, site, calibration, original, last=site is last)
             require_finite_stats(stats, name)
-        progress.stage(f"quantize {_kinds(site)}")
+        progress.stage(f"quantize {kinds(site)}")
         channel = fold_channels(job.model, index, site)
         inputs = _site_input(job, layer, linears, site, stats, channel)
         if factors is not None:
@@ -104,7 +105,7 @@ def quantize_layer(
     return result
 
 
-def _kinds(site: Site) -> str:
+def kinds(site: Site) -> str:
     return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in site.linears)
 
 

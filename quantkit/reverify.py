@@ -34,6 +34,7 @@ from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.needs import Work
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.report.run import render_report
@@ -130,19 +131,16 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
 def _layout(
     request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel, tokens: TokenSet
 ) -> Layout:
-    streams = Streams([(tokens.samples, tokens.seqlen)] * 2, compared=True)
-    itemsize = run_dtype(original, request.device, f"{quantized.linears[0].name}.weight").itemsize
-    return lay_out(
-        original,
-        quantized.decoder,
-        streams,
-        request.device,
-        itemsize,
-        calibrated=False,
-        vram=request.vram,
-        ram=request.ram,
+    streams = Streams([(tokens.samples, tokens.seqlen)] * 2)
+    work = Work(
+        linears=quantized.decoder,
+        on_gpu=request.device.type == "cuda",
+        itemsize=run_dtype(original, request.device, f"{quantized.linears[0].name}.weight").itemsize,
+        longest=tokens.seqlen,
+        compared=True,
         head=next((linear for linear in quantized.linears if linear.unit == "head" and linear.scheme), None),
     )
+    return lay_out(original, work, streams, request.device, vram=request.vram, ram=request.ram)
 
 
 # ---------------------------------------------------------------- what is there

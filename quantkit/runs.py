@@ -388,7 +388,7 @@ def _document(
         "processes": len(outcome.peaks),
         "device": str(job.device),
         "versions": versions(),
-        "fallbacks": [*outcome.fallbacks, *_notes(job)],
+        "fallbacks": [*outcome.fallbacks, *_notes(job), *_beyond(outcome, request.ram)],
         "engines": memory["engines"],
         "verification": _verification(job, outcome, memory, limits),
     }
@@ -424,6 +424,11 @@ def tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
 
 def _notes(job: Job) -> list[str]:
     return [f"{t.source}: {note}" for t in (job.calibration, job.evaluation) if t is not None for note in t.notes]
+
+
+def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
+    peak = max(rss for rss, _ in outcome.peaks)
+    return [f"RAM reached {format_bytes(peak)}, beyond --ram {format_bytes(ram)}"] if ram and peak > ram else []
 
 
 def _license(request: Request, directory: Path) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.activations import TOKENS_A_STEP, Stream
+from quantkit.activations import Stream
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
@@ -22,6 +22,7 @@ from quantkit.fisher import output_directions, spilled_bytes, weighted_square
 from quantkit.job import Job
 from quantkit.layer import LayerResult, assign_float
 from quantkit.model.streaming import embed, run_layer
+from quantkit.portions import TOKENS_A_STEP
 from quantkit.quantize.tune import Loss, tune
 from quantkit.resample import resample
 from quantkit.scheme import QuantizedTensor, dequantize

@@ -8,6 +8,7 @@ import torch
 
 from quantkit import activations
 from quantkit.activations import Stream, choose_place, micro_batch, open_stream, regrouped
+from quantkit.portions import TOKENS_AT_ONCE_GPU
 
 CPU = torch.device("cpu")
 SHAPE = (5, 7, 6)
@@ -64,8 +65,8 @@ def test_batches_cover_every_sample_once_in_order(samples: int, batch: int) -> N
 def test_micro_batches_are_single_samples_on_a_cpu_and_as_many_tokens_on_a_gpu() -> None:
     gpu = torch.device("cuda")
     assert micro_batch(512, CPU) == 1
-    assert micro_batch(512, gpu) * 512 == micro_batch(2048, gpu) * 2048 == activations.TOKENS_AT_ONCE_GPU
-    assert micro_batch(10 * activations.TOKENS_AT_ONCE_GPU, gpu) == 1
+    assert micro_batch(512, gpu) * 512 == micro_batch(2048, gpu) * 2048 == TOKENS_AT_ONCE_GPU
+    assert micro_batch(10 * TOKENS_AT_ONCE_GPU, gpu) == 1
 
 
 @pytest.mark.parametrize("cuts", [[10], [1] * 10, [3, 3, 3, 1], [4, 6], [9, 1]])

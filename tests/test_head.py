@@ -148,7 +148,7 @@ def test_rows_are_rounded_as_if_together(options: Options, monkeypatch: pytest.M
     add_inputs(stats, inputs)
     mirror_(stats.gram)
     scheme = Scheme(4, 16, True)
-    monkeypatch.setattr(heads, "ROWS", 16)
+    monkeypatch.setattr(heads, "HEAD_ROWS", 16)
     found, record = quantize_head(weight, scheme, options, stats, 0)
     expected = METHODS["gptq"](SiteInput({"w": weight}, {"w": scheme}, stats, None), options)
     assert torch.equal(found.codes, expected.quantized["w"].codes)

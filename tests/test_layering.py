@@ -16,6 +16,7 @@ ALLOWED: dict[str, str] = {
     # the words of the subject: numbers, sums, sizes
     "products": "",
     "ranks": "errors",
+    "portions": "",
     "dtypes": "",
     "jsonfile": "errors",
     "scheme": "errors",
@@ -24,12 +25,12 @@ ALLOWED: dict[str, str] = {
     "resources": "errors",
     "machine": "errors products",
     # pure functions on tensors; the two never meet
-    "quantize": "errors products ranks scheme stats",
+    "quantize": "errors products ranks portions scheme stats",
     "formats": "errors dtypes scheme",
     # one concern each
     "checkpoint": "errors dtypes units",
     "calibration": "errors units resources",
-    "activations": "errors",
+    "activations": "errors portions",
     "background": "",
     "verify": "errors units",
     "recipe": "errors units scheme formats resources",
@@ -37,22 +38,23 @@ ALLOWED: dict[str, str] = {
     "plan": "errors dtypes units scheme formats checkpoint model recipe",
     "loaders": "errors scheme formats plan",
     "stored": "errors jsonfile scheme formats checkpoint model plan",
-    "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored",
-    "memory": "errors dtypes units formats activations model plan head job",
+    "needs": "formats portions model plan",
+    "fit": "errors dtypes jsonfile units scheme formats checkpoint model recipe plan loaders stored needs",
+    "memory": "errors units portions model plan needs job",
     "library": "errors units checkpoint recipe resources",
     "gguf": (
         "errors scheme stats formats quantize machine checkpoint calibration activations model plan stored fit"
-        " evaluation"
+        " portions evaluation"
     ),
     # the loop
-    "evaluation": "errors dtypes calibration activations verify model stats products ranks",
+    "evaluation": "errors dtypes portions calibration activations verify model stats products ranks",
     "resample": "machine calibration activations model evaluation",
-    "fisher": "errors machine products calibration activations model evaluation",
+    "fisher": "errors portions machine products calibration activations model evaluation",
     "passage": "activations model evaluation",
     "job": "machine ranks quantize calibration checkpoint model plan evaluation",
-    "layer": "errors dtypes scheme stats quantize activations model plan evaluation passage job",
-    "head": "ranks scheme stats quantize activations model evaluation",
-    "tuning": "scheme quantize checkpoint calibration activations model evaluation fisher resample job layer",
+    "layer": "errors dtypes portions scheme stats quantize activations model plan evaluation passage job",
+    "head": "ranks portions scheme stats quantize activations model evaluation",
+    "tuning": "portions scheme quantize checkpoint calibration activations model evaluation fisher resample job layer",
     "pipeline": (
         "errors dtypes machine background quantize checkpoint calibration activations model plan stored evaluation"
         " passage job layer head tuning"
@@ -86,7 +88,7 @@ ALLOWED: dict[str, str] = {
     ),
     "reverify": (
         "errors checkpoint calibration evaluation model fit machine memory verify progress report card choices runs"
-        " document remeasure gguf"
+        " needs document remeasure gguf"
     ),
     "repack": "errors dtypes scheme quantize formats machine checkpoint model plan fit stored",
     "convert": (

@@ -2,22 +2,25 @@
 """What a run may take of memory: chosen before it begins, never more than allowed, refused where it cannot be."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from quantkit.errors import InputError
+from quantkit.fit import fit
 from quantkit.formats import FORMATS
 from quantkit.memory import Layout, Streams, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
+from quantkit.needs import Work
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-CALIBRATION = Streams([(128, 2048)], compared=False)
+CALIBRATION = Streams([(128, 2048)])
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,16 @@ def plan(model: Architecture) -> Plan:
     return make_plan(model, resolver(Recipe(), Scheme(4, 128, False)), FORMATS["awq"])
 
 
-def on_gpu(model: Architecture, plan: Plan, vram: float, ram: float, streams: Streams = CALIBRATION) -> Layout:
-    return lay_out(model, plan.linears, streams, GPU, 2, vram=int(vram * GIB), ram=int(ram * GIB))
+def work(plan: Plan, longest: int = 2048, **changes: Any) -> Work:
+    """Of a run at its defaults, on a GPU."""
+    usual = Work(plan.linears, True, 2, longest, compared=False, calibrated=True, follows_original=True)
+    return replace(usual, **changes)
+
+
+def on_gpu(
+    model: Architecture, plan: Plan, vram: float, ram: float, streams: Streams = CALIBRATION, **changes: Any
+) -> Layout:
+    return lay_out(model, work(plan, **changes), streams, GPU, vram=int(vram * GIB), ram=int(ram * GIB))
 
 
 def test_the_32b_fits_a_24_gb_card_and_24_gib_of_ram(model: Architecture, plan: Plan) -> None:
@@ -45,17 +56,17 @@ def test_the_32b_fits_a_24_gb_card_and_24_gib_of_ram(model: Architecture, plan: 
 
 
 def test_hidden_states_move_out_as_memory_shrinks(model: Architecture, plan: Plan) -> None:
-    three = Streams([(128, 2048)] * 3, compared=True)
-    places = [on_gpu(model, plan, vram, ram, three).place for vram, ram in ((80, 64), (18, 64), (18, 10))]
+    three, limits = Streams([(128, 2048)] * 3), ((80, 64), (18, 64), (18, 10))
+    places = [on_gpu(model, plan, vram, ram, three, compared=True).place for vram, ram in limits]
     assert places == ["device", "ram", "file"]
 
 
 def test_less_is_kept_of_what_linears_read_before_hidden_states_move_out(model: Architecture, plan: Plan) -> None:
     streams = replace(CALIBRATION, kept=128 * 2048)
-    found = [on_gpu(model, plan, vram, 64, streams) for vram in (80, 30, 18)]
+    found = [on_gpu(model, plan, vram, 64, streams, follows_original=False) for vram in (80, 30, 18)]
     assert [(x.place, x.kept_width) for x in found] == [("device", 27648), ("device", 5120), ("device", 0)]
     kept = (27648 + 5120) * 128 * 2048 * 2  # of down_proj and o_proj
-    assert found[0].device_bytes - on_gpu(model, plan, 80, 64).device_bytes == kept
+    assert found[0].device_bytes - on_gpu(model, plan, 80, 64, follows_original=False).device_bytes == kept
     for layout, vram in zip(found, (80, 30, 18), strict=True):
         assert layout.device_bytes <= vram * GIB
 
@@ -84,15 +95,25 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_what_it_takes(
 
 def test_no_limit_refuses_nothing(model: Architecture, plan: Plan) -> None:
     endless = replace(CALIBRATION, shapes=[(10**9, 2048)])
-    assert lay_out(model, plan.linears, endless, CPU, 4).place == "file"
+    assert lay_out(model, work(plan, on_gpu=False, itemsize=4), endless, CPU).place == "file"
 
 
 def test_a_cpu_keeps_16_gib_and_refuses_vram(model: Architecture, plan: Plan) -> None:
-    found = lay_out(model, plan.linears, Streams([(4, 512)], compared=False), CPU, 4, ram=16 * GIB)
+    usual = work(plan, 512, on_gpu=False, itemsize=4, compared=True)
+    found = lay_out(model, usual, Streams([(4, 512)] * 4), CPU, ram=16 * GIB)
     assert found.ram_bytes <= 16 * GIB
     assert (found.batch, found.device_bytes) == (1, 0)
     with pytest.raises(InputError, match="--vram"):
-        lay_out(model, plan.linears, CALIBRATION, CPU, 4, vram=GIB)
+        lay_out(model, usual, CALIBRATION, CPU, vram=GIB)
+
+
+def test_fit_tells_what_a_run_will_count(model: Architecture, plan: Plan) -> None:
+    told = fit(model, plan, budget=22 * GIB, context=8192)
+    cpu = lay_out(model, work(plan, on_gpu=False, itemsize=4, compared=True), Streams([]), CPU, place="file")
+    assert told["ram_bytes"] == cpu.ram_bytes
+    on_gpu(model, plan, told["device_bytes"] / GIB, 64, Streams([(1, 2048)]), compared=True)
+    with pytest.raises(InputError, match="--vram"):
+        on_gpu(model, plan, told["device_bytes"] / GIB - 0.01, 64, Streams([(1, 2048)]), compared=True)
 
 
 def test_what_was_chosen_is_told(model: Architecture, plan: Plan) -> None:
@@ -104,20 +125,10 @@ def test_what_was_chosen_is_told(model: Architecture, plan: Plan) -> None:
 def test_a_quantized_head_and_an_allocation_of_the_32b_fit_a_24_gb_card(model: Architecture, plan: Plan) -> None:
     """Two streams of calibration, and those of the probing windows for 2 models and 4 parts in each of 64 layers."""
     head = LinearPlan("lm_head", OUTSIDE, "lm_head", 152064, 5120, Scheme(8, 128, True))
-    streams = Streams([(128, 512)] * 2 + [(16, 512)] * (4 + 4 * 64 + 1), compared=True)
+    streams = Streams([(128, 512)] * 2 + [(16, 512)] * (4 + 4 * 64 + 1))
 
     def found(head: LinearPlan | None, ram: float) -> Layout:
-        return lay_out(
-            model,
-            plan.linears,
-            streams,
-            GPU,
-            2,
-            follows_original=True,
-            vram=22 * GIB,
-            ram=int(ram * GIB),
-            head=head,
-        )
+        return on_gpu(model, plan, 22, ram, streams, longest=512, compared=True, head=head)
 
     assert found(head, 30).place == "file"
     assert found(head, 30).ram_bytes > found(None, 30).ram_bytes  # the floats of a whole head, for a moment

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, regrouped, samples_per_sum
+from quantkit.activations import Stream, regrouped
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
@@ -38,6 +38,7 @@ from quantkit.model.streaming import (
     read_outside,
     run_to,
 )
+from quantkit.portions import samples_per_sum
 from quantkit.quantize import gptq, kquants, rtn
 from quantkit.quantize.refine import refine
 from quantkit.scheme import Scheme

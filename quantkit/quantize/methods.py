@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.portions import weights_at_once
 from quantkit.products import product
 from quantkit.quantize import awq, gptq, rtn
 from quantkit.quantize.refine import refine
 from quantkit.quantize.tune import offsets
 from quantkit.ranks import ALONE, Ranks
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, split_rows
+from quantkit.scheme import QuantizedTensor, Scheme, dequantize, join_rows, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_, rescale_drift_
 
 
@@ -132,9 +133,10 @@ def _round(
     options: Options,
     factor: gptq.Factor | None = None,
 ) -> SiteResult:
-    gram, drift = stats.gram, stats.drift
+    gram = stats.gram
     if factor is None and options.rounding == "gptq":
         factor = gptq.factorize(gram, damp=options.damp, act_order=options.act_order)
+    at_once = max(1, weights_at_once(gram.device.type == "cuda") // len(gram))
     quantized, records = {}, {}
     starts: dict[str, Tensor] = {}
     for scheme in dict.fromkeys(site.schemes.values()):
@@ -142,36 +144,55 @@ def _round(
             continue
         names = [name for name in site.schemes if site.schemes[name] == scheme]
         rows = [len(weights[name]) for name in names]
-        # Rows know nothing of each other: each rank takes some.
+        # Rows know nothing of each other: each rank takes some, and some at a time.
         share = site.ranks.rows(sum(rows))
         weight = torch.cat([weights[name].float() for name in names])[share]
-        if factor is not None and drift is not None:
-            alive = weight.masked_fill(factor.dead, 0)
-            pull = drift[share] if stats.projected else product(alive, drift, exact=False)
-            weight = gptq.toward_original(weight, pull, factor, options.correct)
-        own = _round_rows(weight, scheme, gram, factor, site.min_zero, options)
-        gather = site.ranks.gather
-        error = gather(output_error(dequantize(own) - weight, gram, exact=False)).split(rows)
-        energy = gather(output_error(weight, gram, exact=False)).split(rows)
+        pull = stats.drift[share] if stats.drift is not None and stats.projected else weight
+        found = [
+            _round_rows(*part, scheme, stats, factor, site.min_zero, options)
+            for part in zip(weight.split(at_once), pull.split(at_once), strict=True)
+        ]
+        own, gather = join_rows([part for part, _ in found]), site.ranks.gather
         together = replace(own, codes=gather(own.codes), scales=gather(own.scales), zeros=gather(own.zeros))
-        for name, part, lost, whole in zip(names, split_rows(together, rows), error, energy, strict=True):
+        by_row = {key: gather(torch.cat([part[key] for _, part in found])).split(rows) for key in found[0][1]}
+        parts = split_rows(together, rows)
+        for name, part, lost, whole in zip(names, parts, by_row["error"], by_row["energy"], strict=True):
             quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
             if factor is not None and factor.damp != options.damp:
                 records[name]["damp_raised_to"] = factor.damp
-        if options.tune:
-            starts |= dict(zip(names, gather(offsets(weight, own)).split(rows), strict=True))
+        starts |= dict(zip(names, by_row.get("offsets", ()), strict=options.tune))
     in_order = [name for name in site.schemes if name in quantized]
     return SiteResult({n: quantized[n] for n in in_order}, None, {n: records[n] for n in in_order}, starts)
 
 
 def _round_rows(
-    weight: Tensor, scheme: Scheme, gram: Tensor, factor: gptq.Factor | None, min_zero: int, options: Options
-) -> QuantizedTensor:
-    energy = gram.diagonal()
+    weight: Tensor,
+    pull: Tensor,
+    scheme: Scheme,
+    stats: SiteStats,
+    factor: gptq.Factor | None,
+    min_zero: int,
+    options: Options,
+) -> tuple[QuantizedTensor, dict[str, Tensor]]:
+    """Round rows [out, in]; with them by row the squared error of the output, its energy, and the offsets to tune from.
+
+    pull: of the rows, where the drift is projected
+    """
+    if factor is not None and stats.drift is not None:
+        if not stats.projected:
+            pull = product(weight.masked_fill(factor.dead, 0), stats.drift, exact=False)
+        weight = gptq.toward_original(weight, pull, factor, options.correct)
+    energy = stats.gram.diagonal()
     if factor is None:
-        return rtn.quantize(weight, scheme, energy=energy, min_zero=min_zero)
-    once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=min_zero)
-    return refine(weight, once, gram, factor.order, damp=factor.damp, rounds=options.refine)
+        rounded = rtn.quantize(weight, scheme, energy=energy, min_zero=min_zero)
+    else:
+        once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=min_zero)
+        rounded = refine(weight, once, stats.gram, factor.order, damp=factor.damp, rounds=options.refine)
+    by_row = {
+        "error": output_error(dequantize(rounded) - weight, stats.gram, exact=False),
+        "energy": output_error(weight, stats.gram, exact=False),
+    }
+    return rounded, by_row | ({"offsets": offsets(weight, rounded)} if options.tune else {})
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
