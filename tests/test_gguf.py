@@ -60,6 +60,7 @@ from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, Superblocks, dequantize, dequantize_superblocks
 from quantkit.stats import output_error
 from tests.conftest import make_qwen2
+from tests.test_convert import foreign, shuffled
 
 DEMO = Path(quantkit.__file__).parent / "demo"
 QUIET = Console(quiet=True)
@@ -370,6 +371,14 @@ def test_an_export_is_atomic_repeatable_and_says_what_it_cannot_keep(tmp_path: P
     lossy = export(out, tmp_path / "c.gguf", requantize=True)
     assert lossy.equal + len(lossy.rounded) == 14
     assert 0 < max(lossy.rounded.values()) < 1e-3
+
+
+def test_scattered_groups_are_refused(tmp_path: Path) -> None:
+    """Blocks are of columns side by side: act-order's groups would be rounded again."""
+    foreign(tmp_path / "gptq", "gptq", Scheme(4, 32, True), change=shuffled)
+    with pytest.raises(SchemeError, match=r"act-order.*--requantize"):
+        export(tmp_path / "gptq", tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> None:

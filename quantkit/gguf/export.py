@@ -230,10 +230,20 @@ def _type_of(linear: LinearPlan, wanted: str | None, requantize: bool) -> str:
 
 
 def _require_exact(source: Source, types: Mapping[str, str]) -> None:
-    """Before a byte is written: no q4_1 whose products of zero point and scale float16 does not hold."""
+    """Before a byte is written: no groups of scattered columns, no q4_1 whose -zero * scale float16 does not hold."""
+    assert source.format is not None
     for linear in source.linears.values():
+        assert linear.scheme is not None
+        indexed = "g_idx" in source.format.specs(linear.scheme, linear.out_features, linear.in_features)
+        if not indexed and types[linear.name] != "q4_1":
+            continue
+        quantized = _read_quantized(source, linear)
+        if quantized.g_idx is not None:
+            raise SchemeError(
+                f"{linear.name}: act-order (g_idx): groups of columns that are not side by side, as gguf's blocks are; "
+                "--requantize rounds it again"
+            )
         if types[linear.name] == "q4_1":
-            quantized = _read_quantized(source, linear)
             count, groups = inexact_lows(quantized), quantized.scales.numel()
             if count:
                 raise SchemeError(
