@@ -16,11 +16,12 @@ demo: .venv/installed ## quantize the bundled model, verify it, and say where th
 test: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-check: .venv/installed ## what CI runs: format, lint, types, tests
+check: .venv/installed ## what CI runs: format, lint, types, tests, and the quick part of interop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m interop.run --quick
 
 interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
 	$(BIN)/python -m interop.run
