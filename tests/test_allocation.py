@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ def test_no_other_choice_within_the_budget_is_better(
         assert found is not None
         assert sum(cost[i] for cost, i in zip(costs, found, strict=True)) <= budget * unit
         assert sum(value[i] for value, i in zip(values, found, strict=True)) <= min(possible) + 1e-8
+
+
+def test_the_solver_keeps_stdout_clean(capfd: pytest.CaptureFixture[str]) -> None:
+    """One of these makes the HiGHS of scipy 1.17.1 print, and `--json` promises one document and nothing else."""
+    bits = (2.1, 3, 3.06, 3.125, 3.25, 4, 4.06, 4.125, 4.25, 4.5, 5.125, 6.125, 8.125)
+    for seed in range(40):
+        draw = random.Random(seed)
+        losses = [10 ** draw.uniform(-3, -1) for _ in range(24)]
+        sizes = [draw.choice([64, 512, 768, 393, 1536]) for _ in range(24)]
+        values = [[loss * 4 ** -(b - 2) * draw.uniform(0.9, 1.1) for b in bits] for loss in losses]
+        costs = [[int(size * b * 8) * 4 for b in bits] for size in sizes]
+        assert solve(values, costs, int(sum(size * 4.125 * 8 * 4 for size in sizes))) is not None
+    assert capfd.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- the menu

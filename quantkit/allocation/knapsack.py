@@ -5,7 +5,10 @@ An integer program for HiGHS (scipy.optimize.milp): binary x[part, entry], sum o
 budget, least sum of value x. Costs are integers, and the answer is checked in integers: the solver works in floats.
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import gcd
 
 import numpy as np
@@ -58,16 +61,30 @@ def _solve(
     columns = [*range(len(pairs))] * 2
     matrix = csr_array((np.concatenate([np.ones(len(pairs)), cost / scale]), (rows, columns)))
     low, high = np.append(np.ones(parts), -np.inf), np.append(np.ones(parts), limit / scale)
-    found = milp(
-        value * (SPREAD / max(float(value.max()), 1e-300)),
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(len(pairs), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _stdout_to_stderr():
+        found = milp(
+            value * (SPREAD / max(float(value.max()), 1e-300)),
+            constraints=LinearConstraint(matrix, low, high),
+            integrality=np.ones(len(pairs), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"the solver found no answer where there is one: {found.message}")
     share = np.full((parts, max(map(len, costs))), -1.0)
     for (part, entry), x in zip(pairs, found.x, strict=True):
         share[part, entry] = x
     return [int(entry) for entry in share.argmax(1)]
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """The HiGHS of scipy 1.17 prints what it tries, from C++; stdout may be for one JSON document."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
