@@ -466,7 +466,8 @@ def test_a_rule_may_name_its_method(tmp_path: Path, qwen2: Path, ids: Path) -> N
         ("o_proj", "0", 4, "gptq"),
         ("o_proj", "1", 4, "awq"),
     }
-    assert sum(row["bytes"] for row in result["recipe"]) == sum(layer["bytes"] for layer in result["layers"])
+    rounded = [row for row in result["recipe"] if row["kind"] != "lm_head"]  # which no rule names: 16 bit
+    assert sum(row["bytes"] for row in rounded) == sum(layer["bytes"] for layer in result["layers"])
     assert "recipe rule 3" in shown.stderr
     assert any("recipe rule 3" in note for note in result["fallbacks"])
     assert "W8 g32 sym" in shown.stderr
