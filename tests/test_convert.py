@@ -503,8 +503,7 @@ def test_peak_memory_is_that_of_a_layer(tmp_path: Path, target: str) -> None:
         )
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads((out / "quantkit.json").read_text())["peak_rss_bytes"])
-    # Pieces are of 4 MiB; pages of mapped files count as well, and go when the system likes.
-    assert peaks[1] - peaks[0] < 80 * 2**20, peaks
+    assert peaks[1] - peaks[0] < 32 * 2**20, peaks  # pieces are of 4 MiB
 
 
 def test_refusals_are_one_line_and_exit_1(tmp_path: Path) -> None:
