@@ -38,7 +38,6 @@ from quantkit.pipeline import run
 from quantkit.plan import make_plan
 from quantkit.quantize.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
 from quantkit.quantize.methods import Options
-from quantkit.quantize.refine import SWEEPS
 from quantkit.ranks import ALONE, Ranks, joined
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.units import parse_bytes
@@ -126,7 +125,7 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
 
     calibrate: the linears of the site before, once for each stream; half of a symmetric product for the Gram matrix;
     the drift; at the last site the original's last linear. quantize: the factor; the correction by the drift; AWQ's
-    candidates on the rows that judge them; GPTQ's updates; the refinement's first residual, sweeps and refits; the
+    candidates on the rows that judge them; GPTQ's updates; the refinement's first residual and rounds; the
     error that is told. run: the last site's linears
     """
     linears, tokens = job.plan.layer(0), 0 if job.calibration is None else job.calibration.input_ids.numel()
@@ -145,7 +144,7 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
             found[f"calibrate {kinds(site)}"] = Floor((1 + drifts) * run + summed + leaves)
             judged = sum(min(count, ROWS_JUDGED) for count in rows)
             search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.producer else 0
-            refine = update * (job.options.refine * (SWEEPS + 1) + 2) if job.options.refine else 0
+            refine = update * (job.options.refine + 1) if job.options.refine else 0
             solved = width**3 // 3 + 2 * drifts * update + update // 2 + refine + 2 * update
             found[f"quantize {kinds(site)}"] = Floor(search + solved)
         run = 2 * tokens * sum(rows) * width

@@ -245,21 +245,9 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_original_outputs() 
     x = x0 + 0.2 * correlated(600, 24, seed=5)
     weight, gram = weights(6, 24), gram_of(x)
     factor = factorize(gram, damp=0.01)
-    found = gptq.toward_original(weight, weight @ ((x0 - x).T @ x), factor, 1.0)
+    found = weight + gptq.times_inverse(weight @ ((x0 - x).T @ x), factor)
     ridge = 0.01 * gram.diagonal().mean() * torch.eye(24)
     expected = torch.linalg.solve((gram + ridge).double(), (x.T @ x0 @ weight.T + ridge @ weight.T).double()).T
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
     errors = [(x @ w.T - x0 @ weight.T).square().sum() for w in (weight, found)]
     assert errors[1] < 0.9 * errors[0]
-
-
-def test_without_drift_nothing_is_corrected() -> None:
-    weight, factor = weights(6, 24), factorize(gram_of(correlated(100, 24)))
-    assert torch.equal(gptq.toward_original(weight, torch.zeros_like(weight), factor, 1.0), weight)
-
-
-def test_half_the_strength_is_half_the_way() -> None:
-    x = correlated(100, 24)
-    weight, factor, drift = weights(6, 24), factorize(gram_of(x)), gram_of(x) * 0.1
-    half, whole = (gptq.toward_original(weight, weight @ drift, factor, s) - weight for s in (0.5, 1.0))
-    torch.testing.assert_close(2 * half, whole, rtol=1e-4, atol=1e-6)

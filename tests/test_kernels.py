@@ -99,16 +99,26 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
 
 
 @needs_kernels
-@pytest.mark.parametrize(("columns_", "rows"), [(1, 1), (7, 33), (128, 40)])
+@pytest.mark.parametrize(("columns_", "rows"), [(1, 1), (7, 33), (100, 40), (128, 40)])
 def test_a_group_is_refitted_as_by_torch(columns_: int, rows: int) -> None:
-    x, pull = random(columns_, rows, seed=1).mul(4).round(), random(columns_, rows, seed=2)
-    curvature, scale = random(rows, seed=3).abs() * 20, random(rows, seed=4)
-    curvature[0], pull[:, 1:2] = 0, 1e9  # a group of zeros; a scale beyond float16
+    x, pull, bend = (
+        random(columns_, rows, seed=1).mul(4).round(),
+        random(columns_, rows, seed=2),
+        20 * random(1, 1, seed=3),
+    )
+    bend = x * bend.abs() / columns_
+    scale, energy = random(rows, seed=4), random(columns_, seed=5).abs() + 1
+    bend[:, 0], pull[:, 1:2] = 0, 1e9  # a group of zeros; a scale beyond float16
     found, expected = scale.clone(), scale.clone()
-    errors, expected_errors = torch.empty_like(x), torch.empty_like(x)
-    kernels.refit_group(x, pull, curvature, found, errors)
-    columns.refit_group_by_torch(x, pull, curvature, expected, expected_errors)
+    results, expected_results = ([torch.empty_like(x) for _ in range(3)] for _ in range(2))
+    kernels.refit_group(x, pull, bend, energy, found, *results)
+    columns.refit_group_by_torch(x, pull, bend, energy, expected, *expected_results)
     assert float(found[0]) == float(scale[0])
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # to the next float16
+    errors, target, stands = results
     torch.testing.assert_close(errors, x * (scale - found), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(errors, expected_errors, rtol=1e-2, atol=1e-3 * float(scale.abs().max()) * 16)
+    torch.testing.assert_close(stands, x * found, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(target, stands + (pull + bend * (scale - found)) / energy.unsqueeze(1))
+    size = float(scale.abs().max()) * 16
+    for one, other in zip(results, expected_results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * size)

@@ -25,42 +25,37 @@ def objective(weight: Tensor, quantized: QuantizedTensor, gram: Tensor) -> float
 
 
 def refined(weight: Tensor, quantized: QuantizedTensor, gram: Tensor, rounds: int = 1) -> QuantizedTensor:
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    return refine.refine(weight, quantized, gram, order, damp=DAMP, rounds=rounds)
+    return refine.refine(weight, quantized, gram, damp=DAMP, rounds=rounds)
 
 
 def oracle(weight: Tensor, start: QuantizedTensor, gram: Tensor, rounds: int) -> QuantizedTensor:
     """The same steps, each from the definition of its minimum."""
     scheme, columns = start.scheme, start.in_features // start.scales.shape[1]
     damped = gram.double() + DAMP * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True).tolist()
     zeros = expand(start.zeros.double(), columns)
     steps, scales, w = start.codes.double() - zeros, start.scales.double(), weight.double()
 
-    def refit() -> None:
-        for group in range(scales.shape[1]):
-            part = slice(group * columns, (group + 1) * columns)
-            difference = w - steps * expand(scales, columns)
-            for row in range(len(w)):
-                x = steps[row, part]
-                curvature = float(x @ damped[part, part] @ x)
-                if curvature > 0:
-                    wanted = scales[row, group] + float(x @ (difference[row] @ damped)[part]) / curvature
-                    if wanted * scales[row, group] > 0:
-                        scales[row, group] = wanted.half().double()
+    def refit(group: int, part: slice) -> None:
+        difference = w - steps * expand(scales, columns)
+        for row in range(len(w)):
+            x = steps[row, part]
+            curvature = float(x @ damped[part, part] @ x)
+            if curvature > 0:
+                wanted = scales[row, group] + float(x @ (difference[row] @ damped)[part]) / curvature
+                if wanted * scales[row, group] > 0:
+                    scales[row, group] = wanted.half().double()
 
-    def descend() -> None:
-        for j in order:
-            difference = w - steps * expand(scales, columns)
-            scale = expand(scales, columns)[:, j]
-            best = steps[:, j] + (difference @ damped[:, j]) / damped[j, j] / scale
-            steps[:, j] = torch.maximum(torch.minimum(torch.round(best), scheme.max_code - zeros[:, j]), -zeros[:, j])
+    def descend(j: int) -> None:
+        difference = w - steps * expand(scales, columns)
+        scale = expand(scales, columns)[:, j]
+        best = steps[:, j] + (difference @ damped[:, j]) / damped[j, j] / scale
+        steps[:, j] = torch.maximum(torch.minimum(torch.round(best), scheme.max_code - zeros[:, j]), -zeros[:, j])
 
     for _ in range(rounds):
-        refit()
-        for _ in range(refine.SWEEPS):
-            descend()
-    refit()
+        for group in range(scales.shape[1]):
+            refit(group, slice(group * columns, (group + 1) * columns))
+            for j in range(group * columns, (group + 1) * columns):
+                descend(j)
     return QuantizedTensor((steps + zeros).to(torch.uint8), scales.half(), start.zeros, scheme)
 
 
@@ -127,7 +122,7 @@ def test_no_damping_and_dead_columns_stay_sound() -> None:
     scheme = Scheme(4, 32, False)
     factor = gptq.factorize(gram, damp=0.0)
     once = gptq.quantize(weight, scheme, factor, energy=gram.diagonal())
-    better = refine.refine(weight, once, gram, factor.order, damp=0.0, rounds=2)
+    better = refine.refine(weight, once, gram, damp=0.0, rounds=2)
     assert not dequantize(better)[:, 5].any()
     before, after = (output_error(dequantize(q) - weight, gram).sum() for q in (once, better))
     assert after < before

@@ -44,7 +44,7 @@ from quantkit.quantize.refine import refine
 from quantkit.scheme import Scheme
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
-REFINEMENTS = 2
+REFINEMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | 
     if factor is None:
         return pack(rtn.quantize(weight, scheme, energy=energy), kind, exact=False)
     once = gptq.quantize(weight, scheme, factor, energy=energy)
-    return pack(settle(refine(weight, once, gram, factor.order, damp=factor.damp, rounds=REFINEMENTS)), kind)
+    return pack(settle(refine(weight, once, gram, damp=factor.damp, rounds=REFINEMENTS)), kind)
 
 
 def _record(name: str, index: int, kind: str, weight: Tensor, loss: float) -> dict[str, Any]:

@@ -86,24 +86,40 @@ def round_block_by_torch(
         torch.addcmul(whole, step, size, value=-1, out=error)
 
 
-def refit_group(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+def refit_group(
+    x: Tensor, pull: Tensor, bend: Tensor, energy: Tensor, scale: Tensor, errors: Tensor
+) -> tuple[Tensor, Tensor]:
     """Move the scale of one group to the bottom of its parabola, in place, as float16 holds it; see `refine`.
 
-    x: steps, pull: (H + ridge I)(W - Q), float32 [columns, out]; curvature: x^T (H + ridge I) x, scale: float32 [out]
-    -> errors [columns, out], filled with what Q has lost by that
+    x: steps, pull: (H + ridge I)(W - Q), bend: (H + ridge I) x, float32 [columns, out]; energy: diag(H + ridge I),
+    float32 [columns]; scale: float32 [out]; errors [columns, out], filled with what Q has lost by that
+    -> what each column would best take now, and what its steps stand for, float32 [columns, out]
     """
-    if kernels.usable(x):
-        kernels.refit_group(x, pull, curvature, scale, errors)
-    else:
-        refit_group_by_torch(x, pull, curvature, scale, errors)
+    by = kernels.refit_group if kernels.usable(x) else refit_group_by_torch
+    target, stands = torch.empty_like(x), torch.empty_like(x)
+    by(x, pull, bend, energy, scale, errors, target, stands)
+    return target, stands
 
 
-def refit_group_by_torch(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+def refit_group_by_torch(
+    x: Tensor,
+    pull: Tensor,
+    bend: Tensor,
+    energy: Tensor,
+    scale: Tensor,
+    errors: Tensor,
+    target: Tensor,
+    stands: Tensor,
+) -> None:
     """The oracle of `kernels.refit_group`, and what runs without it."""
+    curvature = (x * bend).sum(0)
     wanted = scale + (x * pull).sum(0) / curvature.clamp(min=1e-30)
     stored = nearest_float16(wanted).float()
     # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
     sound = (curvature > 0) & (stored.sign() == scale.sign()) & stored.isfinite()
     stored = torch.where(sound, stored, scale)
-    torch.mul(x, scale - stored, out=errors)
+    lost = scale - stored
+    torch.mul(x, lost, out=errors)
+    torch.mul(x, stored, out=stands)
+    torch.addcmul(pull, bend, lost, out=target).div_(energy.unsqueeze(1)).add_(stands)
     scale.copy_(stored)

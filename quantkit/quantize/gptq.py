@@ -108,14 +108,14 @@ def _reverse_(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def toward_original(weight: Tensor, pull: Tensor, factor: Factor, strength: float) -> Tensor:
-    """The weight [out, in] that brings back a share of what the inputs' drift has changed in the outputs.
+def times_inverse(matrix: Tensor, factor: Factor) -> Tensor:
+    """matrix [rows, in] (X^T X + damping)^-1, with the factor at hand.
 
-    Least squares for inputs X that were X0 in the original: W' = W + strength W (X0 - X)^T X (X^T X)^-1, with the
-    damped matrix that GPTQ has factorised anyway. All of it (1) would fit the calibration inputs more than others.
-    pull: W (X0 - X)^T X, [out, in].
+    With the drift of the inputs X from what they were in the original, X0, this is the least-squares weight that brings
+    back what the drift has changed in the outputs: W' = W + W (X0 - X)^T X (X^T X)^-1. All of it would fit the
+    calibration inputs more than others; `methods.Options.correct` says how much is taken.
     """
-    wanted = pull[:, factor.order].T.contiguous()
+    wanted = matrix[:, factor.order].T.contiguous()
     # H = F^T diag(pivots) F
     for part in reversed(_blocks(len(wanted))):
         _solve_(factor.feedback[part, part].T, wanted[part], upper=True)
@@ -124,8 +124,8 @@ def toward_original(weight: Tensor, pull: Tensor, factor: Factor, strength: floa
     for part in _blocks(len(wanted)):
         _solve_(factor.feedback[part, part], wanted[part], upper=False)
         accumulate_(wanted[part.stop :], factor.feedback[part.stop :, part].T, -wanted[part])
-    result = weight.clone()
-    result[:, factor.order] += strength * wanted.T
+    result = torch.empty_like(matrix)
+    result[:, factor.order] = wanted.T
     return result
 
 

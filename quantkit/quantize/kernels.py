@@ -18,6 +18,7 @@ except ImportError:  # no Triton for this machine
     triton = None
 
 ROWS = 32  # of a weight, in one program: one a thread, so that no sum goes from thread to thread
+REFITTED_AT_ONCE = 64  # columns of a group
 STEPS = 32  # columns whose errors lie in registers, before the others of the block hear of them
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
@@ -67,12 +68,34 @@ def round_block(
     )
 
 
-def refit_group(x: Tensor, pull: Tensor, curvature: Tensor, scale: Tensor, errors: Tensor) -> None:
+def refit_group(
+    x: Tensor,
+    pull: Tensor,
+    bend: Tensor,
+    energy: Tensor,
+    scale: Tensor,
+    errors: Tensor,
+    target: Tensor,
+    stands: Tensor,
+) -> None:
     """`columns.refit_group_by_torch` in one launch."""
     columns, rows = x.shape
-    assert all(t.is_contiguous() for t in (x, pull, curvature, scale, errors))
+    assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, errors, target, stands))
     _refit_group[(triton.cdiv(rows, 32),)](
-        x, pull, curvature, scale, errors, rows, columns, 32, num_warps=1, enable_fp_fusion=True
+        x,
+        pull,
+        bend,
+        energy,
+        scale,
+        errors,
+        target,
+        stands,
+        rows,
+        columns,
+        triton.next_power_of_2(min(columns, REFITTED_AT_ONCE)),
+        32,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -108,6 +131,30 @@ if triton is not None:
         return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
 
     @triton.jit
+    def _column(target, base, scales, zeros, group, j, stop, rows, row):
+        """Of column j, if it comes before `stop`: what is wanted, what errors are counted from, scales, zero points."""
+        inside, at = row < rows * (j < stop), j * rows + row
+        in_group = tl.load(group + tl.minimum(j, stop - 1)) * rows + row
+        return (
+            tl.load(target + at, mask=inside, other=0.0),
+            tl.load(base + at, mask=inside, other=0.0),
+            tl.load(scales + in_group, mask=inside, other=1.0),
+            tl.load(zeros + in_group, mask=inside, other=0.0),
+        )
+
+    @triton.jit
+    def _loaded(target, j, columns, rows, row):
+        """Column j of the target, if there is one."""
+        return tl.load(target + j * rows + row, mask=row < rows * (j < columns), other=0.0)
+
+    @triton.jit
+    def _round_column(made, moves, wanted, whole, scale, zero, max_code, mine):
+        """The steps of a column, and the errors of all columns so far with its own among them."""
+        value = wanted + tl.sum(made * moves[:, None], 0)
+        step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
+        return step, tl.where(mine[:, None], (whole - step * scale)[None, :], made)
+
+    @triton.jit
     def _round_block(
         target,
         base,
@@ -130,38 +177,52 @@ if triton is not None:
         for start in range(0, columns, WIDTH):
             made = tl.zeros([WIDTH, HEIGHT], dtype=tl.float32)  # the errors of these columns so far
             stop = tl.minimum(start + WIDTH, columns)
-            for j in range(start, stop):
-                at = j * rows + row
-                in_group = tl.load(group + j) * rows + row
-                scale = tl.load(scales + in_group, mask=here, other=1.0)
-                zero = tl.load(zeros + in_group, mask=here, other=0.0)
-                wanted = tl.load(target + at, mask=here, other=0.0)
-                whole = tl.load(base + at, mask=here, other=0.0)
-                moves = tl.load(feedback + j * stride + start + k, mask=k < j - start, other=0.0)
-                value = wanted + tl.sum(made * moves[:, None], 0)
-                step = _rounded(tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), max_code - zero))
-                error = whole - step * scale
-                tl.store(steps + at, step, mask=here)
-                tl.store(errors + at, error, mask=here)
-                made = tl.where((k == j - start)[:, None], error[None, :], made)
-            for j in range(stop, columns, 4):  # four loads at a time: memory is far
-                at = j * rows + row
+            for j in range(start, stop, 4):  # four columns' loads at a time: memory is far
+                wanted0, whole0, scale0, zero0 = _column(target, base, scales, zeros, group, j, stop, rows, row)
+                wanted1, whole1, scale1, zero1 = _column(target, base, scales, zeros, group, j + 1, stop, rows, row)
+                wanted2, whole2, scale2, zero2 = _column(target, base, scales, zeros, group, j + 2, stop, rows, row)
+                wanted3, whole3, scale3, zero3 = _column(target, base, scales, zeros, group, j + 3, stop, rows, row)
+                i = j - start
                 move = feedback + j * stride + start + k
-                second = row < rows * (j + 1 < columns)
-                third = row < rows * (j + 2 < columns)
-                fourth = row < rows * (j + 3 < columns)
-                value0 = tl.load(target + at, mask=here, other=0.0)
-                value1 = tl.load(target + at + rows, mask=second, other=0.0)
-                value2 = tl.load(target + at + 2 * rows, mask=third, other=0.0)
-                value3 = tl.load(target + at + 3 * rows, mask=fourth, other=0.0)
+                moves0 = tl.load(move, mask=k < i, other=0.0)
+                moves1 = tl.load(move + stride, mask=k < (i + 1) * (j + 1 < stop), other=0.0)
+                moves2 = tl.load(move + 2 * stride, mask=k < (i + 2) * (j + 2 < stop), other=0.0)
+                moves3 = tl.load(move + 3 * stride, mask=k < (i + 3) * (j + 3 < stop), other=0.0)
+                step0, made = _round_column(made, moves0, wanted0, whole0, scale0, zero0, max_code, k == i)
+                step1, made = _round_column(made, moves1, wanted1, whole1, scale1, zero1, max_code, k == i + 1)
+                step2, made = _round_column(made, moves2, wanted2, whole2, scale2, zero2, max_code, k == i + 2)
+                step3, made = _round_column(made, moves3, wanted3, whole3, scale3, zero3, max_code, k == i + 3)
+                at = j * rows + row
+                tl.store(steps + at, step0, mask=here)
+                tl.store(steps + at + rows, step1, mask=row < rows * (j + 1 < stop))
+                tl.store(steps + at + 2 * rows, step2, mask=row < rows * (j + 2 < stop))
+                tl.store(steps + at + 3 * rows, step3, mask=row < rows * (j + 3 < stop))
+            at = (start + k)[:, None] * rows + row[None, :]
+            tl.store(errors + at, made, mask=(start + k < stop)[:, None] & here[None, :])
+            value0 = _loaded(target, stop, columns, rows, row)
+            value1 = _loaded(target, stop + 1, columns, rows, row)
+            value2 = _loaded(target, stop + 2, columns, rows, row)
+            value3 = _loaded(target, stop + 3, columns, rows, row)
+            for j in range(stop, columns, 4):
+                next0 = _loaded(target, j + 4, columns, rows, row)
+                next1 = _loaded(target, j + 5, columns, rows, row)
+                next2 = _loaded(target, j + 6, columns, rows, row)
+                next3 = _loaded(target, j + 7, columns, rows, row)
+                move = feedback + j * stride + start + k
                 moves0 = tl.load(move)
                 moves1 = tl.load(move + stride, mask=k < WIDTH * (j + 1 < columns), other=0.0)
                 moves2 = tl.load(move + 2 * stride, mask=k < WIDTH * (j + 2 < columns), other=0.0)
                 moves3 = tl.load(move + 3 * stride, mask=k < WIDTH * (j + 3 < columns), other=0.0)
+                at = j * rows + row
                 tl.store(target + at, value0 + tl.sum(made * moves0[:, None], 0), mask=here)
-                tl.store(target + at + rows, value1 + tl.sum(made * moves1[:, None], 0), mask=second)
-                tl.store(target + at + 2 * rows, value2 + tl.sum(made * moves2[:, None], 0), mask=third)
-                tl.store(target + at + 3 * rows, value3 + tl.sum(made * moves3[:, None], 0), mask=fourth)
+                tl.store(
+                    target + at + rows, value1 + tl.sum(made * moves1[:, None], 0), mask=row < rows * (j + 1 < columns)
+                )
+                value2 += tl.sum(made * moves2[:, None], 0)
+                value3 += tl.sum(made * moves3[:, None], 0)
+                tl.store(target + at + 2 * rows, value2, mask=row < rows * (j + 2 < columns))
+                tl.store(target + at + 3 * rows, value3, mask=row < rows * (j + 3 < columns))
+                value0, value1, value2, value3 = next0, next1, next2, next3
 
     @triton.jit
     def _stored(scale):
@@ -171,23 +232,50 @@ if triton is not None:
         return (held * sign).to(tl.float16).to(tl.float32)
 
     @triton.jit
-    def _refit_group(x, pull, curvature, scale, errors, rows, columns, HEIGHT: tl.constexpr):
+    def _refit_group(
+        x,
+        pull,
+        bend,
+        energy,
+        scale,
+        errors,
+        target,
+        stands,
+        rows,
+        columns,
+        WIDTH: tl.constexpr,
+        HEIGHT: tl.constexpr,
+    ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         here = row < rows
         slope = tl.zeros([HEIGHT], dtype=tl.float32)
-        for j in range(columns):
-            at = j * rows + row
-            slope += tl.load(x + at, mask=here, other=0.0) * tl.load(pull + at, mask=here, other=0.0)
-        bend = tl.load(curvature + row, mask=here, other=0.0)
+        curvature = tl.zeros([HEIGHT], dtype=tl.float32)
+        for start in range(0, columns, WIDTH):
+            j = start + tl.arange(0, WIDTH)
+            at = j[:, None] * rows + row[None, :]
+            inside = (j < columns)[:, None] & here[None, :]
+            step = tl.load(x + at, mask=inside, other=0.0)
+            slope += tl.sum(step * tl.load(pull + at, mask=inside, other=0.0), 0)
+            curvature += tl.sum(step * tl.load(bend + at, mask=inside, other=0.0), 0)
         old = tl.load(scale + row, mask=here, other=1.0)
-        wanted = old + tl.div_rn(slope, tl.maximum(bend, 1e-30))
+        wanted = old + tl.div_rn(slope, tl.maximum(curvature, 1e-30))
         stored = _stored(wanted)
-        sound = (bend > 0) & ((stored < 0) == (old < 0)) & (tl.abs(wanted) < 65520.0)
+        sound = (curvature > 0) & ((stored < 0) == (old < 0)) & (tl.abs(wanted) < 65520.0)
         stored = tl.where(sound, stored, old)
+        lost = old - stored
         tl.store(scale + row, stored, mask=here)
-        for j in range(columns):
-            at = j * rows + row
-            tl.store(errors + at, tl.load(x + at, mask=here, other=0.0) * (old - stored), mask=here)
+        for start in range(0, columns, WIDTH):
+            j = start + tl.arange(0, WIDTH)
+            at = j[:, None] * rows + row[None, :]
+            inside = (j < columns)[:, None] & here[None, :]
+            step = tl.load(x + at, mask=inside, other=0.0)
+            weight = tl.load(energy + j, mask=j < columns, other=1.0)
+            pulled = tl.load(pull + at, mask=inside, other=0.0)
+            pulled += tl.load(bend + at, mask=inside, other=0.0) * lost[None, :]
+            stand = step * stored[None, :]
+            tl.store(errors + at, step * lost[None, :], mask=inside)
+            tl.store(stands + at, stand, mask=inside)
+            tl.store(target + at, stand + pulled / weight[:, None], mask=inside)
 
     @triton.jit
     def _grid_steps(w, scale, zero, max_code):

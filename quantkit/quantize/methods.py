@@ -31,14 +31,14 @@ class Options:
     damp: added to diag(H), as a share of its mean
     rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
     refine: how often codes and scales are gone over again after GPTQ (see `refine`)
-    correct: the share of the inputs' drift from the original's that GPTQ makes up for (see `gptq.toward_original`)
+    correct: the share of the inputs' drift from the original's that GPTQ makes up for (see `gptq.times_inverse`)
     tune: move codes and scales of each layer by gradients afterwards (see `tune`)
     """
 
     act_order: bool = True
     damp: float = 0.01
     rounding: str = "gptq"
-    refine: int = 2
+    refine: int = 4
     correct: float = 0.5
     tune: bool = False
 
@@ -136,6 +136,9 @@ def _round(
     gram = stats.gram
     if factor is None and options.rounding == "gptq":
         factor = gptq.factorize(gram, damp=options.damp, act_order=options.act_order)
+    drift = stats.drift if factor is not None else None
+    if factor is not None and drift is not None and not stats.projected:
+        drift = gptq.times_inverse(drift, factor)
     at_once = max(1, weights_at_once(gram.device.type == "cuda") // len(gram))
     quantized, records = {}, {}
     starts: dict[str, Tensor] = {}
@@ -147,16 +150,17 @@ def _round(
         # Rows know nothing of each other: each rank takes some, and some at a time.
         share = site.ranks.rows(sum(rows))
         weight = torch.cat([weights[name].float() for name in names])[share]
-        pull = stats.drift[share] if stats.drift is not None and stats.projected else weight
+        parts = weight.split(at_once)
+        pulls = drift[share].split(at_once) if drift is not None and stats.projected else [drift] * len(parts)
         found = [
-            _round_rows(*part, scheme, stats, factor, site.min_zero, options)
-            for part in zip(weight.split(at_once), pull.split(at_once), strict=True)
+            _round_rows(part, pull, scheme, stats, factor, site.min_zero, options)
+            for part, pull in zip(parts, pulls, strict=True)
         ]
         own, gather = join_rows([part for part, _ in found]), site.ranks.gather
         together = replace(own, codes=gather(own.codes), scales=gather(own.scales), zeros=gather(own.zeros))
         by_row = {key: gather(torch.cat([part[key] for _, part in found])).split(rows) for key in found[0][1]}
-        parts = split_rows(together, rows)
-        for name, part, lost, whole in zip(names, parts, by_row["error"], by_row["energy"], strict=True):
+        by_name = split_rows(together, rows)
+        for name, part, lost, whole in zip(names, by_name, by_row["error"], by_row["energy"], strict=True):
             quantized[name], records[name] = part, {"loss": _share(lost.sum(), whole.sum())}
             if factor is not None and factor.damp != options.damp:
                 records[name]["damp_raised_to"] = factor.damp
@@ -167,7 +171,7 @@ def _round(
 
 def _round_rows(
     weight: Tensor,
-    pull: Tensor,
+    drift: Tensor | None,
     scheme: Scheme,
     stats: SiteStats,
     factor: gptq.Factor | None,
@@ -176,18 +180,20 @@ def _round_rows(
 ) -> tuple[QuantizedTensor, dict[str, Tensor]]:
     """Round rows [out, in]; with them by row the squared error of the output, its energy, and the offsets to tune from.
 
-    pull: of the rows, where the drift is projected
+    drift: where it is projected, that of the rows; else what `gptq.times_inverse` made of it
     """
-    if factor is not None and stats.drift is not None:
-        if not stats.projected:
-            pull = product(weight.masked_fill(factor.dead, 0), stats.drift, exact=False)
-        weight = gptq.toward_original(weight, pull, factor, options.correct)
+    if factor is not None and drift is not None:
+        if stats.projected:
+            moved = gptq.times_inverse(drift, factor)
+        else:
+            moved = product(weight.masked_fill(factor.dead, 0), drift, exact=False)
+        weight = weight.add(moved, alpha=options.correct)
     energy = stats.gram.diagonal()
     if factor is None:
         rounded = rtn.quantize(weight, scheme, energy=energy, min_zero=min_zero)
     else:
         once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=min_zero)
-        rounded = refine(weight, once, stats.gram, factor.order, damp=factor.damp, rounds=options.refine)
+        rounded = refine(weight, once, stats.gram, damp=factor.damp, rounds=options.refine)
     by_row = {
         "error": output_error(dequantize(rounded) - weight, stats.gram, exact=False),
         "energy": output_error(weight, stats.gram, exact=False),
