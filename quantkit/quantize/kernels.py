@@ -197,8 +197,8 @@ if triton is not None:
                 tl.store(steps + at + rows, step1, mask=row < rows * (j + 1 < stop))
                 tl.store(steps + at + 2 * rows, step2, mask=row < rows * (j + 2 < stop))
                 tl.store(steps + at + 3 * rows, step3, mask=row < rows * (j + 3 < stop))
-            at = (start + k)[:, None] * rows + row[None, :]
-            tl.store(errors + at, made, mask=(start + k < stop)[:, None] & here[None, :])
+            tile = (start + k)[:, None] * rows + row[None, :]
+            tl.store(errors + tile, made, mask=(start + k < stop)[:, None] & here[None, :])
             value0 = _loaded(target, stop, columns, rows, row)
             value1 = _loaded(target, stop + 1, columns, rows, row)
             value2 = _loaded(target, stop + 2, columns, rows, row)
