@@ -8,6 +8,7 @@ may be rounded to the other side, which moves the columns after it: at most 1% o
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,26 +100,29 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("columns_", "rows"), [(1, 1), (7, 33), (100, 40), (128, 40)])
-def test_a_group_is_refitted_as_by_torch(columns_: int, rows: int) -> None:
-    x, pull, bend = (
-        random(columns_, rows, seed=1).mul(4).round(),
-        random(columns_, rows, seed=2),
-        20 * random(1, 1, seed=3),
-    )
-    bend = x * bend.abs() / columns_
-    scale, energy = random(rows, seed=4), random(columns_, seed=5).abs() + 1
-    bend[:, 0], pull[:, 1:2] = 0, 1e9  # a group of zeros; a scale beyond float16
-    found, expected = scale.clone(), scale.clone()
-    results, expected_results = ([torch.empty_like(x) for _ in range(3)] for _ in range(2))
-    kernels.refit_group(x, pull, bend, energy, found, *results)
-    columns.refit_group_by_torch(x, pull, bend, energy, expected, *expected_results)
-    assert float(found[0]) == float(scale[0])
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)  # to the next float16
-    errors, target, stands = results
-    torch.testing.assert_close(errors, x * (scale - found), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(stands, x * found, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(target, stands + (pull + bend * (scale - found)) / energy.unsqueeze(1))
-    size = float(scale.abs().max()) * 16
-    for one, other in zip(results, expected_results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * size)
+def test_a_group_is_improved_as_by_torch(columns_: int, rows: int, bits: int) -> None:
+    generator, max_code = torch.Generator().manual_seed(9), (1 << bits) - 1
+    zero = torch.randint(0, 1 << bits, (rows,), generator=generator).float().to(DEVICE)
+    x = torch.randint(0, 1 << bits, (columns_, rows), generator=generator).float().to(DEVICE) - zero
+    inputs = random(4 * columns_, columns_, seed=1)
+    hessian = inputs.T @ inputs
+    energy = hessian.diagonal().contiguous()
+    scale = (0.05 + 0.2 * random(rows, seed=4).abs()) * random(rows, seed=5).sign()
+    pull, bend = hessian @ (0.1 * random(columns_, rows, seed=2)), hessian @ x
+    pull[:, 1:2] = 1e9  # a scale beyond float16
+    group, feedback = torch.zeros(columns_, dtype=torch.int64, device=DEVICE), hessian / energy.unsqueeze(1)
+    before = x * scale
+
+    def improved(by: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
+        codes, size, errors = x.clone(), scale.clone(), torch.empty_like(x)
+        by(codes, pull.clone(), bend.clone(), energy, feedback, size, zero, group, max_code, errors)
+        return codes, size, errors
+
+    codes, size, errors = improved(kernels.improve_group)
+    expected = improved(columns.improve_group_by_torch)
+    torch.testing.assert_close(errors, before - codes * size, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+    torch.testing.assert_close(size, expected[1], rtol=2e-3, atol=0)  # to the next float16
+    assert float((codes != expected[0]).double().mean()) <= 0.02
+    assert bool(((codes + zero >= 0) & (codes + zero <= max_code)).all())

@@ -86,32 +86,44 @@ def round_block_by_torch(
         torch.addcmul(whole, step, size, value=-1, out=error)
 
 
-def refit_group(
-    x: Tensor, pull: Tensor, bend: Tensor, energy: Tensor, scale: Tensor, errors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Move the scale of one group to the bottom of its parabola, in place, as float16 holds it; see `refine`.
-
-    x: steps, pull: (H + ridge I)(W - Q), bend: (H + ridge I) x, float32 [columns, out]; energy: diag(H + ridge I),
-    float32 [columns]; scale: float32 [out]; errors [columns, out], filled with what Q has lost by that
-    -> what each column would best take now, and what its steps stand for, float32 [columns, out]
-    """
-    by = kernels.refit_group if kernels.usable(x) else refit_group_by_torch
-    target, stands = torch.empty_like(x), torch.empty_like(x)
-    by(x, pull, bend, energy, scale, errors, target, stands)
-    return target, stands
-
-
-def refit_group_by_torch(
+def improve_group(
     x: Tensor,
     pull: Tensor,
     bend: Tensor,
     energy: Tensor,
+    feedback: Tensor,
     scale: Tensor,
+    zero: Tensor,
+    max_code: int,
     errors: Tensor,
-    target: Tensor,
-    stands: Tensor,
 ) -> None:
-    """The oracle of `kernels.refit_group`, and what runs without it."""
+    """Move the scale of one group to the bottom of its parabola, as float16 holds it, then round its columns once
+    more; see `refine`. In place: x, scale; overwritten: pull, bend.
+
+    x: steps, pull: (H + ridge I)(W - Q), bend: (H + ridge I) x, float32 [columns, out]; energy: diag(H + ridge I),
+    float32 [columns]; feedback: as in `round_run`; scale, zero: float32 [out]
+    -> errors [columns, out], filled with what Q has lost by that
+    """
+    group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    if kernels.usable(x) and len(x) <= kernels.WIDEST_IMPROVED:
+        kernels.improve_group(x, pull, bend, energy, feedback, scale, zero, group, max_code, errors)
+    else:
+        improve_group_by_torch(x, pull, bend, energy, feedback, scale, zero, group, max_code, errors)
+
+
+def improve_group_by_torch(
+    x: Tensor,
+    pull: Tensor,
+    bend: Tensor,
+    energy: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    max_code: int,
+    errors: Tensor,
+) -> None:
+    """The oracle of `kernels.improve_group`, and what runs without it."""
     curvature = (x * bend).sum(0)
     wanted = scale + (x * pull).sum(0) / curvature.clamp(min=1e-30)
     stored = nearest_float16(wanted).float()
@@ -119,7 +131,11 @@ def refit_group_by_torch(
     sound = (curvature > 0) & (stored.sign() == scale.sign()) & stored.isfinite()
     stored = torch.where(sound, stored, scale)
     lost = scale - stored
-    torch.mul(x, lost, out=errors)
-    torch.mul(x, stored, out=stands)
-    torch.addcmul(pull, bend, lost, out=target).div_(energy.unsqueeze(1)).add_(stands)
     scale.copy_(stored)
+    stands = x * stored
+    target = pull.addcmul_(bend, lost).div_(energy.unsqueeze(1)).add_(stands)
+    torch.mul(x, lost, out=errors)
+    grid = scale.unsqueeze(0), zero.unsqueeze(0)
+    steps, rounded = round_run(target, stands, *grid, group, feedback, max_code)
+    x.copy_(steps)
+    errors += rounded

@@ -18,7 +18,7 @@ except ImportError:  # no Triton for this machine
     triton = None
 
 ROWS = 32  # of a weight, in one program: one a thread, so that no sum goes from thread to thread
-REFITTED_AT_ONCE = 64  # columns of a group
+WIDEST_IMPROVED = 256  # columns that one program goes over without a product for what lies beside them
 STEPS = 32  # columns whose errors lie in registers, before the others of the block hear of them
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
@@ -68,33 +68,41 @@ def round_block(
     )
 
 
-def refit_group(
+def improve_group(
     x: Tensor,
     pull: Tensor,
     bend: Tensor,
     energy: Tensor,
+    feedback: Tensor,
     scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    max_code: int,
     errors: Tensor,
-    target: Tensor,
-    stands: Tensor,
 ) -> None:
-    """`columns.refit_group_by_torch` in one launch."""
+    """`columns.improve_group_by_torch` in one launch, for a group of up to `WIDEST_IMPROVED` columns. Overwrites
+    pull and bend; group: int64 [columns], zeros.
+    """
     columns, rows = x.shape
-    assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, errors, target, stands))
-    _refit_group[(triton.cdiv(rows, 32),)](
+    assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, zero, group, errors))
+    assert feedback.stride(1) == 1
+    _improve_group[(triton.cdiv(rows, ROWS),)](
         x,
         pull,
         bend,
         energy,
+        feedback,
         scale,
+        zero,
+        group,
         errors,
-        target,
-        stands,
         rows,
         columns,
-        triton.next_power_of_2(min(columns, REFITTED_AT_ONCE)),
-        32,
-        num_warps=4,
+        feedback.stride(0),
+        max_code,
+        STEPS,
+        ROWS,
+        num_warps=1,
         enable_fp_fusion=True,
     )
 
@@ -172,6 +180,45 @@ if triton is not None:
         HEIGHT: tl.constexpr,
     ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+        _round_rows(
+            target,
+            base,
+            scales,
+            zeros,
+            group,
+            feedback,
+            steps,
+            errors,
+            rows,
+            columns,
+            stride,
+            max_code,
+            row,
+            WIDTH,
+            HEIGHT,
+            False,
+        )
+
+    @triton.jit
+    def _round_rows(
+        target,
+        base,
+        scales,
+        zeros,
+        group,
+        feedback,
+        steps,
+        errors,
+        rows,
+        columns,
+        stride,
+        max_code,
+        row,
+        WIDTH: tl.constexpr,
+        HEIGHT: tl.constexpr,
+        ADDS: tl.constexpr,
+    ):
+        """Round all columns of some rows. ADDS: to the errors that are there"""
         here = row < rows
         k = tl.arange(0, WIDTH)
         for start in range(0, columns, WIDTH):
@@ -198,7 +245,11 @@ if triton is not None:
                 tl.store(steps + at + 2 * rows, step2, mask=row < rows * (j + 2 < stop))
                 tl.store(steps + at + 3 * rows, step3, mask=row < rows * (j + 3 < stop))
             tile = (start + k)[:, None] * rows + row[None, :]
-            tl.store(errors + tile, made, mask=(start + k < stop)[:, None] & here[None, :])
+            inside = (start + k < stop)[:, None] & here[None, :]
+            if ADDS:
+                tl.store(errors + tile, made + tl.load(errors + tile, mask=inside, other=0.0), mask=inside)
+            else:
+                tl.store(errors + tile, made, mask=inside)
             value0 = _loaded(target, stop, columns, rows, row)
             value1 = _loaded(target, stop + 1, columns, rows, row)
             value2 = _loaded(target, stop + 2, columns, rows, row)
@@ -232,17 +283,20 @@ if triton is not None:
         return (held * sign).to(tl.float16).to(tl.float32)
 
     @triton.jit
-    def _refit_group(
+    def _improve_group(
         x,
         pull,
         bend,
         energy,
+        feedback,
         scale,
+        zero,
+        group,
         errors,
-        target,
-        stands,
         rows,
         columns,
+        stride,
+        max_code,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
     ):
@@ -263,8 +317,9 @@ if triton is not None:
         sound = (curvature > 0) & ((stored < 0) == (old < 0)) & (tl.abs(wanted) < 65520.0)
         stored = tl.where(sound, stored, old)
         lost = old - stored
+        tl.debug_barrier()
         tl.store(scale + row, stored, mask=here)
-        for start in range(0, columns, WIDTH):
+        for start in range(0, columns, WIDTH):  # what is wanted takes the place of `pull`, what stands that of `bend`
             j = start + tl.arange(0, WIDTH)
             at = j[:, None] * rows + row[None, :]
             inside = (j < columns)[:, None] & here[None, :]
@@ -272,10 +327,29 @@ if triton is not None:
             weight = tl.load(energy + j, mask=j < columns, other=1.0)
             pulled = tl.load(pull + at, mask=inside, other=0.0)
             pulled += tl.load(bend + at, mask=inside, other=0.0) * lost[None, :]
-            stand = step * stored[None, :]
+            stands = step * stored[None, :]
             tl.store(errors + at, step * lost[None, :], mask=inside)
-            tl.store(stands + at, stand, mask=inside)
-            tl.store(target + at, stand + pulled / weight[:, None], mask=inside)
+            tl.store(pull + at, stands + tl.div_rn(pulled, tl.broadcast_to(weight[:, None], pulled.shape)), mask=inside)
+            tl.store(bend + at, stands, mask=inside)
+        tl.debug_barrier()  # the next loop's threads read what other threads have written
+        _round_rows(
+            pull,
+            bend,
+            scale,
+            zero,
+            group,
+            feedback,
+            x,
+            errors,
+            rows,
+            columns,
+            stride,
+            max_code,
+            row,
+            WIDTH,
+            HEIGHT,
+            True,
+        )
 
     @triton.jit
     def _grid_steps(w, scale, zero, max_code):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quantkit.products import accumulate_, product
-from quantkit.quantize.columns import refit_group, round_run, wide
+from quantkit.quantize.columns import improve_group, wide
 from quantkit.scheme import QuantizedTensor
 
 SMALLEST_DAMP = 1e-6  # a column without any energy must still have one best value
@@ -87,13 +87,19 @@ def _go_over(
     feedback = local / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
     bend = _within_groups(local, x, ridge, columns)
     errors = torch.empty_like(pull)
-    first = torch.zeros(columns, dtype=torch.int64, device=x.device)
     for group in range(len(scales)):
         part = slice(group * columns, (group + 1) * columns)
-        here = slice(group, group + 1)
-        target, stands = refit_group(x[part], pull[part], bend[group], energy[part], scales[group], errors[part])
-        x[part], lost = round_run(target, stands, scales[here], zeros[here], first, feedback[part, part], max_code)
-        errors[part] += lost
+        improve_group(
+            x[part],
+            pull[part],
+            bend[group],
+            energy[part],
+            feedback[part, part],
+            scales[group],
+            zeros[group],
+            max_code,
+            errors[part],
+        )
         if part.stop < count:
             accumulate_(pull[part.stop :], local[part, part.stop :], errors[part], exact=False)
     return errors
