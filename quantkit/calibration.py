@@ -39,7 +39,9 @@ from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
 
 MIX = ("general", "code", "chinese", "reasoning")
-BUNDLED = ("mix", *MIX, "eval")
+DEFAULT_EVAL = "eval"
+BUNDLED = ("mix", *MIX, DEFAULT_EVAL)
+EVAL_TOKENS = 1 << 16  # of the bundled set, if nobody says how many: by then a KL is known to about 1%
 
 Conversation = list[dict[str, Any]]
 Document = str | Conversation
@@ -129,7 +131,9 @@ def load_eval(
     vocab_size: int,
     offline: bool = False,
 ) -> TokenSet:
-    """Give windows for evaluation: nothing shuffled, the first `samples` windows of `seqlen` tokens (None: all).
+    """Give windows for evaluation: nothing shuffled, the first `samples` windows of `seqlen` tokens.
+
+    samples None: all there are; of the bundled set no more than `EVAL_TOKENS` hold.
 
     A `.txt` file follows the usual WikiText protocol (GPTQ, arXiv 2210.17323): the whole file is tokenized as one text
     and cut into windows that do not overlap, the remainder dropped. Documents of other sources are joined in
@@ -139,17 +143,18 @@ def load_eval(
         return _token_file(source, vocab_size)
     _check_positive(samples=1 if samples is None else samples, seqlen=seqlen)
     parts = MIX if source == "mix" else (source,)
-    need = sys.maxsize if samples is None else samples * seqlen
+    most = max(1, EVAL_TOKENS // seqlen) * seqlen if source == DEFAULT_EVAL else sys.maxsize
+    need = most if samples is None else samples * seqlen
     texts = [list(_documents(part, offline=offline, shuffle=None, enough=need, size=sys.maxsize)) for part in parts]
     tok = tokenizer()
     fallbacks: Counter[str] = Counter()
     stream = _join(_encode(_in_turn(texts), tok, fallbacks), tok.eos_token_id, need)
-    count = len(stream) // seqlen if samples is None else samples
+    count = min(len(stream), need) // seqlen if samples is None else samples
     if len(stream) < max(count, 1) * seqlen:
         raise _too_short(source, len(stream), max(count, 1), seqlen, 1)
     whole = source.lower().endswith(".txt") and source not in BUNDLED
     start = "whole file tokenized as one text" if whole else "documents in order, joined by the end-of-text token"
-    kept = "all windows" if samples is None else f"the first {samples} windows"
+    kept = "all windows" if samples is None and len(stream) < need else f"the first {count} windows"
     protocol = f"{start}; {kept} of {seqlen} without overlap"
     return _token_set(_windows(stream, count, seqlen), source, vocab_size, protocol, _notes(fallbacks))
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from quantkit import __version__, calibration
-from quantkit.calibration import BUNDLED, TokenSet
+from quantkit.calibration import BUNDLED, DEFAULT_EVAL, TokenSet
 from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
@@ -41,7 +41,6 @@ from quantkit.report.run import render_report
 from quantkit.runs import DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
 from quantkit.verify import Limits, verification_block
 
-DEFAULT_EVAL = "eval"
 NOT_MEASURED: dict[str, Any] = {
     "perplexity": None,
     "perplexity_fp16": None,

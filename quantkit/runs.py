@@ -229,7 +229,7 @@ def tokens_of(
         )
     if request.verify:
         evaluated = calibration.load_eval(
-            request.evaluation or "eval",
+            request.evaluation or calibration.DEFAULT_EVAL,
             tokenizer,
             seqlen=seqlen,
             samples=request.eval_samples,

@@ -344,6 +344,15 @@ def test_documents_are_evaluated_in_order(stories: Path) -> None:
     assert [text.index(f"word{i} ") for i in range(39)] == sorted(text.index(f"word{i} ") for i in range(39))
 
 
+def test_of_the_bundled_set_no_more_is_evaluated_than_a_kl_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "EVAL_TOKENS", 1000)
+    short = load_eval("eval", lambda: PLAIN, seqlen=64, vocab_size=VOCAB)
+    assert (short.samples, short.protocol.split("; ")[1]) == (15, "the first 15 windows of 64 without overlap")
+    asked = load_eval("eval", lambda: PLAIN, seqlen=64, samples=20, vocab_size=VOCAB)
+    assert torch.equal(asked.input_ids[:15], short.input_ids)
+    assert load_eval("eval", lambda: PLAIN, seqlen=2000, vocab_size=VOCAB).samples == 1
+
+
 # What is refused, in one line that says what to do
 
 

@@ -11,6 +11,8 @@ from quantkit.allocation.sensitivity import Measured, Swap
 
 Table = dict[Part, dict[Entry, float]]
 
+LEAST_SHARE = 0.01
+
 
 def is_probed(problem: Problem, part: Part, every: int) -> bool:
     """Whether the part lies in one of the layers that are swapped in, each n-th and the last, or is the head."""
@@ -50,11 +52,12 @@ def table_of(problem: Problem, measured: Measured) -> Table:
 def corrected(table: Table, checked: Measured, choice: Mapping[Part, Entry]) -> Table:
     """The table at the allocation: what each part really adds there, with the other parts quantized too.
 
-    The parts' own shares of the measured KL do not sum up to it exactly; what is left over is spread over them.
+    The parts' own shares of the measured KL do not sum up to it exactly; what is left over is spread over them. A share
+    may come out as nothing or less: no part is believed to matter less than a hundredth of what the table says.
     """
     alone = {part: checked.kl - checked.swapped[part, None] for part in choice if (part, None) in checked.swapped}
     known = {
-        part: max(fall, 0.1 * table[part][choice[part]]) / table[part][choice[part]]
+        part: max(fall, LEAST_SHARE * table[part][choice[part]]) / table[part][choice[part]]
         for part, fall in alone.items()
         if table[part][choice[part]] > 0
     }

@@ -84,7 +84,10 @@ Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibrati
 Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens of a window.  [default: 2048]")]
 Seed = Annotated[int, typer.Option("--seed", help="Order of the calibration documents.")]
 Eval = Annotated[str | None, typer.Option("--eval", help="Evaluation SOURCE.  [default: eval, bundled]")]
-EvalSamples = Annotated[int | None, typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: all]")]
+EvalSamples = Annotated[
+    int | None,
+    typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: all; of the bundled set 65,536 tokens]"),
+]
 Budget = Annotated[
     str | None,
     typer.Option("--budget", help="Memory that weights, KV cache and workspace may take.  [default: 22GiB]"),
