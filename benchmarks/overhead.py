@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What verification costs: the same run without and with it, one after the other in one process.
 
-    python benchmarks/overhead.py MODEL CALIB.safetensors EVAL.safetensors [--method awq]
+    python benchmarks/overhead.py MODEL [CALIB.safetensors EVAL.safetensors] [--method awq]
 
-Prints JSON: the seconds of both and what is added, by the clock and of the CPU; on a machine that does other work too,
+The share depends on how many tokens are evaluated for one that calibrates; without files they are those of a plain
+run. Prints JSON: the seconds of both and what is added, by the clock and of the CPU; on a machine that does other work too,
 only the latter say something. What is started once is paid by the run without it.
 """
 
@@ -25,8 +26,8 @@ def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, f
         method=said.method,
         model=str(said.model),
         command="overhead",
-        calib=str(said.calib),
-        evaluation=str(said.eval),
+        calib=said.calib,
+        evaluation=said.eval,
         out=out,
         offline=True,
         verify=verify,
@@ -40,8 +41,8 @@ def main() -> None:
     """Run twice, print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("calib", type=Path)
-    parser.add_argument("eval", type=Path)
+    parser.add_argument("calib", nargs="?")
+    parser.add_argument("eval", nargs="?")
     parser.add_argument("--method", choices=("awq", "gptq", "rtn"), default="awq")
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
