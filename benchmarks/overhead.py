@@ -4,8 +4,8 @@
     python benchmarks/overhead.py MODEL [CALIB.safetensors EVAL.safetensors] [--method awq]
 
 The share depends on how many tokens are evaluated for one that calibrates; without files they are those of a plain
-run. Prints JSON: the seconds of both and what is added, by the clock and of the CPU; on a machine that does other work too,
-only the latter say something. What is started once is paid by the run without it.
+run. Prints JSON: the seconds of both and what is added, by the clock and of the CPU; on a machine that does other work
+too, only the latter say something. What is started once is paid by the run without it.
 """
 
 import argparse

@@ -28,7 +28,11 @@ class ModelError(QuantkitError):
 
 
 class SchemeError(QuantkitError):
-    """A scheme that a format, or the shape of a layer, cannot hold."""
+    """A scheme that a format, or the shape of a layer, cannot hold; linears: full names of those it is of, if known."""
+
+    def __init__(self, message: str, linears: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.linears = linears
 
 
 class EngineError(SchemeError):

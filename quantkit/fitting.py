@@ -13,7 +13,7 @@ from quantkit.fit import fit, fit_checkpoint, fit_stored, shapes_in
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import OUTSIDE, make_plan
-from quantkit.recipe import resolver, shipped
+from quantkit.recipe import explained, resolver, shipped
 from quantkit.stored import quantization_of
 
 EXPECTED = "expected the folder of a model"
@@ -57,7 +57,8 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     resolve = resolver(recipe, scheme)
-    plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
+    with explained(recipe):
+        plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
     context = choose_context(request.context, getattr(model.config, "max_position_embeddings", None))
     result = fit(model, plan, context=context, **_asked(request))
     return {"name": request.model, "scheme": f"{scheme}, stored as {fmt.name}"} | result

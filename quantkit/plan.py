@@ -146,7 +146,7 @@ def make_plan(
         if linear.scheme is not None:
             reason = fmt.why_not(linear.scheme, linear.out_features, linear.in_features)
             if reason is not None:
-                raise SchemeError(f"{linear.name}: {reason}")
+                raise SchemeError(f"{linear.name}: {reason}", (linear.name,))
     quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in everything if linear.scheme is not None]
     kept = [linear.name for linear in everything if linear.scheme is None]
     tied = [model.head_name] if model.head_name and last is None else []
@@ -178,10 +178,7 @@ def _linears(model: Shapes, resolve: Callable[[str, int], Scheme | None], index:
         LinearPlan(f"{prefix}.{name}", index, name, *shape, resolve(f"{prefix}.{name}", index))
         for name, shape in model.layer_linears[index].items()
     ]
-    try:
-        check_fused({linear.local: linear.scheme for linear in found})
-    except SchemeError as error:
-        raise SchemeError(f"{prefix}: {error}") from None
+    check_fused({linear.name: linear.scheme for linear in found})
     return found
 
 

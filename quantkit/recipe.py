@@ -14,13 +14,14 @@ budget: {memory: 22GiB, context: 16k, kv: fp16}
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.names import FUSED
@@ -167,6 +168,12 @@ class Recipe(BaseModel):
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
+    _rule_lines: tuple[int, ...] = PrivateAttr(default=())
+
+    @property
+    def rule_lines(self) -> tuple[int, ...]:
+        """The line of its file at which each rule begins; empty for a recipe that is not from a file."""
+        return self._rule_lines
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -183,7 +190,7 @@ def read_recipe(path: Path) -> Recipe:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
         raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]})") from error
     try:
-        return Recipe.model_validate(raw if raw is not None else {})
+        recipe = Recipe.model_validate(raw if raw is not None else {})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
@@ -191,6 +198,9 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(
             f"recipe {path}, line {line}: {place}: {first['msg']}, got {repr(first['input'])[:80]}"
         ) from error
+    root = yaml.compose(text, yaml.SafeLoader)
+    recipe._rule_lines = tuple(_line(root, ("rules", index)) for index in range(len(recipe.rules)))
+    return recipe
 
 
 def _line(node: yaml.Node | None, place: Iterable[str | int]) -> int:
@@ -238,6 +248,31 @@ def method_resolver(recipe: Recipe, default: str) -> Callable[[str, int], str]:
     return resolve
 
 
+@contextmanager
+def explained(recipe: Recipe) -> Iterator[None]:
+    """A SchemeError from within also tells which rules gave the linears it names what they have."""
+    try:
+        yield
+    except SchemeError as error:
+        if not recipe.rules or not error.linears:
+            raise
+        told = "; ".join(f"{name.rpartition('.')[2]} by {_decided_by(recipe, name)}" for name in error.linears)
+        raise SchemeError(f"{error} (recipe: {told})", error.linears) from error
+
+
+def _decided_by(recipe: Recipe, name: str) -> str:
+    """The rules that say anything of a linear's scheme: "rule 2, line 7", or "the default"."""
+    number = re.search(r"\.([0-9]+)\.", name)
+    layer = int(number[1]) if number else -1
+    found = [
+        f"rule {index + 1}, line {recipe.rule_lines[index]}" if recipe.rule_lines else f"rule {index + 1}"
+        for index, rule in enumerate(recipe.rules)
+        if rule.applies(name, layer)
+        and rule.model_dump(exclude_none=True, include={"bits", "group_size", "symmetric", "keep"})
+    ]
+    return " and ".join(found) or "the default"
+
+
 def unmatched(recipe: Recipe, linears: Iterable[tuple[str, int]]) -> list[str]:
     """One line for each rule that applies to none of the linears (full name, layer number): most likely a typo."""
     names = list(linears)
@@ -252,7 +287,7 @@ def unmatched(recipe: Recipe, linears: Iterable[tuple[str, int]]) -> list[str]:
 def check_fused(schemes: dict[str, Scheme | None]) -> None:
     """Serving engines run q/k/v as one matrix, and gate/up as another: each must have one scheme.
 
-    schemes: local name within one decoder layer -> scheme.
+    schemes: name -> scheme, of one decoder layer.
 
     Raises:
         SchemeError: naming the two that differ.
@@ -263,7 +298,8 @@ def check_fused(schemes: dict[str, Scheme | None]) -> None:
             if scheme != present[0][1]:
                 told = [str(s) if s else "16 bit" for s in (present[0][1], scheme)]
                 raise SchemeError(
-                    f"{present[0][0]} is {told[0]} but {name} is {told[1]}; engines fuse them, so give both one scheme"
+                    f"{present[0][0]} is {told[0]} but {name} is {told[1]}; engines fuse them, so give both one scheme",
+                    (present[0][0], name),
                 )
 
 

@@ -44,7 +44,7 @@ from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.methods import Options
 from quantkit.ranks import ALONE, Ranks
-from quantkit.recipe import Recipe, method_resolver, resolver, shipped, unmatched
+from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
 from quantkit.report.run import render_report
 from quantkit.scheme import Scheme
 from quantkit.summary import recipe_table
@@ -119,14 +119,15 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
     resolve = resolver(recipe, scheme)
-    plan = make_plan(
-        model,
-        resolve,
-        fmt,
-        head=resolve(model.head_name or "", OUTSIDE),
-        method_of=method_resolver(recipe, request.method),
-        **config_options(request.options),
-    )
+    with explained(recipe):
+        plan = make_plan(
+            model,
+            resolve,
+            fmt,
+            head=resolve(model.head_name or "", OUTSIDE),
+            method_of=method_resolver(recipe, request.method),
+            **config_options(request.options),
+        )
     if request.options.tune and any(x.method == "rtn" for x in plan.quantized):
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))

@@ -271,12 +271,24 @@ def test_a_table_serves_other_budgets(model: Path, tokens: Path, tmp_path: Path)
     assert table.read_bytes() == before
     fewer = allocate(asked(model, tokens, tmp_path, small, table=table, check=False, menu="W3g32,W8g32"), QUIET)
     assert {part["entry"] for part in fewer["parts"]} <= {"W3g32", "W8g32"}
-    with pytest.raises(InputError, match="another model, calibration or method"):
+    with pytest.raises(InputError, match="was measured with another probe_samples; choose"):
         allocate(asked(model, tokens, tmp_path, small, table=table, probe_samples=5), QUIET)
+    older = json.loads(before)
+    table.write_text(json.dumps(older | {"identity": older["identity"] | {"quantkit": "0.0.1", "device": "cuda"}}))
+    with pytest.raises(InputError, match="was measured with another device, quantkit; choose"):
+        allocate(asked(model, tokens, tmp_path, small, table=table), QUIET)
+    table.write_bytes(before)
     with pytest.raises(InputError, match=r"has no W5g32 of model.layers.0"):
         allocate(asked(model, tokens, tmp_path, small, table=table, menu="W3g32,W5g32"), QUIET)
     with pytest.raises(InputError, match=r"has no .* of lm_head"):
         allocate(asked(model, tokens, tmp_path, small, table=table, also=("lm_head",)), QUIET)
+
+
+def test_a_quarter_of_few_windows_measures(model: Path, tokens: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    allocate(asked(model, tokens, tmp_path, size, table=table, check=False, probe_samples=None), QUIET)
+    assert json.loads(table.read_text())["identity"]["probe_samples"] == 4
 
 
 def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:

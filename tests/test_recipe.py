@@ -12,6 +12,7 @@ from quantkit.recipe import (
     Recipe,
     Rule,
     check_fused,
+    explained,
     method_resolver,
     read_recipe,
     resolver,
@@ -174,6 +175,26 @@ def test_linears_that_engines_fuse_need_one_scheme(first: str, second: str, othe
     assert second in message
     assert "W4 g128 asym" in message
     assert ("16 bit" if other is None else str(other)) in message
+
+
+def test_the_rules_that_part_what_engines_fuse_are_told_with_their_lines(tmp_path: Path) -> None:
+    text = """
+default: {bits: 4}
+rules:
+  - {layers: 0-7, group_size: 64}
+
+  - {kind: v_proj, bits: 8}
+  - {match: "*up_proj", method: awq}
+"""
+    parted = recipe(tmp_path, text)
+    names = [f"model.layers.3.self_attn.{kind}_proj" for kind in "qkv"]
+    with pytest.raises(SchemeError) as refused, explained(parted):
+        check_fused({name: resolver(parted, DEFAULT)(name, 3) for name in names})
+    assert str(refused.value) == (
+        "model.layers.3.self_attn.q_proj is W4 g64 asym but model.layers.3.self_attn.v_proj is W8 g64 asym; "
+        "engines fuse them, so give both one scheme "
+        "(recipe: q_proj by rule 1, line 4; v_proj by rule 1, line 4 and rule 2, line 6)"
+    )
 
 
 def test_linears_that_engines_do_not_fuse_are_free() -> None:

@@ -50,7 +50,7 @@ class AllocateRequest:
     also: Sequence[str] = ()
     menu: str | None = None
     engine: str | None = None
-    probe_samples: int = PROBE_SAMPLES
+    probe_samples: int | None = None
     every: int = 1
     check: bool = True
     quantize: bool = False
@@ -94,10 +94,10 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     require_room(problem)
     calibrated, evaluated = tokens_of(run, recipe, model, directory, {run.method})
     assert calibrated is not None
-    calibration, probe = split(calibrated, request.probe_samples)
+    calibration, probe = split(calibrated, request.probe_samples or min(PROBE_SAMPLES, max(1, calibrated.samples // 4)))
     elsewhere = None
     if evaluated is not None and evaluated.seqlen == probe.seqlen:
-        elsewhere = evaluated.input_ids[: request.probe_samples]
+        elsewhere = evaluated.input_ids[: probe.samples]
     for line in notes:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     work = Work(request, model, problem, calibration, probe, elsewhere, console)
@@ -157,7 +157,7 @@ def split(tokens: TokenSet, probes: int) -> tuple[TokenSet, TokenSet]:
 def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
     """The first pass, or what an earlier one has left in the table's file."""
     request, problem = work.request, work.problem
-    who = kept.identity(problem, work.model, calibrated, request.probe_samples, request.every)
+    who = kept.identity(problem, work.model, calibrated, work.probe.samples, request.every, request.run.device)
     found = None if request.table is None else kept.read_kept(request.table, who, problem)
     if found is None:
         swaps = probe_entries(problem, request.every)

@@ -3,9 +3,13 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from quantkit import __version__
 from quantkit.allocation.menu import Entry, Part, entry_name, parse_menu
 from quantkit.allocation.problem import Problem
 from quantkit.allocation.sensitivity import Measured
@@ -13,10 +17,13 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import write_json
 from quantkit.errors import InputError
+from quantkit.machine import device_name
 from quantkit.model.streaming import StreamedModel
 
 
-def identity(problem: Problem, model: StreamedModel, tokens: TokenSet, probes: int, every: int) -> dict[str, Any]:
+def identity(
+    problem: Problem, model: StreamedModel, tokens: TokenSet, probes: int, every: int, device: torch.device
+) -> dict[str, Any]:
     """Everything that the measurements depend on; probes: windows that measure; every: see `table.is_probed`."""
     return {
         "model": fingerprint(model.checkpoint),
@@ -27,6 +34,10 @@ def identity(problem: Problem, model: StreamedModel, tokens: TokenSet, probes: i
         "options": vars(problem.options),
         "format": problem.fmt.name,
         "symmetric": problem.symmetric,
+        "device": device_name(device),
+        "quantkit": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
     }
 
 
@@ -52,8 +63,10 @@ def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Meas
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["identity"] != json.loads(json.dumps(identity)):
-            raise InputError(f"--table {path}: of another model, calibration or method; choose another file")
+        asked = json.loads(json.dumps(identity))
+        other = [key for key in asked if raw["identity"].get(key) != asked[key]]
+        if other:
+            raise InputError(f"--table {path}: was measured with another {', '.join(other)}; choose another file")
         losses = {_part(p): {_entry(e, problem): float(x) for e, x in row.items()} for p, row in raw["losses"].items()}
         pairs = [(*key.split(" "), value) for key, value in raw["swapped"].items()]
         swapped = {(_part(p), _entry(e, problem)): float(x) for p, e, x in pairs}

@@ -386,8 +386,13 @@ def allocate(
     seqlen: Seqlen = None,
     seed: Seed = 0,
     probe_samples: Annotated[
-        int, typer.Option("--probe-samples", min=1, help="Calibration windows that measure KL instead.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--probe-samples",
+            min=1,
+            help="Calibration windows that measure KL instead.  [default: 16, or a quarter if that is less]",
+        ),
+    ] = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Swap parts in each n-th layer; interpolate.")] = 1,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Measure the result, and correct by it.")] = True,
     table: Annotated[Path | None, typer.Option("--table", help="Keep measurements here for other budgets.")] = None,

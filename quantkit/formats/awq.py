@@ -105,7 +105,8 @@ def config(
         if other.scheme != scheme:
             raise SchemeError(
                 f"awq holds one scheme, got {scheme} for {name} and {other.scheme} for {other.name}; "
-                "use one scheme, or gptq or compressed-tensors"
+                "use one scheme, or gptq or compressed-tensors",
+                (name, other.name),
             )
         if is_lm_head(other.name):
             raise SchemeError(f"{other.name}: readers of awq expect it in 16 bit; keep it so, or use gptq")
