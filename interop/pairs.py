@@ -47,12 +47,14 @@ class Case:
         """W4 g128 asym, or mixed."""
         if self.recipe in (MIXED, GROUPS):
             return "mixed" if self.recipe == MIXED else "mixed groups"
-        return f"W{self.bits} g{self.group_size} {self.kind}"
+        head = f", {self.label}" if self.recipe in HEADS else ""
+        return f"W{self.bits} g{self.group_size} {self.kind}{head}"
 
 
 KEEP = "rules: [{match: 'model.layers.1.mlp.down_proj', keep: 16bit}]\n"
 MIXED = "rules: [{layers: '1,3', bits: 8}, {kind: down_proj, group_size: 64}]\n"
 GROUPS = "rules: [{layers: '1,3', group_size: 32}, {kind: down_proj, group_size: 64}]\n"
+HEADS = ("rules: [{kind: lm_head, bits: 4}]\n", "rules: [{kind: lm_head, bits: 8}]\n")
 CASES = [
     Case("awq", "awq", 4, 128, "asym", label="with folded scales"),
     Case("rtn", "awq", 4, 128, "asym"),
@@ -96,6 +98,11 @@ CASES = [
     Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=MIXED, label="mixed", model="mini"),
     Case("rtn", "gguf", 4, 32, "asym", model="mini"),
     Case("rtn", "gguf", 8, 32, "sym", model="mini"),
+    Case("rtn", "gptq", 4, 128, "sym", recipe=HEADS[0], label="lm_head in 4 bits", model="mini"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=HEADS[0], label="lm_head in 4 bits", model="mini"),
+    Case("rtn", "compressed-tensors", 4, 128, "sym", recipe=HEADS[1], label="lm_head in 8 bits", model="mini"),
+    Case("rtn", "gguf", 4, 32, "sym", recipe=HEADS[0], label="lm_head in 4 bits", model="mini"),
+    Case("rtn", "gguf", 4, 32, "sym", recipe=HEADS[1], label="lm_head in 8 bits", model="mini"),
 ]
 
 
@@ -182,7 +189,7 @@ class Known:
 CPU_KERNELS = "its kernels for CPUs are of 4 bits; those for GPUs take 2 to 8 (gptq: 4 and 8, symmetric)"
 KNOWN = [
     Known("vLLM (CPU)", r"^gptq W8 .* sym|^gptq .*mixed", CPU_KERNELS),
-    Known("vLLM (CPU)", r"^compressed-tensors W[38]|^compressed-tensors .*mixed \(", CPU_KERNELS),
+    Known("vLLM (CPU)", r"^compressed-tensors (W[38]|.*mixed \(|.*lm_head in 8)", CPU_KERNELS),
     Known("vLLM (CPU)", r"^gptq W[23] ", "takes 4 and 8 bits of gptq only"),
     Known("vLLM (CPU)", r"^gptq.* asym", "takes symmetric GPTQ only"),
     Known(
@@ -196,6 +203,7 @@ KNOWN = [
         "runs in float16, which at 2 bits is 4.2e-3 from float32 with our weights, too",
     ),
     Known("transformers + gptqmodel", r"^gptq .*mixed", "does not read `dynamic`"),
+    Known("transformers + gptqmodel", r"^gptq .*lm_head", "does not read a quantized lm_head, and does not say so"),
     Known("GPTQModel", r"^gptq W4 g128 asym", "trusts asymmetric v1 files of its own only; gptq_v2 loads"),
     Known(
         "transformers + compressed-tensors",
@@ -203,7 +211,9 @@ KNOWN = [
         "5.23.0 expects weight_zero_point unpacked; 5.22.2 loads it, and 5.23.0 with dequantize=True",
     ),
     Known(
-        "transformers, dequantize=True", r"mixed", "5.23.0 applies the first scheme to all layers; without it they load"
+        "transformers, dequantize=True",
+        r"mixed|lm_head in 8",
+        "5.23.0 applies the first scheme to all layers; without it they load",
     ),
     Known(
         "AutoAWQ",
@@ -211,10 +221,11 @@ KNOWN = [
         "looks for the listed names in names within a layer, so it skips in all layers or none",
     ),
     Known("AutoGPTQ", r"gptq_v2", "0.7.1 reads every file as v1"),
+    Known("AutoGPTQ", r"^gptq .*lm_head", "does not read a quantized lm_head, and does not say so"),
     Known("llama.cpp's converter", r"^gptq(_v2)? W3", "does not read 3 bits of gptq"),
     Known("llama.cpp's converter", r"^gptq .*mixed", "does not read `dynamic`"),
     Known("llama.cpp's converter", r"^compressed-tensors W3", "reads the words of compressed-tensors 0.17 at 3 bits"),
-    Known("llama.cpp's converter", r"^compressed-tensors .*mixed", "takes one scheme only"),
+    Known("llama.cpp's converter", r"^compressed-tensors .*(mixed|lm_head in 8)", "takes one scheme only"),
 ]
 
 
@@ -233,3 +244,8 @@ def outcome(pair: str, result: Mapping[str, Any] | None) -> str:
 def reason(pair: str) -> str | None:
     """Why a pair is known not to be ok."""
     return next((known.reason for known in KNOWN if known.is_about(pair)), None)
+
+
+def runs_here(pair: str, result: Mapping[str, Any]) -> bool:
+    """Whether what a client said is about the checkpoint, and not about this machine."""
+    return not result.get("not_runnable") and reason(pair) != CPU_KERNELS

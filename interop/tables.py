@@ -6,7 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from interop.environments import ROOT
-from interop.pairs import AGREE, CASES, EXACT, HALF, KNOWN, READERS, SAMPLES, SEQLEN, WRITERS, Case, outcome, reason
+from interop.pairs import (
+    AGREE,
+    CASES,
+    EXACT,
+    HALF,
+    KNOWN,
+    READERS,
+    SAMPLES,
+    SEQLEN,
+    WRITERS,
+    Case,
+    outcome,
+    reason,
+    runs_here,
+)
 
 TABLE = Path(__file__).parent / "RESULTS.md"
 README = ROOT / "README.md"
@@ -96,7 +110,7 @@ def _cell(results: Results, case: Case, reader: int) -> str:
     if result is None:
         return found
     if "said" in result:
-        told = f"not runnable here: {result['said']}" if result.get("not_runnable") else f"says: {result['said']}"
+        told = f"{'says' if runs_here(pair, result) else 'not runnable here'}: {result['said']}"
         return told.replace("|", "\\|")
     known = " (known)" if found == "wrong" and reason(pair) else ""
     return f"{'WRONG' if found == 'wrong' else found}{known} {result['error']:.0e}"
@@ -150,16 +164,17 @@ def _short(results: Results, cases: Sequence[Case], reader: int, reasons: list[s
     cases = [case for case in cases if client.reads(case)]
     if not cases:
         return "–"
-    found, notes = [], []
+    found, notes, here = [], [], False
     for case in cases:
         pair = f"{case.name} < {client.name}"
         result = results.get(pair)
         said = outcome(pair, result)
         found.append(said)
         if result is not None and said in ("wrong", "says"):
-            runs = not result.get("not_runnable")
-            why = reason(pair) if runs else f"not runnable here: {result.get('said')}"
-            text = why or str(result.get("said", "wrong"))
+            runs = runs_here(pair, result)
+            here = here or runs
+            why = reason(pair) or str(result.get("said", "wrong"))
+            text = why if runs else f"not runnable here: {why}"
             if text not in reasons:
                 reasons.append(text)
             notes.append(reasons.index(text) + 1)
@@ -168,4 +183,5 @@ def _short(results: Results, cases: Sequence[Case], reader: int, reasons: list[s
     if not judged:
         return "not run"
     good = sum(said.startswith("ok") for said in judged)
-    return ("ok" if good == len(judged) else f"{good} of {len(judged)}" if good else "no") + numbers
+    bad = "no" if here else "not here"
+    return ("ok" if good == len(judged) else f"{good} of {len(judged)}" if good else bad) + numbers

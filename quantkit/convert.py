@@ -208,7 +208,7 @@ def _document(
     known = {layer["name"]: layer for layer in before.get("layers") or []}
     quantized = [record for record in records if record["bits"] < 16]
     weights = sum(record["out_features"] * record["in_features"] for record in quantized)
-    made_by = writer(source.raw) if recorded is None else f"quantkit {before.get('quantkit_version')}"
+    made_by = writer(source.raw, recorded)
     fit = _fit(conversion, before)
     verification, note = _carried(request, conversion, recorded, fit)
     return {
@@ -221,7 +221,7 @@ def _document(
         "scheme": _main_scheme(quantized),
         "options": before.get("options") or {},
         "calibration": before.get("calibration"),
-        "layers": [_layer(record, known.get(record["name"])) for record in quantized if record["layer"] != OUTSIDE],
+        "layers": [_layer(record, known.get(record["name"])) for record in quantized],
         "bits_per_weight": 8 * sum(record["bytes"] for record in quantized) / weights if weights else 16.0,
         "total_bytes": sum(shard.file_bytes for shard in conversion.shards),
         "tensor_bytes": tensor_bytes,

@@ -39,7 +39,7 @@ from quantkit.progress import display
 from quantkit.report.run import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
 from quantkit.runs import DEFAULT_SAMPLES, DEFAULT_SEQLEN, beside_weights, positions, tokenizer_of, tokens_record
-from quantkit.stored import quantization_of
+from quantkit.stored import quantization_of, writer
 
 DEFAULT_TYPE = "q4_k"
 NOTES = ("LICENSE*", "NOTICE*")  # what goes with the weights; the rest is in the file
@@ -137,6 +137,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
     document["converted"] = {
         "from": folder.name,
         "from_format": source.format.name if source.format else None,
+        "made_by": writer(source.config, recorded),
         "lossless": not rounded,
         "equal": equal,
         "rounded": len(rounded),

@@ -13,7 +13,7 @@ from quantkit.document import RESULT, read_result
 from quantkit.errors import ModelError
 from quantkit.fit import shapes_in
 from quantkit.formats import Format
-from quantkit.plan import LinearPlan, number_ranges
+from quantkit.plan import OUTSIDE, LinearPlan, number_ranges
 from quantkit.scheme import Scheme
 from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
 from quantkit.units import format_bytes
@@ -79,7 +79,9 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
     for name, info in file.infos.items():
         _, _, rest = name.partition("blk.")
         number, _, local = rest.removesuffix(".weight").partition(".")
-        if len(info.shape) != 2 or not number.isdigit():
+        if name == "output.weight":
+            number, local = str(OUTSIDE), "output"
+        elif len(info.shape) != 2 or not number.isdigit():
             continue
         scheme = SCHEMES.get(info.type)
         if scheme is None:

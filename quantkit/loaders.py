@@ -109,7 +109,7 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
         "gptq": Loader((GPTQ_TORCH,), act_order=True),  # ignores `dynamic`, so one scheme
         "gptq_v2": Loader((GPTQ_TORCH,), act_order=True),
         "compressed-tensors": Loader((DECOMPRESSED,), mixed=True, head=True, hint="5.22.2 loads asymmetric ones"),
-        "gguf": Loader((BLOCKS,), mixed=True),
+        "gguf": Loader((BLOCKS,), mixed=True, head=True),
     },
     "gptqmodel": {
         "awq": Loader((AWQ_TORCH,)),
@@ -121,10 +121,10 @@ LOADERS: dict[str, dict[str, Loader | str]] = {
     },
     "llama.cpp": {
         "awq": "does not read awq",
-        "gptq": Loader((CONVERTED,), act_order=True),
-        "gptq_v2": Loader((CONVERTED,), act_order=True),
-        "compressed-tensors": Loader((CONVERTED,)),  # of 3, 5, 6 and 7 bits it reads the older, padded words
-        "gguf": Loader((BLOCKS,), mixed=True),
+        "gptq": Loader((CONVERTED,), act_order=True, head=True),
+        "gptq_v2": Loader((CONVERTED,), act_order=True, head=True),
+        "compressed-tensors": Loader((CONVERTED,), head=True),  # of 3, 5, 6 and 7 bits it reads the older, padded words
+        "gguf": Loader((BLOCKS,), mixed=True, head=True),
     },
 }
 

@@ -44,8 +44,13 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def writer(raw: Mapping[str, Any]) -> str:
-    """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown"."""
+def writer(raw: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> str:
+    """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown".
+
+    recorded: the folder's quantkit.json; None: it has none
+    """
+    if recorded is not None:
+        return f"quantkit {recorded.get('quantkit_version')}"
     quantization = quantization_of(raw)
     meta = quantization.get("meta")
     said = meta.get("quantizer") if isinstance(meta, dict) else None

@@ -50,7 +50,7 @@ from quantkit.gguf.file import TensorInfo, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
-from quantkit.inspection import inspect_folder
+from quantkit.inspection import inspect_folder, inspect_table
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
 from quantkit.quantize import gptq, kquants
@@ -436,6 +436,39 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     again = verify_files(VerifyRequest(out=target, command="verify", offline=True), QUIET)
     assert again["verification"]["verdict"] == "fail"
     assert "out-Q8_0.gguf is not the file" in again["verification"]["reasons"][0]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "q8_0"), (4, "q4_0")])
+def test_a_quantized_head_keeps_its_integers(tmp_path: Path, bits: int, kind: str) -> None:
+    folder, ids = tiny(tmp_path / "model", "qwen2"), tmp_path / "ids.safetensors"
+    save_file({"input_ids": IDS}, ids)
+    (tmp_path / "recipe.yaml").write_text(f"rules: [{{kind: lm_head, bits: {bits}}}]")
+    common: dict[str, Any] = {"method": "rtn", "model": str(folder), "command": "rtn", "symmetric": True,
+                              "recipe": tmp_path / "recipe.yaml", "offline": True, "evaluation": str(ids)}  # fmt: skip
+    ours, made = tmp_path / "ours", tmp_path / "made"
+    run, _ = quantize(Request(format="gguf", engine="llama.cpp", out=ours, **common), QUIET)
+    packed = quantize(Request(format="compressed-tensors", group_size=32, out=tmp_path / "packed", **common), QUIET)[1]
+    result, _ = to_gguf(ExportRequest(str(packed), "convert", out=made, offline=True), QUIET)
+    assert (run["gguf"]["equal"], result["converted"]["equal"], result["converted"]["made_by"][:8]) == (
+        15,
+        15,
+        "quantkit",
+    )
+    assert [layer["name"] for layer in result["layers"]] == [layer["name"] for layer in run["layers"]]
+    assert result["layers"][-1]["name"] == "lm_head"
+    assert result["bits_per_weight"] == run["bits_per_weight"]
+    for path in (ours / "ours.gguf", made / "packed-Q4_0.gguf"):
+        file = open_gguf(path)
+        assert {name: file.infos[name].type for name in ("token_embd.weight", "output.weight")} == {
+            "token_embd.weight": "f16", "output.weight": kind}  # fmt: skip
+        assert inspect_folder(path)["layers"][-1]["method"] == kind
+        original = open_model(folder)
+        state = open_gguf_model(path, original).read(_names(original))
+        theirs = as_transformers_reads(path, IDS)
+        assert torch.allclose(as_the_model_with(state, folder, IDS), theirs, atol=1e-4)
+    QUIET.print(inspect_table(inspect_folder(made)))
+    stored = open_gguf_model(made / "packed-Q4_0.gguf", open_model(folder)).stored()
+    assert [linear.name for linear in stored.head] == ["lm_head"]
 
 
 def test_a_16_bit_model_becomes_k_quants(tmp_path: Path) -> None:

@@ -31,14 +31,15 @@ def load(checkpoint: Path) -> Forward:
         enable_prefix_caching=False,
     )
     vocabulary = model.llm_engine.model_config.get_vocab_size()
-    wanted = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False)
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False, flat_logprobs=True)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         (output,) = model.generate([{"prompt_token_ids": ids[0].tolist()}], wanted, use_tqdm=False)
         rows = torch.empty(1, ids.shape[1] - 1, vocabulary)
-        for position, found in enumerate(output.prompt_logprobs[1:]):
-            for token, value in found.items():
-                rows[0, position, token] = value.logprob
+        found = output.prompt_logprobs
+        spans = zip(found.start_indices[1:], found.end_indices[1:], strict=True)
+        for position, (begin, end) in enumerate(spans):
+            rows[0, position, found.token_ids[begin:end]] = torch.tensor(found.logprobs[begin:end])
         return rows
 
     return forward

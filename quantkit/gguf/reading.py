@@ -20,7 +20,7 @@ from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import ARCHITECTURES, permutation, tensor_name
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.streaming import Architecture
-from quantkit.plan import LinearPlan
+from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.scheme import Scheme
 
 SCHEMES: Mapping[str, Scheme] = {  # the nearest that a type is to a scheme: what is shown of it
@@ -35,7 +35,7 @@ SCHEMES: Mapping[str, Scheme] = {  # the nearest that a type is to a scheme: wha
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A GGUF file of a known architecture. linears: those of the decoder layers, in order."""
+    """A GGUF file of a known architecture. linears: those of the decoder layers, in order, and a quantized head."""
 
     file: GGUFFile
     config: PretrainedConfig
@@ -51,7 +51,8 @@ class GGUFModel:
 
     @property
     def decoder(self) -> tuple[LinearPlan, ...]:
-        return self.linears
+        """The linears of the decoder layers."""
+        return tuple(linear for linear in self.linears if linear.layer != OUTSIDE)
 
     def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameters by the model's names, float32, dequantized."""
@@ -73,10 +74,11 @@ class GGUFModel:
         """What `fit` counts."""
         names = {tensor_name(name): name for name in self._parameters()}
         tensors = {names.get(name, name): info.nbytes for name, info in self.file.infos.items()}
-        return Stored(tensors, self.file.path.stat().st_size, self.linears, "gguf")
+        head = tuple(linear for linear in self.linears if linear.layer == OUTSIDE)
+        return Stored(tensors, self.file.path.stat().st_size, self.decoder, "gguf", head=head)
 
     def _parameters(self) -> list[str]:
-        inner = [f"{linear.name}.{key}" for linear in self.linears for key in ("weight", "bias")]
+        inner = [f"{linear.name}.{key}" for linear in self.decoder for key in ("weight", "bias")]
         prefix = self.linears[0].name.split(".layers.")[0]
         norms = [f"{prefix}.layers.{i}.{n}.weight" for i in range(self.config.num_hidden_layers) for n in NORMS]
         return [*inner, *norms, f"{prefix}.embed_tokens.weight", f"{prefix}.norm.weight", "lm_head.weight"]
@@ -115,8 +117,11 @@ def open_gguf_model(path: Path, architecture: Architecture) -> GGUFModel:
                 kind = _checked(file, f"{name}.weight", (module.out_features, module.in_features))
                 scheme = SCHEMES.get(kind)
                 linears.append(LinearPlan(name, index, local, module.out_features, module.in_features, scheme))
+    head = architecture.head_name
     for name, shape in architecture.outside().items():
-        _checked(file, name, shape)
+        scheme = SCHEMES.get(_checked(file, name, shape))
+        if head and scheme is not None and name == f"{head}.weight":
+            linears.append(LinearPlan(head, OUTSIDE, head, shape[0], shape[1], scheme))
     return GGUFModel(file, config, tuple(linears))
 
 
