@@ -163,11 +163,14 @@ def _head(model: Shapes, scheme: Scheme | None) -> LinearPlan | None:
     shape = model.outside().get(f"{name}.weight", ())
     if len(shape) == 2:
         if scheme is not None and not is_lm_head(name):
-            raise SchemeError(f"{name}: engines read a quantized head by the name of lm_head only; leave it in 16 bit")
+            raise SchemeError(
+                f"{name}: engines read a quantized head by the name of lm_head only; leave it in 16 bit", (name,)
+            )
         return LinearPlan(name, OUTSIDE, name, *shape, scheme)
     if scheme is not None:
         raise SchemeError(
-            f"{name}: is the embedding's own matrix (tied), and embeddings stay in 16 bit; leave {name} in 16 bit"
+            f"{name}: is the embedding's own matrix (tied), and embeddings stay in 16 bit; leave {name} in 16 bit",
+            (name,),
         )
     return None
 
