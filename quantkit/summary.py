@@ -53,12 +53,13 @@ def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def sweep_summary(result: Mapping[str, Any]) -> Group:
     """The settings of a sweep by size; * marks those that no other beats in both size and KL."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("setting")
-    for heading in ("size", "bits", "perplexity", "KL", "top-1", "time", "longest context"):
-        table.add_column(heading, justify="right")
-    table.add_column("loads in", overflow="fold")
+    for heading in ("size", "bits", "ppl", "KL", "top-1", "time", "context"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("in")
     rows = [row for row in result["settings"] if row["why_not"] is None]
+    marks: dict[str, str] = {}  # a list of engines in every row would leave a terminal no room for the figures
     for row in sorted(rows, key=lambda row: row["total_bytes"]):
         engines = ", ".join(engine for engine, reason in row["engines"].items() if reason is None)
         table.add_row(
@@ -70,10 +71,12 @@ def sweep_summary(result: Mapping[str, Any]) -> Group:
             _figure(row["top1_agreement"], ".2%"),
             format_seconds(row["seconds"]),
             f"{row['longest_context']:,}",
-            engines or "none known",
+            marks.setdefault(engines or "no engine known", f"({len(marks) + 1})"),
         )
     refused = [row for row in result["settings"] if row["why_not"] is not None]
-    lines: list[Any] = [table, *(Text(f"{row['name']}: {row['why_not']}", style="yellow") for row in refused)]
+    key = Text("*: nothing of its size or less has a lower KL; context: the longest that fits the budget")
+    lines: list[Any] = [table, key, *(Text(f"{mark} loads in {engines}") for engines, mark in marks.items())]
+    lines += [*(Text(f"{row['name']}: {row['why_not']}", style="yellow") for row in refused)]
     lines += [Text(note, style="yellow") for note in result["fallbacks"]]
     shared = format_seconds(result["shared_seconds"])
     lines.append(Text(f"took {format_seconds(result['seconds'])}, {shared} of it shared by all; {result['note']}"))
