@@ -172,6 +172,7 @@ def main() -> None:
         return
     pythons = {"quantkit": sys.executable} | dict(pair.split("=", 1) for pair in said.python)
     threads = {name: str(said.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    threads["GPTQMODEL_CPU_WORKERS"] = "2"  # it asks for two and on two cores has one
     found: dict[str, dict[str, float]] = {}
     for tool in (tool for tool in TOOLS if TOOLS[tool] in pythons):
         words = [pythons[TOOLS[tool]], __file__, str(said.model), str(said.ids), "--tool", tool]
