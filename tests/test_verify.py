@@ -87,7 +87,8 @@ def test_micro_batches_add_up_to_the_whole(
     assert whole == pytest.approx(parts, rel=1e-12)
     expected = oracle(reference, logits, input_ids)
     assert whole["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
-    assert whole["kl_divergence"] == pytest.approx(expected["kl_divergence"], rel=1e-4, abs=1e-7)
+    # float32 logarithms near 1 are right to some 1e-7, and of two tokens and four entries they are not averaged away
+    assert whole["kl_divergence"] == pytest.approx(expected["kl_divergence"], rel=1e-4, abs=1e-6)
     assert torch.equal(reference, before[0])
     assert torch.equal(logits, before[1])
 
