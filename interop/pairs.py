@@ -11,9 +11,9 @@ from interop.environments import ROOT
 
 RESULTS = Path(__file__).parent / "results.json"
 SAMPLES, SEQLEN = 8, 128
-# max |difference| / max |logit|. The clients that run in float16 differ by up to 3e-3 from a float32 forward; a wrong
-# nibble order, zero point or scale differs by 0.1 and more.
-EXACT, HALF = 1e-4, 3e-3
+# max |difference| / max |logit|. The clients that run in float16 differ by up to 5e-3 from a float32 forward, and
+# transformers itself in float16 by 3e-3 with the same weights; a wrong nibble order, zero point or scale by 0.1 and more.
+EXACT, HALF = 1e-4, 5e-3
 AGREE = 1e-3  # relative, between quantkit's figures of a foreign checkpoint and those of its own tool's forward
 
 DEMO = ROOT / "quantkit" / "demo"
@@ -176,14 +176,15 @@ WRITERS = [
 
 @dataclass(frozen=True)
 class Known:
-    """A pair that is not ok: the client, a pattern of the checkpoint's name, and the cause, found by experiment."""
+    """A pair that is not ok: the client ("verify" for files of others), a pattern of the checkpoint, and the cause."""
 
     client: str
     checkpoint: str
     reason: str
 
     def is_about(self, pair: str) -> bool:
-        return re.search(self.checkpoint, pair.partition(" < ")[0]) is not None and pair.endswith(f"< {self.client}")
+        checkpoint, client = re.split(" [<>] ", pair, maxsplit=1)
+        return client == self.client and re.search(self.checkpoint, checkpoint) is not None
 
 
 CPU_KERNELS = "its kernels for CPUs are of 4 bits; those for GPUs take 2 to 8 (gptq: 4 and 8, symmetric)"
@@ -196,11 +197,6 @@ KNOWN = [
         "compressed-tensors 0.17",
         r"W3",
         "its 3-bit words hold 10 codes, those of 0.20 are dense (5, 6 and 7 bits alike)",
-    ),
-    Known(
-        "transformers + gptqmodel",
-        r"^gptq W2",
-        "runs in float16, which at 2 bits is 4.2e-3 from float32 with our weights, too",
     ),
     Known("transformers + gptqmodel", r"^gptq .*mixed", "does not read `dynamic`"),
     Known("transformers + gptqmodel", r"^gptq .*lm_head", "does not read a quantized lm_head, and does not say so"),
@@ -222,6 +218,11 @@ KNOWN = [
     ),
     Known("AutoGPTQ", r"gptq_v2", "0.7.1 reads every file as v1"),
     Known("AutoGPTQ", r"^gptq .*lm_head", "does not read a quantized lm_head, and does not say so"),
+    Known(
+        "verify",
+        r"^AutoAWQ .*mini",
+        "its transformers 4.51.3 does not read rope_parameters: it runs with another rope_theta, and writes both",
+    ),
     Known("llama.cpp's converter", r"^gptq(_v2)? W3", "does not read 3 bits of gptq"),
     Known("llama.cpp's converter", r"^gptq .*mixed", "does not read `dynamic`"),
     Known("llama.cpp's converter", r"^compressed-tensors W3", "reads the words of compressed-tensors 0.17 at 3 bits"),
