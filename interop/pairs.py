@@ -12,7 +12,7 @@ from interop.environments import ROOT
 RESULTS = Path(__file__).parent / "results.json"
 SAMPLES, SEQLEN = 8, 128
 # max |difference| / max |logit|. The clients that run in float16 differ by up to 5e-3 from a float32 forward, and
-# transformers itself in float16 by 3e-3 with the same weights; a wrong nibble order, zero point or scale by 0.1 and more.
+# transformers itself in float16 by 3e-3 with the same weights; a wrong nibble order, zero point or scale by 0.1 or more.
 EXACT, HALF = 1e-4, 5e-3
 AGREE = 1e-3  # relative, between quantkit's figures of a foreign checkpoint and those of its own tool's forward
 
@@ -176,7 +176,7 @@ WRITERS = [
 
 @dataclass(frozen=True)
 class Known:
-    """A pair that is not ok: the client ("verify" for files of others), a pattern of the checkpoint, and the cause."""
+    """A pair that is not ok: the client ("verify" for files of others), a pattern of the checkpoint; the cause."""
 
     client: str
     checkpoint: str
