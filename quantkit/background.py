@@ -75,14 +75,24 @@ def copied(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:
 @contextmanager
 def read_ahead(read: Callable[[int], T], count: int) -> Iterator[ReadAhead[T]]:
     """A `ReadAhead` whose thread ends with the context."""
-    with ThreadPoolExecutor(1, "read") as thread:
+    with _thread("read") as thread:
         yield ReadAhead(read, count, thread)
 
 
 @contextmanager
 def writer() -> Iterator[Writer]:
     """A `Writer`; leaving the context waits for it, and raises what its last call raised unless something else did."""
-    with ThreadPoolExecutor(1, "write") as thread:
+    with _thread("write") as thread:
         writing = Writer(thread)
         yield writing
         writing.wait()
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """A thread beside the main one that computes by itself.
+
+    Where it had helpers of its own, OpenMP would see more threads than cores and let all of them sleep between any two
+    operations: those of the main thread, which are short on a CPU, would take three times as long.
+    """
+    torch.get_num_threads()  # the number of the main thread is settled, before another says its own
+    return ThreadPoolExecutor(1, name, torch.set_num_threads, (1,))
