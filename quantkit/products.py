@@ -35,7 +35,7 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = Tru
     total: float32 [m, n]; left: [k, m], right: [k, n], both float32 or of one 16-bit type.
     exact: False lets a GPU round float32 to bfloat16 once (2^-9), where that is enough.
     """
-    if not _fast(left):
+    if not fast_16bit(left):
         rows = max(1, PRODUCT_AT_ONCE // total.shape[1])
         for part, columns in zip(total.split(rows), left.T.split(rows), strict=True):
             part.add_(linear(columns.float().contiguous(), right.float().T))
@@ -58,7 +58,7 @@ def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = Non
     rows: the `strips` to do, if not all
     """
     rows = strips(gram) if rows is None else rows
-    if not _fast(x):
+    if not fast_16bit(x):
         for part in x.split(TERMS_AT_ONCE):
             columns = part.T.float().contiguous()
             for strip in rows:
@@ -83,7 +83,7 @@ def mirror_(gram: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """left [m, k] @ right [k, n] in float32; see `accumulate_`."""
-    if not _fast(left):
+    if not fast_16bit(left):
         return linear(left.float(), right.float().T)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return accumulate_(total, left.T, right, exact=exact)
@@ -165,7 +165,7 @@ def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _fast(like: Tensor) -> bool:
+def fast_16bit(like: Tensor) -> bool:
     """Whether 16-bit products with a float32 result are there, and faster."""
     return like.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
 

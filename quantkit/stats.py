@@ -147,7 +147,8 @@ def rescale_drift_(stats: SiteStats, scale: Tensor) -> Tensor | None:
 def output_error(difference: Tensor, gram: Tensor, *, exact: bool = True) -> Tensor:
     """tr(D H D^T) per output row, float32 [out], for D = W - Q [out, in]: the squared error of the output.
 
-    exact: see `products`; False is enough to compare roundings.
+    gram: float32, or of 16 bit where a GPU multiplies that faster; exact: see `products`; False is enough to compare
+    roundings.
     """
-    d = difference.float()
+    d = difference.to(gram.dtype)
     return product(d, gram, exact=exact).mul_(d).sum(1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.quantize import columns, grid, kernels
+from quantkit.quantize import awq, columns, grid, kernels
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 
 pytest.importorskip("triton")
@@ -100,6 +100,25 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
 
 
 @needs_kernels
+@pytest.mark.parametrize("min_zero", [0, 1])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(b, g, s) for b in (2, 4) for g in (8, 24, -1) for s in (True, False)], ids=str
+)
+def test_scaled_weights_are_rounded_as_by_torch(scheme: Scheme, min_zero: int) -> None:
+    weight = random(21, 48, seed=5) * random(21, 1, seed=6).exp()
+    weight[0, :8] = 0
+    scales = random(3, 48, seed=7).exp()
+    found = kernels.scaled_differences(weight, scales, scheme, min_zero, torch.float32)
+    expected = awq.scaled_differences_by_torch(weight, scales, scheme, min_zero)
+    far = (found - expected).abs() > 1e-5 * (weight.abs() + expected.abs())
+    assert float(far.double().mean()) <= 0.01  # a tie, or a zero point at one
+    rough = kernels.scaled_differences(weight.bfloat16(), scales, scheme, min_zero)
+    assert rough.dtype == torch.bfloat16
+    again = awq.scaled_differences_by_torch(weight.bfloat16(), scales, scheme, min_zero)
+    torch.testing.assert_close(rough.float().square().sum(2), again.square().sum(2), rtol=0.02, atol=1e-6)
+
+
+@needs_kernels
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("columns_", "rows"), [(1, 1), (7, 33), (100, 40), (128, 40)])
 def test_a_group_is_improved_as_by_torch(columns_: int, rows: int, bits: int) -> None:
@@ -109,15 +128,15 @@ def test_a_group_is_improved_as_by_torch(columns_: int, rows: int, bits: int) ->
     inputs = random(4 * columns_, columns_, seed=1)
     hessian = inputs.T @ inputs
     energy = hessian.diagonal().contiguous()
+    feedback = hessian / energy.unsqueeze(1)
     scale = (0.05 + 0.2 * random(rows, seed=4).abs()) * random(rows, seed=5).sign()
     pull, bend = hessian @ (0.1 * random(columns_, rows, seed=2)), hessian @ x
     pull[:, 1:2] = 1e9  # a scale beyond float16
-    group, feedback = torch.zeros(columns_, dtype=torch.int64, device=DEVICE), hessian / energy.unsqueeze(1)
     before = x * scale
 
     def improved(by: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
         codes, size, errors = x.clone(), scale.clone(), torch.empty_like(x)
-        by(codes, pull.clone(), bend.clone(), energy, feedback, size, zero, group, max_code, errors)
+        by(codes, pull.clone(), bend.clone(), energy, feedback, size, zero, max_code, errors)
         return codes, size, errors
 
     codes, size, errors = improved(kernels.improve_group)

@@ -25,7 +25,7 @@ def objective(weight: Tensor, quantized: QuantizedTensor, gram: Tensor) -> float
 
 
 def refined(weight: Tensor, quantized: QuantizedTensor, gram: Tensor, rounds: int = 1) -> QuantizedTensor:
-    return refine.refine(weight, quantized, gram, damp=DAMP, rounds=rounds)
+    return refine.refine(weight, quantized, gram, damp=DAMP, rounds=rounds)[0]
 
 
 def oracle(weight: Tensor, start: QuantizedTensor, gram: Tensor, rounds: int) -> QuantizedTensor:
@@ -98,6 +98,18 @@ def test_the_result_is_one_that_a_format_can_hold(scheme: Scheme) -> None:
     assert all(torch.equal(before, after) for before, after in zip(copies, now, strict=True))
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_error_that_is_told_is_that_of_the_result(scheme: Scheme, rounds: int) -> None:
+    inputs, weight = correlated(300, 96), weights(8, 96)
+    inputs[:, [3, 50]] = 0
+    gram = gram_of(inputs)
+    start = gptq.quantize(weight, scheme, factorize(gram), energy=gram.diagonal())
+    found, told = refine.refine(weight, start, gram, damp=DAMP, rounds=rounds)
+    expected = output_error((dequantize(found) - weight).double(), gram)
+    torch.testing.assert_close(told, expected, rtol=1e-3, atol=1e-6 * float(output_error(weight, gram).max()))
+
+
 def test_groups_of_zeros_and_dead_columns_stay_finite() -> None:
     inputs, weight, scheme = correlated(300, 96), weights(4, 96), Scheme(4, 32, True)
     inputs[:, :40] = 0
@@ -122,7 +134,7 @@ def test_no_damping_and_dead_columns_stay_sound() -> None:
     scheme = Scheme(4, 32, False)
     factor = gptq.factorize(gram, damp=0.0)
     once = gptq.quantize(weight, scheme, factor, energy=gram.diagonal())
-    better = refine.refine(weight, once, gram, damp=0.0, rounds=2)
+    better, _ = refine.refine(weight, once, gram, damp=0.0, rounds=2)
     assert not dequantize(better)[:, 5].any()
     before, after = (output_error(dequantize(q) - weight, gram).sum() for q in (once, better))
     assert after < before

@@ -166,7 +166,8 @@ def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | 
     if factor is None:
         return pack(rtn.quantize(weight, scheme, energy=energy), kind, exact=False)
     once = gptq.quantize(weight, scheme, factor, energy=energy)
-    return pack(settle(refine(weight, once, gram, damp=factor.damp, rounds=REFINEMENTS)), kind)
+    refined, _ = refine(weight, once, gram, damp=factor.damp, rounds=REFINEMENTS)
+    return pack(settle(refined), kind)
 
 
 def _record(name: str, index: int, kind: str, weight: Tensor, loss: float) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.products import fast_16bit
+from quantkit.quantize import kernels
 from quantkit.quantize.grid import plain_grid
 from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
@@ -68,17 +70,29 @@ def site_errors(
     scales: [candidates, in] -> float64 [candidates]
     """
     totals = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
+    judging = gram.bfloat16() if fast_16bit(gram) else gram  # once for all
     for weight, scheme in zip(weights, schemes, strict=True):
+        fits = kernels.usable(weight) and scheme.columns_per_group(weight.shape[1]) <= kernels.WIDEST_GROUP
+        differences = kernels.scaled_differences if fits else scaled_differences_by_torch
         at_once = 1 if gram.device.type == "cpu" else max(1, AT_ONCE_GPU // weight.numel())
         for part, total in zip(scales.split(at_once), totals.split(at_once), strict=True):
-            scaled = (weight.float() * part.unsqueeze(1)).flatten(0, 1)  # [candidates * out, in]
-            grid = plain_grid(scaled, scheme, min_zero)
-            rounded = dequantize(QuantizedTensor(encode(scaled, *grid, scheme), *grid, scheme))
             # x / s meets the error as x meets error / s
-            difference = rounded.sub_(scaled).unflatten(0, (len(part), -1)).div_(part.unsqueeze(1))
-            error = output_error(difference.flatten(0, 1), gram, exact=False)
+            difference = differences(weight, part, scheme, min_zero).flatten(0, 1)
+            error = output_error(difference, judging, exact=False)
             total += error.unflatten(0, (len(part), -1)).double().sum(1)
     return totals
+
+
+def scaled_differences_by_torch(weight: Tensor, scales: Tensor, scheme: Scheme, min_zero: int) -> Tensor:
+    """(Q(W D) - W D) D^-1, Q to nearest on the plain grid: weight [out, in], scales [n, in] -> float32 [n, out, in].
+
+    It is the oracle of `kernels.scaled_differences`, and what runs without it.
+    """
+    scaled = (weight.float() * scales.unsqueeze(1)).flatten(0, 1)
+    grid = plain_grid(scaled, scheme, min_zero)
+    rounded = dequantize(QuantizedTensor(encode(scaled, *grid, scheme), *grid, scheme))
+    difference: Tensor = rounded.sub_(scaled).unflatten(0, (len(scales), -1))
+    return difference.div_(scales.unsqueeze(1))
 
 
 def search_scale(

@@ -104,11 +104,9 @@ def improve_group(
     float32 [columns]; feedback: as in `round_run`; scale, zero: float32 [out]
     -> errors [columns, out], filled with what Q has lost by that
     """
-    group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    if kernels.usable(x) and len(x) <= kernels.WIDEST_IMPROVED:
-        kernels.improve_group(x, pull, bend, energy, feedback, scale, zero, group, max_code, errors)
-    else:
-        improve_group_by_torch(x, pull, bend, energy, feedback, scale, zero, group, max_code, errors)
+    one_launch = kernels.usable(x) and len(x) <= kernels.WIDEST_IMPROVED
+    improve = kernels.improve_group if one_launch else improve_group_by_torch
+    improve(x, pull, bend, energy, feedback, scale, zero, max_code, errors)
 
 
 def improve_group_by_torch(
@@ -119,7 +117,6 @@ def improve_group_by_torch(
     feedback: Tensor,
     scale: Tensor,
     zero: Tensor,
-    group: Tensor,
     max_code: int,
     errors: Tensor,
 ) -> None:
@@ -136,6 +133,7 @@ def improve_group_by_torch(
     target = pull.addcmul_(bend, lost).div_(energy.unsqueeze(1)).add_(stands)
     torch.mul(x, lost, out=errors)
     grid = scale.unsqueeze(0), zero.unsqueeze(0)
+    group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     steps, rounded = round_run(target, stands, *grid, group, feedback, max_code)
     x.copy_(steps)
     errors += rounded

@@ -6,8 +6,8 @@ and E = W - Q, the error tr(E H E^T) = ||E R||^2 falls apart by columns, and col
 
     v_j = w_j + sum over k < j of e_k R_kj / R_jj
 
-rounded to the grid. So one Cholesky factorisation is all that is needed: if P reverses rows and columns and
-P H P = U^T U, then R = P U^T P. The usual recipe inverts H and factorises once more, for the same codes.
+rounded to the grid. So one Cholesky factorisation is all that is needed, one that begins at the last column. The usual
+recipe inverts H and factorises once more, for the same codes.
 
 Columns are taken in order of falling diag(H) (`act_order`) on grids fixed beforehand from the original columns
 ("static groups"), so that groups stay consecutive in the file and no g_idx is needed. Left out on purpose: grids
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, accumulate_gram_
+from quantkit.products import accumulate_, accumulate_gram_, linear, product
 from quantkit.quantize.columns import round_run, wide
 from quantkit.quantize.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme
 
 MAX_DAMP = 10.0
-SOLVED_AT_ONCE = 1024  # rows of a triangular matrix; what lies beside them is left to products
-REVERSED_AT_ONCE = 1 << 24  # numbers of a matrix
+BLOCK = {"cpu": 256}  # rows of a triangular matrix that are inverted; what lies beside them is left to products
+BLOCK_ELSEWHERE = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Factor:
     order:    int64 [in], the order in which columns are rounded
     feedback: float32 [in, in], R_kj / R_jj in row j, lower triangular with a diagonal of ones, in that order
     pivots:   float32 [in], R_jj squared
+    inverses: of the blocks on the diagonal of `feedback`, see `_blocks`
     dead:     bool [in], columns whose input was always zero
     damp:     the damping that was used, as a share of mean(diag(H)): more than asked for if the factorisation failed
     """
@@ -44,6 +45,7 @@ class Factor:
     order: Tensor
     feedback: Tensor
     pivots: Tensor
+    inverses: tuple[Tensor, ...]
     dead: Tensor
     damp: float
 
@@ -66,46 +68,44 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Fa
     mean = diagonal.mean().clamp(min=1e-30)
     used = damp
     # One matrix beside the Gram: for a 27648-wide input each is 2.85 GiB.
-    while (upper := _cholesky(gram, order.flip(0), dead, used * mean)) is None:
+    while (found := _cholesky(gram, order, dead, used * mean)) is None:
         used = max(used * 10, 1e-4)
         if used > MAX_DAMP:
             raise NumericsError(f"the Gram matrix cannot be factorised, even with damping {MAX_DAMP}")
-    feedback = _reverse_(upper)
+    feedback, inverses = found
     root = feedback.diagonal().clone()
-    return Factor(order, feedback.div_(root.unsqueeze(1)), root.square(), dead, used)
+    for part, inverse in zip(_blocks(feedback), inverses, strict=True):
+        inverse.mul_(root[part])
+    return Factor(order, feedback.div_(root.unsqueeze(1)), root.square(), inverses, dead, used)
 
 
-def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> Tensor | None:
-    """The upper triangular factor U of the damped Gram matrix U^T U with its columns in this order, or None.
+def _cholesky(gram: Tensor, order: Tensor, dead: Tensor, ridge: Tensor) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """R^T, lower triangular, of the damped Gram matrix R R^T with its columns in this order, and the inverses of the
+    blocks on its diagonal; or None.
 
-    Block by block, so that nearly all of it is products. What is not factorised yet stands with its sign turned.
+    From the last block to the first, so that nearly all of it is products. What is not factorised yet stands in the
+    upper triangle with its sign turned.
     """
     work = torch.empty_like(gram)
-    for part in _blocks(len(work)):
-        work[part] = gram[order[part]][:, order]
-    work.diagonal().masked_fill_(dead[order], 1).add_(ridge)
-    work.neg_()
-    for part in _blocks(len(work)):
-        corner, info = torch.linalg.cholesky_ex(-work[part, part], upper=True)
-        if int(info) or not bool(torch.isfinite(corner.diagonal()).all()):
-            return None
-        beside, rest = work[part, part.stop :], work[part.stop :, part.stop :]
-        work[part, part] = corner
-        beside.copy_(torch.linalg.solve_triangular(corner.T, -beside, upper=False))
-        accumulate_gram_(rest, beside)
-    return work.triu_()
-
-
-def _reverse_(matrix: Tensor) -> Tensor:
-    """Reverse the order of rows and of columns, in place."""
-    numbers = matrix.view(-1)
-    for start in range(0, len(numbers) // 2, REVERSED_AT_ONCE):
-        stop = min(start + REVERSED_AT_ONCE, len(numbers) // 2)
-        first, last = numbers[start:stop], numbers[len(numbers) - stop : len(numbers) - start]
-        kept = first.flip(0)
-        first.copy_(last.flip(0))
-        last.copy_(kept)
-    return matrix
+    blocks = _blocks(work)
+    for part in blocks:
+        torch.neg(gram[order[part]][:, order[part.start :]], out=work[part, part.start :])
+    work.diagonal().masked_fill_(dead[order], -1).sub_(ridge)
+    inverses, failures = [], []
+    for part in reversed(blocks):
+        # R is upper triangular: turned about, the corner is the product of a lower triangular matrix and its transpose
+        turned, info = torch.linalg.cholesky_ex(-work[part, part].flip(0, 1))
+        failures.append(info)
+        corner = turned.flip(0, 1).T
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner), device=gram.device), upper=False)
+        beside = linear(inverse.T, work[: part.start, part]).neg_()
+        work[part, part], work[part, : part.start] = corner, beside
+        accumulate_gram_(work[: part.start, : part.start], beside)
+        inverses.append(inverse)
+    # Looked at last, so that a GPU is waited for once.
+    if bool(torch.stack(failures).any()) or not bool(torch.isfinite(work.diagonal()).all()):
+        return None
+    return work.tril_(), tuple(reversed(inverses))
 
 
 def times_inverse(matrix: Tensor, factor: Factor) -> Tensor:
@@ -115,26 +115,22 @@ def times_inverse(matrix: Tensor, factor: Factor) -> Tensor:
     back what the drift has changed in the outputs: W' = W + W (X0 - X)^T X (X^T X)^-1. All of it would fit the
     calibration inputs more than others; `methods.Options.correct` says how much is taken.
     """
-    wanted = matrix[:, factor.order].T.contiguous()
+    wanted = matrix.T.contiguous()[factor.order]  # whole rows are gathered fastest
+    blocks = list(zip(_blocks(wanted), factor.inverses, strict=True))
     # H = F^T diag(pivots) F
-    for part in reversed(_blocks(len(wanted))):
-        _solve_(factor.feedback[part, part].T, wanted[part], upper=True)
+    for part, inverse in reversed(blocks):
+        wanted[part] = product(inverse.T, wanted[part])
         accumulate_(wanted[: part.start], factor.feedback[part, : part.start], -wanted[part])
     wanted.div_(factor.pivots.unsqueeze(1))
-    for part in _blocks(len(wanted)):
-        _solve_(factor.feedback[part, part], wanted[part], upper=False)
+    for part, inverse in blocks:
+        wanted[part] = product(inverse, wanted[part])
         accumulate_(wanted[part.stop :], factor.feedback[part.stop :, part].T, -wanted[part])
-    result = torch.empty_like(matrix)
-    result[:, factor.order] = wanted.T
-    return result
+    return wanted[torch.argsort(factor.order)].T.contiguous()
 
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(start, min(start + SOLVED_AT_ONCE, count)) for start in range(0, count, SOLVED_AT_ONCE)]
-
-
-def _solve_(triangle: Tensor, wanted: Tensor, *, upper: bool) -> None:
-    wanted.copy_(torch.linalg.solve_triangular(triangle, wanted, upper=upper, unitriangular=True))
+def _blocks(rows: Tensor) -> list[slice]:
+    count, at_once = len(rows), BLOCK.get(rows.device.type, BLOCK_ELSEWHERE)
+    return [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
 def quantize(
@@ -155,9 +151,8 @@ def quantize(
     scales, zeros = grid or search_grid(weight, scheme, energy, min_zero)
     group = factor.order // (weight.shape[1] // scales.shape[1])
     per_group = scales.float().T.contiguous(), zeros.float().T.contiguous()
-    codes = solve(weight.T[factor.order].contiguous(), *per_group, group, factor.feedback, scheme.max_code)
-    natural = torch.empty_like(codes)
-    natural[factor.order] = codes
+    codes = solve(weight.T.contiguous()[factor.order], *per_group, group, factor.feedback, scheme.max_code)
+    natural = codes[torch.argsort(factor.order)]
     return QuantizedTensor(natural.T.contiguous(), scales, zeros, scheme)
 
 

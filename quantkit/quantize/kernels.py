@@ -18,8 +18,8 @@ except ImportError:  # no Triton for this machine
     triton = None
 
 ROWS = 32  # of a weight, in one program: one a thread, so that no sum goes from thread to thread
-WIDEST_IMPROVED = 256  # columns that one program goes over without a product for what lies beside them
-STEPS = 32  # columns whose errors lie in registers, before the others of the block hear of them
+WIDEST_IMPROVED = 256  # columns that one program goes over
+STEPS = 32  # columns whose errors lie in registers, before the others of the block hear of them in a product
 WIDEST_GROUP = 1024  # columns of a group that fit in registers
 
 
@@ -31,6 +31,12 @@ def usable(like: Tensor) -> bool:
 def _interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 has the kernels run in Python, as the tests do on a CPU."""
     return not isinstance(_round_block, triton.JITFunction)
+
+
+def _precise() -> str:
+    """How Triton multiplies float32 to its last bits: on tensor cores where they take tf32, in three products."""
+    fast = torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "tf32x3" if fast else "ieee"
 
 
 def round_block(
@@ -63,6 +69,7 @@ def round_block(
         max_code,
         STEPS,
         ROWS,
+        _precise(),
         num_warps=1,  # no step waits for another warp
         enable_fp_fusion=True,
     )
@@ -76,15 +83,14 @@ def improve_group(
     feedback: Tensor,
     scale: Tensor,
     zero: Tensor,
-    group: Tensor,
     max_code: int,
     errors: Tensor,
 ) -> None:
     """`columns.improve_group_by_torch` in one launch, for a group of up to `WIDEST_IMPROVED` columns. Overwrites
-    pull and bend; group: int64 [columns], zeros.
+    pull and bend; errors may be of 16 bit.
     """
     columns, rows = x.shape
-    assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, zero, group, errors))
+    assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, zero, errors))
     assert feedback.stride(1) == 1
     _improve_group[(triton.cdiv(rows, ROWS),)](
         x,
@@ -94,7 +100,6 @@ def improve_group(
         feedback,
         scale,
         zero,
-        group,
         errors,
         rows,
         columns,
@@ -102,6 +107,7 @@ def improve_group(
         max_code,
         STEPS,
         ROWS,
+        _precise(),
         num_warps=1,
         enable_fp_fusion=True,
     )
@@ -132,6 +138,33 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tupl
     return scale, zero
 
 
+def scaled_differences(
+    weight: Tensor, scales: Tensor, scheme: Scheme, min_zero: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """`awq.scaled_differences_by_torch` in one pass, in a type of 16 bit; scales beyond float16 are its largest."""
+    out, columns = weight.shape
+    groups = scheme.groups(columns)
+    differences = torch.empty(len(scales), out, columns, dtype=dtype, device=weight.device)
+    width = triton.next_power_of_2(columns // groups)
+    height = max(1, min(16, 2048 // width))
+    _scaled_differences[(triton.cdiv(out, height), groups, len(scales))](
+        weight.contiguous(),
+        scales.contiguous(),
+        differences,
+        out,
+        groups,
+        columns // groups,
+        float(scheme.max_code),
+        float(scheme.middle),
+        float(min_zero),
+        scheme.symmetric,
+        width,
+        height,
+        enable_fp_fusion=False,
+    )
+    return differences
+
+
 if triton is not None:
 
     @triton.jit
@@ -140,9 +173,11 @@ if triton is not None:
 
     @triton.jit
     def _column(target, base, scales, zeros, group, j, stop, rows, row):
-        """Of column j, if it comes before `stop`: what is wanted, what errors are counted from, scales, zero points."""
+        """Of column j, if it comes before `stop`: what is wanted, what errors are counted from, scales, zero points.
+        group: None where all are of one
+        """
         inside, at = row < rows * (j < stop), j * rows + row
-        in_group = tl.load(group + tl.minimum(j, stop - 1)) * rows + row
+        in_group = row if group is None else tl.load(group + tl.minimum(j, stop - 1)) * rows + row
         return (
             tl.load(target + at, mask=inside, other=0.0),
             tl.load(base + at, mask=inside, other=0.0),
@@ -151,9 +186,9 @@ if triton is not None:
         )
 
     @triton.jit
-    def _loaded(target, j, columns, rows, row):
-        """Column j of the target, if there is one."""
-        return tl.load(target + j * rows + row, mask=row < rows * (j < columns), other=0.0)
+    def _moves(feedback, j, start, stop, stride, k):
+        """What the columns from `start` on that come before j move it by."""
+        return tl.load(feedback + j * stride + start + k, mask=k < (j - start) * (j < stop), other=0.0)
 
     @triton.jit
     def _round_column(made, moves, wanted, whole, scale, zero, max_code, mine):
@@ -178,6 +213,7 @@ if triton is not None:
         max_code,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         _round_rows(
@@ -196,6 +232,7 @@ if triton is not None:
             row,
             WIDTH,
             HEIGHT,
+            PRECISION,
             False,
         )
 
@@ -216,10 +253,10 @@ if triton is not None:
         row,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
+        PRECISION: tl.constexpr,
         ADDS: tl.constexpr,
     ):
         """Round all columns of some rows. ADDS: to the errors that are there"""
-        here = row < rows
         k = tl.arange(0, WIDTH)
         for start in range(0, columns, WIDTH):
             made = tl.zeros([WIDTH, HEIGHT], dtype=tl.float32)  # the errors of these columns so far
@@ -229,51 +266,35 @@ if triton is not None:
                 wanted1, whole1, scale1, zero1 = _column(target, base, scales, zeros, group, j + 1, stop, rows, row)
                 wanted2, whole2, scale2, zero2 = _column(target, base, scales, zeros, group, j + 2, stop, rows, row)
                 wanted3, whole3, scale3, zero3 = _column(target, base, scales, zeros, group, j + 3, stop, rows, row)
+                moves0 = _moves(feedback, j, start, stop, stride, k)
+                moves1 = _moves(feedback, j + 1, start, stop, stride, k)
+                moves2 = _moves(feedback, j + 2, start, stop, stride, k)
+                moves3 = _moves(feedback, j + 3, start, stop, stride, k)
                 i = j - start
-                move = feedback + j * stride + start + k
-                moves0 = tl.load(move, mask=k < i, other=0.0)
-                moves1 = tl.load(move + stride, mask=k < (i + 1) * (j + 1 < stop), other=0.0)
-                moves2 = tl.load(move + 2 * stride, mask=k < (i + 2) * (j + 2 < stop), other=0.0)
-                moves3 = tl.load(move + 3 * stride, mask=k < (i + 3) * (j + 3 < stop), other=0.0)
                 step0, made = _round_column(made, moves0, wanted0, whole0, scale0, zero0, max_code, k == i)
                 step1, made = _round_column(made, moves1, wanted1, whole1, scale1, zero1, max_code, k == i + 1)
                 step2, made = _round_column(made, moves2, wanted2, whole2, scale2, zero2, max_code, k == i + 2)
                 step3, made = _round_column(made, moves3, wanted3, whole3, scale3, zero3, max_code, k == i + 3)
                 at = j * rows + row
-                tl.store(steps + at, step0, mask=here)
+                tl.store(steps + at, step0, mask=row < rows)
                 tl.store(steps + at + rows, step1, mask=row < rows * (j + 1 < stop))
                 tl.store(steps + at + 2 * rows, step2, mask=row < rows * (j + 2 < stop))
                 tl.store(steps + at + 3 * rows, step3, mask=row < rows * (j + 3 < stop))
-            tile = (start + k)[:, None] * rows + row[None, :]
-            inside = (start + k < stop)[:, None] & here[None, :]
+            at = (start + k)[:, None] * rows + row[None, :]
+            inside = (start + k < stop)[:, None] & (row < rows)[None, :]
             if ADDS:
-                tl.store(errors + tile, made + tl.load(errors + tile, mask=inside, other=0.0), mask=inside)
+                tl.store(errors + at, made + tl.load(errors + at, mask=inside, other=0.0), mask=inside)
             else:
-                tl.store(errors + tile, made, mask=inside)
-            value0 = _loaded(target, stop, columns, rows, row)
-            value1 = _loaded(target, stop + 1, columns, rows, row)
-            value2 = _loaded(target, stop + 2, columns, rows, row)
-            value3 = _loaded(target, stop + 3, columns, rows, row)
-            for j in range(stop, columns, 4):
-                next0 = _loaded(target, j + 4, columns, rows, row)
-                next1 = _loaded(target, j + 5, columns, rows, row)
-                next2 = _loaded(target, j + 6, columns, rows, row)
-                next3 = _loaded(target, j + 7, columns, rows, row)
-                move = feedback + j * stride + start + k
-                moves0 = tl.load(move)
-                moves1 = tl.load(move + stride, mask=k < WIDTH * (j + 1 < columns), other=0.0)
-                moves2 = tl.load(move + 2 * stride, mask=k < WIDTH * (j + 2 < columns), other=0.0)
-                moves3 = tl.load(move + 3 * stride, mask=k < WIDTH * (j + 3 < columns), other=0.0)
-                at = j * rows + row
-                tl.store(target + at, value0 + tl.sum(made * moves0[:, None], 0), mask=here)
-                tl.store(
-                    target + at + rows, value1 + tl.sum(made * moves1[:, None], 0), mask=row < rows * (j + 1 < columns)
-                )
-                value2 += tl.sum(made * moves2[:, None], 0)
-                value3 += tl.sum(made * moves3[:, None], 0)
-                tl.store(target + at + 2 * rows, value2, mask=row < rows * (j + 2 < columns))
-                tl.store(target + at + 3 * rows, value3, mask=row < rows * (j + 3 < columns))
-                value0, value1, value2, value3 = next0, next1, next2, next3
+                tl.store(errors + at, made, mask=inside)
+            for other in range(start + WIDTH, columns, WIDTH):  # the columns after these hear of their errors
+                j = other + k
+                move = feedback + j[:, None] * stride + (start + k)[None, :]
+                moves = tl.load(move, mask=(j < columns)[:, None], other=0.0)
+                at = j[:, None] * rows + row[None, :]
+                inside = (j < columns)[:, None] & (row < rows)[None, :]
+                value = tl.load(target + at, mask=inside, other=0.0)
+                tl.store(target + at, value + tl.dot(moves, made, input_precision=PRECISION), mask=inside)
+            tl.debug_barrier()  # threads read next what others have written
 
     @triton.jit
     def _stored(scale):
@@ -291,7 +312,6 @@ if triton is not None:
         feedback,
         scale,
         zero,
-        group,
         errors,
         rows,
         columns,
@@ -299,6 +319,7 @@ if triton is not None:
         max_code,
         WIDTH: tl.constexpr,
         HEIGHT: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
         here = row < rows
@@ -337,7 +358,7 @@ if triton is not None:
             bend,
             scale,
             zero,
-            group,
+            None,
             feedback,
             x,
             errors,
@@ -348,8 +369,24 @@ if triton is not None:
             row,
             WIDTH,
             HEIGHT,
+            PRECISION,
             True,
         )
+
+    @triton.jit
+    def _spanning(w, max_code, middle, min_zero, SYMMETRIC: tl.constexpr):
+        """As `grid._spanning`, for w [rows, columns] of one group."""
+        low, high = tl.minimum(tl.min(w, 1), 0.0), tl.maximum(tl.max(w, 1), 0.0)
+        tiny = 5.9604644775390625e-08
+        if SYMMETRIC:
+            reach = tl.maximum(tl.maximum(-low, high) / middle, tl.minimum(-low, high) / (middle - 1))
+            reach = tl.maximum(reach, tiny)
+            scale = tl.where(-low >= high, reach, -reach)
+            zero = tl.zeros_like(scale) + middle
+        else:
+            scale = tl.maximum(tl.maximum((high - low) / max_code, high / (max_code - min_zero)), tiny)
+            zero = tl.minimum(tl.maximum(_rounded(-low / scale), min_zero), max_code)
+        return scale, zero
 
     @triton.jit
     def _grid_steps(w, scale, zero, max_code):
@@ -362,6 +399,34 @@ if triton is not None:
     def _grid_error(w, importance, scale, zero, max_code):
         difference = _grid_steps(w, scale, zero, max_code) * _stored(scale)[:, None] - w
         return tl.sum(difference * difference * importance, 1)
+
+    @triton.jit
+    def _scaled_differences(
+        weights,
+        scales,
+        differences,
+        out,
+        groups,
+        columns,
+        max_code,
+        middle,
+        min_zero,
+        SYMMETRIC: tl.constexpr,
+        WIDTH: tl.constexpr,
+        HEIGHT: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+        candidate = tl.program_id(2).to(tl.int64)
+        k = tl.arange(0, WIDTH)
+        column = tl.program_id(1) * columns + k
+        inside = (row < out)[:, None] & (k < columns)[None, :]
+        size = tl.load(scales + candidate * groups * columns + column, mask=k < columns, other=1.0)[None, :]
+        w = tl.load(weights + row[:, None] * groups * columns + column[None, :], mask=inside, other=0.0)
+        w = w.to(tl.float32) * size
+        scale, zero = _spanning(w, max_code, middle, min_zero, SYMMETRIC)
+        error = _grid_steps(w, scale, zero, max_code) * _stored(scale)[:, None] - w
+        at = (candidate * out + row)[:, None] * groups * columns + column[None, :]
+        tl.store(differences + at, tl.div_rn(error, tl.broadcast_to(size, error.shape)), mask=inside)
 
     @triton.jit
     def _better(w, importance, max_code, scale, zero, best, at_scale, at_zero):
@@ -392,22 +457,15 @@ if triton is not None:
         at = row.to(tl.int64)[:, None] * groups * columns + group * columns + k[None, :]
         w = tl.load(weights + at, mask=(row < out)[:, None] & (k < columns)[None, :], other=0.0)
         importance = tl.load(importances + group * columns + k, mask=k < columns, other=0.0)[None, :]
+        scale, zero = _spanning(w, max_code, middle, min_zero, SYMMETRIC)
         lowest, highest = tl.min(w, 1), tl.max(w, 1)
-        low, high = tl.minimum(lowest, 0.0), tl.maximum(highest, 0.0)
-        tiny = 5.9604644775390625e-08
         if SYMMETRIC:
-            reach = tl.maximum(tl.maximum(-low, high) / middle, tl.minimum(-low, high) / (middle - 1))
-            reach = tl.maximum(reach, tiny)
-            scale = tl.where(-low >= high, reach, -reach)
-            zero = tl.zeros([HEIGHT], dtype=tl.float32) + middle
-            widest = tl.maximum(tl.maximum(-low, high) / (middle - 0.5), tiny)
+            widest = tl.maximum(tl.maximum(-lowest, highest) / (middle - 0.5), 5.9604644775390625e-08)
             widest = tl.where(-lowest >= highest, widest, -widest)
             exact = zero
         else:
-            scale = tl.maximum(tl.maximum((high - low) / max_code, high / (max_code - min_zero)), tiny)
             widest = scale
-            exact = -low / widest
-            zero = tl.minimum(tl.maximum(_rounded(exact), min_zero), max_code)
+            exact = -tl.minimum(lowest, 0.0) / widest
         best = _grid_error(w, importance, scale, zero, max_code)
         for i in range(17):
             shrunk = widest * (1.0 - 0.04 * i)

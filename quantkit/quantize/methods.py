@@ -191,13 +191,11 @@ def _round_rows(
     energy = stats.gram.diagonal()
     if factor is None:
         rounded = rtn.quantize(weight, scheme, energy=energy, min_zero=min_zero)
+        error = output_error(dequantize(rounded) - weight, stats.gram, exact=False)
     else:
         once = gptq.quantize(weight, scheme, factor, energy=energy, min_zero=min_zero)
-        rounded = refine(weight, once, stats.gram, damp=factor.damp, rounds=options.refine)
-    by_row = {
-        "error": output_error(dequantize(rounded) - weight, stats.gram, exact=False),
-        "energy": output_error(weight, stats.gram, exact=False),
-    }
+        rounded, error = refine(weight, once, stats.gram, damp=factor.damp, rounds=options.refine)
+    by_row = {"error": error, "energy": output_error(weight, stats.gram, exact=False)}
     return rounded, by_row | ({"offsets": offsets(weight, rounded)} if options.tune else {})
 
 

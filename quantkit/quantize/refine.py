@@ -24,69 +24,88 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.products import accumulate_, product
+from quantkit.products import accumulate_, fast_16bit, product
 from quantkit.quantize.columns import improve_group, wide
-from quantkit.scheme import QuantizedTensor
+from quantkit.scheme import QuantizedTensor, dequantize
+from quantkit.stats import output_error
 
 SMALLEST_DAMP = 1e-6  # a column without any energy must still have one best value
 
 
-def refine(weight: Tensor, quantized: QuantizedTensor, gram: Tensor, *, damp: float, rounds: int) -> QuantizedTensor:
+def refine(
+    weight: Tensor, quantized: QuantizedTensor, gram: Tensor, *, damp: float, rounds: int
+) -> tuple[QuantizedTensor, Tensor]:
     """Lower the error of a rounding of weight [out, in] under the Gram matrix [in, in].
 
     damp: as in `gptq.factorize`, keeps columns with hardly any energy from wandering; rounds: how often all groups
-    are gone over.
+    are gone over
+    -> the rounding, and what is left of its error by row, float32 [out]
     """
     if rounds == 0:
-        return quantized
+        return quantized, output_error(dequantize(quantized) - weight, gram, exact=False)
     diagonal = gram.diagonal()
     ridge = float(max(damp, SMALLEST_DAMP) * diagonal.mean().clamp(min=1e-30))
     # Columns as rows, [in, out], so that a column is contiguous; scales and zeros [groups, out] likewise.
-    weight = weight.float().masked_fill(diagonal <= 0, 0)  # dead columns stay at zero, as GPTQ left them
+    dead = (diagonal <= 0).unsqueeze(1)  # these stay at zero, as GPTQ left them
     zeros = quantized.zeros.float().T.contiguous()
     scales = quantized.scales.float().T.contiguous()
     columns = quantized.in_features // len(scales)
     group = torch.arange(quantized.in_features, device=gram.device) // columns
     steps = quantized.codes.T.contiguous().float().sub_(zeros[group])  # codes minus zero points
-    difference = weight.T.contiguous().addcmul_(steps, scales[group], value=-1)
-    residual = product(gram, difference, exact=False).add_(difference, alpha=ridge)  # (H + ridge I)(W - Q)
-    del weight, difference
+    difference = _difference(weight, steps, scales[group], dead)
+    rough = gram.bfloat16() if fast_16bit(gram) else gram  # once for all products
+    residual = product(rough, difference.to(rough.dtype)).add_(difference, alpha=ridge)  # (H + ridge I)(W - Q)
+    del difference
     at_once = max(1, wide(gram.device) // columns)  # groups that hear of each other's errors at once
     for _ in range(rounds):
         for first in range(0, len(scales), at_once):
             some = slice(first, min(first + at_once, len(scales)))
-            rows = gram[first * columns : some.stop * columns]
+            span = slice(first * columns, some.stop * columns)
             errors = _go_over(
-                steps, scales[some], zeros[some], residual, rows, first * columns, ridge, quantized.scheme.max_code
+                steps[span],
+                scales[some],
+                zeros[some],
+                residual[span],
+                gram[span, span],
+                rough[span, span],
+                ridge,
+                quantized.scheme.max_code,
             )
-            accumulate_(residual, rows, errors, exact=False)
-            residual[first * columns : some.stop * columns].add_(errors, alpha=ridge)
+            accumulate_(residual, rough[span], errors)
+            residual[span].add_(errors, alpha=ridge)
+    difference = _difference(weight, steps, scales[group], dead)
+    error = residual.sub_(difference, alpha=ridge).mul_(difference).sum(0)
+    del residual, difference
     codes = steps.add_(zeros[group]).to(torch.uint8).T.contiguous()
-    return replace(quantized, codes=codes, scales=scales.T.to(torch.float16).contiguous())
+    return replace(quantized, codes=codes, scales=scales.T.to(torch.float16).contiguous()), error
+
+
+def _difference(weight: Tensor, steps: Tensor, scales: Tensor, dead: Tensor) -> Tensor:
+    """(W - Q)^T: what weight [out, in] is above steps times scales, both [in, out]; nothing in dead columns [in, 1]."""
+    return weight.float().T.contiguous().addcmul_(steps, scales, value=-1).masked_fill_(dead, 0)
 
 
 def _go_over(
-    steps: Tensor,
+    x: Tensor,
     scales: Tensor,
     zeros: Tensor,
     residual: Tensor,
-    rows: Tensor,
-    start: int,
+    gram: Tensor,
+    rough: Tensor,
     ridge: float,
     max_code: int,
 ) -> Tensor:
-    """Refit and round the groups whose columns begin at `start`, in order; steps and scales in place.
+    """Refit and round groups of columns in order; steps and scales in place.
 
-    scales, zeros: of these groups; rows: of the Gram matrix, of their columns
-    -> errors: what Q has lost by that, [columns, out]
+    x: steps, residual: [columns, out]; scales, zeros: [groups, out]; gram, rough: [columns, columns], the latter in the
+    type of the products
+    -> errors: what Q has lost by that, [columns, out] in that type
     """
-    count = len(rows)
-    columns = count // len(scales)
-    x, pull, local = steps[start : start + count], residual[start : start + count].clone(), rows[:, start:][:, :count]
-    energy = local.diagonal() + ridge
-    feedback = local / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
-    bend = _within_groups(local, x, ridge, columns)
-    errors = torch.empty_like(pull)
+    columns = len(x) // len(scales)
+    pull, energy = residual.clone(), gram.diagonal() + ridge
+    feedback = gram / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
+    bend = _within_groups(gram, x, ridge, columns)
+    errors = torch.empty_like(pull, dtype=rough.dtype)
     for group in range(len(scales)):
         part = slice(group * columns, (group + 1) * columns)
         improve_group(
@@ -100,8 +119,8 @@ def _go_over(
             max_code,
             errors[part],
         )
-        if part.stop < count:
-            accumulate_(pull[part.stop :], local[part, part.stop :], errors[part], exact=False)
+        if part.stop < len(x):
+            accumulate_(pull[part.stop :], rough[part, part.stop :], errors[part])
     return errors
 
 
