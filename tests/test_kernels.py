@@ -17,7 +17,9 @@ from torch import Tensor
 from quantkit.quantize import awq, columns, grid, kernels
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+compiler = pytest.importorskip("triton.compiler")
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(
@@ -33,6 +35,33 @@ def test_in_the_interpreter() -> None:
     result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("_round_block", {"WIDTH": 32, "HEIGHT": 32, "PRECISION": "tf32x3"}),
+        ("_improve_group", {"WIDTH": 32, "HEIGHT": 32, "PRECISION": "ieee"}),
+        ("_search", {"SYMMETRIC": True, "WIDTH": 128, "HEIGHT": 16}),
+        ("_search", {"SYMMETRIC": False, "WIDTH": 128, "HEIGHT": 16}),
+        ("_scaled_differences", {"SYMMETRIC": False, "WIDTH": 128, "HEIGHT": 16}),
+    ],
+    ids=str,
+)
+def test_a_kernel_compiles_for_a_gpu_that_is_not_here(
+    name: str, constants: dict[str, int | str], capability: int
+) -> None:
+    """The interpreter takes what the compiler refuses."""
+    kernel = getattr(kernels, name)
+    numbers = dict.fromkeys(("rows", "columns", "stride", "out", "groups"), "i32")
+    numbers |= dict.fromkeys(("max_code", "middle", "min_zero"), "fp32")
+    numbers["group"] = "*i64"
+    signature = {x: "constexpr" if x in constants else numbers.get(x, "*fp32") for x in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, {(kernel.arg_names.index(x),): v for x, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+    assert compiled.asm["ptx"]
 
 
 def random(*shape: int, seed: int) -> Tensor:

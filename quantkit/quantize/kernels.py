@@ -287,13 +287,13 @@ if triton is not None:
             else:
                 tl.store(errors + at, made, mask=inside)
             for other in range(start + WIDTH, columns, WIDTH):  # the columns after these hear of their errors
-                j = other + k
-                move = feedback + j[:, None] * stride + (start + k)[None, :]
-                moves = tl.load(move, mask=(j < columns)[:, None], other=0.0)
-                at = j[:, None] * rows + row[None, :]
-                inside = (j < columns)[:, None] & (row < rows)[None, :]
-                value = tl.load(target + at, mask=inside, other=0.0)
-                tl.store(target + at, value + tl.dot(moves, made, input_precision=PRECISION), mask=inside)
+                later = other + k
+                move = feedback + later[:, None] * stride + (start + k)[None, :]
+                moves = tl.load(move, mask=(later < columns)[:, None], other=0.0)
+                to = later[:, None] * rows + row[None, :]
+                within = (later < columns)[:, None] & (row < rows)[None, :]
+                value = tl.load(target + to, mask=within, other=0.0)
+                tl.store(target + to, value + tl.dot(moves, made, input_precision=PRECISION), mask=within)
             tl.debug_barrier()  # threads read next what others have written
 
     @triton.jit

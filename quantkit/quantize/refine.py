@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.products import accumulate_, fast_16bit, product
+from quantkit.products import accumulate_, fast_16bit, product, products
 from quantkit.quantize.columns import improve_group, wide
 from quantkit.scheme import QuantizedTensor, dequantize
 from quantkit.stats import output_error
@@ -104,7 +104,7 @@ def _go_over(
     columns = len(x) // len(scales)
     pull, energy = residual.clone(), gram.diagonal() + ridge
     feedback = gram / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
-    bend = _within_groups(gram, x, ridge, columns)
+    bend = _within_groups(rough, x, ridge, columns)
     errors = torch.empty_like(pull, dtype=rough.dtype)
     for group in range(len(scales)):
         part = slice(group * columns, (group + 1) * columns)
@@ -124,8 +124,8 @@ def _go_over(
     return errors
 
 
-def _within_groups(local: Tensor, x: Tensor, ridge: float, columns: int) -> Tensor:
+def _within_groups(rough: Tensor, x: Tensor, ridge: float, columns: int) -> Tensor:
     """(H_gg + ridge I) x_g for each group of `columns` columns of x [columns, out]: [groups, columns, out]."""
-    blocks = torch.stack([local[i : i + columns, i : i + columns] for i in range(0, len(local), columns)])
+    blocks = torch.stack([rough[i : i + columns, i : i + columns] for i in range(0, len(rough), columns)])
     grouped = x.unflatten(0, (-1, columns))
-    return torch.baddbmm(grouped, blocks, grouped, beta=ridge)
+    return products(blocks, grouped.to(rough.dtype)).add_(grouped, alpha=ridge)
