@@ -175,7 +175,12 @@ def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 def fast_16bit(like: Tensor) -> bool:
     """Whether 16-bit products with a float32 result are there, and faster."""
-    return like.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
+    return like.is_cuda and _float32_of_16bit()
+
+
+@cache
+def _float32_of_16bit() -> bool:
+    return hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ tests and runs where Triton or a GPU is missing. Sums are taken in another order
 may go to the other side of it. The kernels themselves carry no type hints: Triton reads them as code.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def _interpreted() -> bool:
     return not isinstance(_round_block, triton.JITFunction)
 
 
+@cache
 def _precise() -> str:
     """How Triton multiplies float32 to its last bits: on tensor cores where they take tf32, in three products."""
     fast = torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
