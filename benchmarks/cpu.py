@@ -16,12 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 TOOLS = {
     "quantkit gptq": "quantkit",
     "quantkit awq": "quantkit",
+    "quantkit gptq --inputs original": "quantkit",
     "llm-compressor gptq": "llmcompressor",
     "llm-compressor awq": "llmcompressor",
     "GPTQModel gptq": "gptqmodel",
@@ -29,7 +31,9 @@ TOOLS = {
 }
 
 
-def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) -> Callable[[], None]:
+def by_quantkit(
+    method: str, model: Path, ids: Path, samples: int, out: Path, inputs: str = "quantized"
+) -> Callable[[], None]:
     """Our pipeline without verification."""
     import torch
     from rich.console import Console
@@ -51,7 +55,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path) ->
     scheme = choose_scheme(method, Recipe(), 4, 128, None)
     plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])
     tokens = TokenSet(load_file(ids)["input_ids"][:samples], "ids", "ids", "ids")
-    job = Job(opened, plan, method, Options(), tokens, None, out, torch.device("cpu"))
+    job = Job(opened, plan, method, Options(), tokens, None, out, torch.device("cpu"), inputs=inputs)
 
     def work() -> None:
         with display(Console(stderr=True), job.device) as progress:
@@ -145,13 +149,13 @@ def by_autoawq(method: str, model: Path, ids: Path, samples: int, out: Path) -> 
 def time_here(tool: str, model: Path, ids: Path, samples: int) -> dict[str, float]:
     """Run one tool in this process."""
     prepare = {
-        "quantkit": by_quantkit,
+        "quantkit": partial(by_quantkit, inputs="original") if tool.endswith("original") else by_quantkit,
         "llmcompressor": by_llmcompressor,
         "gptqmodel": by_gptqmodel,
         "autoawq": by_autoawq,
     }[TOOLS[tool]]
     with tempfile.TemporaryDirectory() as scratch:
-        work = prepare(tool.rpartition(" ")[2], model, ids, samples, Path(scratch) / "out")
+        work = prepare(tool.split()[1], model, ids, samples, Path(scratch) / "out")
         began, used = time.perf_counter(), time.process_time()
         work()
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
@@ -184,7 +188,7 @@ def main() -> None:
     ratios = {
         tool: figures["seconds"] / found[ours]["seconds"]
         for tool, figures in found.items()
-        if (ours := f"quantkit {tool.rpartition(' ')[2]}") in found and ours != tool
+        if (ours := f"quantkit {tool.split()[1]}") in found and ours != tool
     }
     print(json.dumps({"samples": said.samples, "threads": said.threads, "tools": found, "ratios": ratios}, indent=2))
 

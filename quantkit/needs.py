@@ -133,12 +133,15 @@ def _calibrating(site: Sequence[LinearPlan], model: Shapes, work: Work) -> int:
 
 
 def _rounding(site: Sequence[LinearPlan], work: Work) -> int:
-    """The Gram matrix and its factor, the drift, the site's weights, and copies of those that are rounded together."""
+    """The Gram matrix (on a GPU also in 16 bit) and its factor, the drift, the site's weights, and copies of those that
+    are rounded together.
+    """
     weights = _weights(site)
     if not work.calibrated:
         return 4 * 4 * weights
     copies = SITE_COPIES * weights + ROUNDING_COPIES * min(weights, weights_at_once(work.on_gpu))
-    return 2 * 4 * site[0].in_features ** 2 + _drift(site, work) + 4 * copies
+    grams = (2 * 4 + 2 * work.on_gpu) * site[0].in_features ** 2
+    return grams + _drift(site, work) + 4 * copies
 
 
 def _drift(site: Sequence[LinearPlan], work: Work) -> int:

@@ -187,6 +187,38 @@ def test_same_request_same_bytes_whatever_memory_there_is(tmp_path: Path, qwen2:
     assert memory["ram_bytes"] <= memory["ram_limit"]
 
 
+WITHOUT_OVERLAP = """
+import runpy, sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from quantkit import pipeline
+
+@contextmanager
+def read_ahead(read, count):
+    numbers = iter(range(count))
+    yield SimpleNamespace(take=lambda: read(next(numbers)))
+
+@contextmanager
+def writer():
+    yield SimpleNamespace(submit=lambda write: write())
+
+pipeline.read_ahead, pipeline.writer = read_ahead, writer
+sys.argv[0] = "quantkit"
+runpy.run_module("quantkit", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_what_is_read_and_written_beside_the_work_changes_no_byte(
+    tmp_path: Path, qwen2: Path, ids: Path, method: str
+) -> None:
+    done(*command(method, qwen2, tmp_path / "beside", ids))
+    words = command(method, qwen2, tmp_path / "in_turn", ids)
+    assert words[:3] == [sys.executable, "-m", "quantkit"]
+    done(sys.executable, "-c", WITHOUT_OVERLAP, *words[3:])
+    assert contents(tmp_path / "in_turn") == contents(tmp_path / "beside")
+
+
 def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "out"

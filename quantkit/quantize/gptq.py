@@ -125,7 +125,8 @@ def times_inverse(matrix: Tensor, factor: Factor) -> Tensor:
     for part, inverse in blocks:
         wanted[part] = product(inverse, wanted[part])
         accumulate_(wanted[part.stop :], factor.feedback[part.stop :, part].T, -wanted[part])
-    return wanted[torch.argsort(factor.order)].T.contiguous()
+    wanted = wanted[torch.argsort(factor.order)]
+    return wanted.T.contiguous()
 
 
 def _blocks(rows: Tensor) -> list[slice]:
