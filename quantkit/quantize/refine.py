@@ -74,7 +74,8 @@ def refine(
             accumulate_(residual, rough[span], errors)
             residual[span].add_(errors, alpha=ridge)
     difference = _difference(weight, steps, scales[group], dead)
-    error = residual.sub_(difference, alpha=ridge).mul_(difference).sum(0)
+    # Summed along rows in memory, so that how many there are does not decide the last bits.
+    error = residual.sub_(difference, alpha=ridge).mul_(difference).T.contiguous().sum(1)
     del residual, difference
     codes = steps.add_(zeros[group]).to(torch.uint8).T.contiguous()
     return replace(quantized, codes=codes, scales=scales.T.to(torch.float16).contiguous()), error
