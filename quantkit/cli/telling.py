@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -48,6 +48,12 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def _interrupted(resumes: bool) -> NoReturn:
+    kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
+    typer.echo(f"\ninterrupted{kept}: {command(without=('--fresh',))}", err=True)
+    raise typer.Exit(INTERRUPTED) from None
+
+
 @contextmanager
 def told(*, resumes: bool = False) -> Iterator[None]:
     """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback.
@@ -61,10 +67,10 @@ def told(*, resumes: bool = False) -> Iterator[None]:
     except QuantkitError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
-        typer.echo(f"\ninterrupted{kept}: {command(without=('--fresh',))}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        _interrupted(resumes)
     except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it came while torch was changing its modes
+            _interrupted(resumes)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         again = "; finished layers are kept" if resumes else ""
