@@ -126,7 +126,7 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
     calibrate: the linears of the site before, once for each stream; half of a symmetric product for the Gram matrix;
     the drift; at the last site the original's last linear. quantize: the factor; the correction by the drift; AWQ's
     candidates on the rows that judge them; GPTQ's updates; the refinement's first residual and rounds; the
-    error that is told. run: the last site's linears
+    energy that the told error is a share of. run: the last site's linears
     """
     linears, tokens = job.plan.layer(0), 0 if job.calibration is None else job.calibration.input_ids.numel()
     drifts = job.follows_original
@@ -144,8 +144,8 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
             found[f"calibrate {kinds(site)}"] = Floor((1 + drifts) * run + summed + leaves)
             judged = sum(min(count, ROWS_JUDGED) for count in rows)
             search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.producer else 0
-            refine = update * (job.options.refine + 1) if job.options.refine else 0
-            solved = width**3 // 3 + 2 * drifts * update + update // 2 + refine + 2 * update
+            refine = update * (job.options.refine + 1)  # its last residual, or without it a product, gives the error
+            solved = width**3 // 3 + 2 * drifts * update + update // 2 + refine + update
             found[f"quantize {kinds(site)}"] = Floor(search + solved)
         run = 2 * tokens * sum(rows) * width
     return found | {"run the quantized": Floor(run)}

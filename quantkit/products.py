@@ -89,7 +89,7 @@ def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     return accumulate_(total, left.T, right, exact=exact)
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
+def batched_product(left: Tensor, right: Tensor) -> Tensor:
     """left [b, m, k] @ right [b, k, n] in float32, of float32 or, where `fast_16bit`, of one 16-bit type."""
     if left.dtype == torch.float32:
         return torch.bmm(left, right)

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import typer
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantkit.cli.telling import told
 from quantkit.formats import FORMATS
 from quantkit.scheme import Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
@@ -91,6 +93,23 @@ def naive_figures(model: Path, quantized: torch.nn.Module, ids: torch.Tensor) ->
         "perplexity_fp16": float((-p.gather(-1, targets)).mean().exp()),
         "kl_divergence": float((p.exp() * (p - q)).sum(-1).mean()),
     }
+
+
+def test_an_interrupt_that_becomes_an_error_on_its_way_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch, changing its modes, answers Ctrl-C with a RuntimeError; one of its own keeps its traceback."""
+
+    def changing_modes() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("trying to pop from empty mode stack")  # noqa: B904 - as torch does
+
+    with pytest.raises(typer.Exit) as stopped, told(resumes=True):
+        changing_modes()
+    assert stopped.value.exit_code == 130
+    assert "interrupted; finished layers are kept" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="its own"), told():
+        raise RuntimeError("its own")
 
 
 @pytest.mark.parametrize(

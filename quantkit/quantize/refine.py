@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.products import accumulate_, fast_16bit, product, products
+from quantkit.products import accumulate_, batched_product, fast_16bit, product
 from quantkit.quantize.columns import improve_group, wide
 from quantkit.scheme import QuantizedTensor, dequantize
 from quantkit.stats import output_error
@@ -129,4 +129,4 @@ def _within_groups(rough: Tensor, x: Tensor, ridge: float, columns: int) -> Tens
     """(H_gg + ridge I) x_g for each group of `columns` columns of x [columns, out]: [groups, columns, out]."""
     blocks = torch.stack([rough[i : i + columns, i : i + columns] for i in range(0, len(rough), columns)])
     grouped = x.unflatten(0, (-1, columns))
-    return products(blocks, grouped.to(rough.dtype)).add_(grouped, alpha=ridge)
+    return batched_product(blocks, grouped.to(rough.dtype)).add_(grouped, alpha=ridge)
