@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from quantkit.errors import RankError
 MOST_DIMENSIONS = 4  # of a tensor that is sent
 LOST = "a process of this run was lost, or all were stopped; finished layers are kept, and the same command continues"
 PROBLEM, INTERRUPTED = 1, 130  # exit codes
+PATIENCE = 30  # seconds that a process with nothing to tell waits to be stopped
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ ALONE = Ranks()
 def joined(tell: Callable[[str], None]) -> Iterator[Ranks]:
     """Meet the other processes that torchrun has started; without it, this one is alone.
 
-    What goes wrong is told by one process, the first: the exceptions of the others become silent exits. Where a process
-    is lost, torchrun stops the others; then `tell` is called with one line, by one of them.
+    What goes wrong is told by one process, the first to meet it: the exceptions of the others become silent exits.
+    Where a process is lost, torchrun stops the others; then `tell` is called with one line, by one of them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
@@ -158,9 +160,20 @@ def joined(tell: Callable[[str], None]) -> Iterator[Ranks]:
     except (Exception, KeyboardInterrupt) as problem:
         if first_to_tell():
             raise
-        raise SystemExit(INTERRUPTED if isinstance(problem, KeyboardInterrupt) else PROBLEM) from None
+        if isinstance(problem, KeyboardInterrupt):
+            raise SystemExit(INTERRUPTED) from None
+        give_way()
+        raise SystemExit(PROBLEM) from None
     else:
         dist.destroy_process_group()
+
+
+def give_way() -> None:
+    """Stay until torchrun stops this process, as it does when another ends with a problem.
+
+    An exit before that would have torchrun stop the other one, perhaps before it has told what is wrong.
+    """
+    time.sleep(PATIENCE)
 
 
 @contextmanager

@@ -102,6 +102,28 @@ def test_problems_are_told_once(tmp_path: Path, wide: Path, odd_ids: Path, words
     assert not (tmp_path / "out").exists()
 
 
+LATE = """
+import os, sys
+if os.environ["RANK"] == "0":
+    import transformers.models.qwen2.modeling_qwen2  # takes seconds
+from quantkit.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"), [(["fit", "MODEL"], "fit: runs in one process"), (["awq", "--nonsense"], "No such option")]
+)
+def test_a_process_with_nothing_to_tell_waits_for_the_one_that_has(
+    tmp_path: Path, words: list[str], problem: str
+) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    given = several(2, [sys.executable, str(tmp_path / "late.py"), *words])
+    refused = subprocess.run(given, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert refused.returncode != 0
+    assert refused.stderr.count(problem) == 1
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_cover_everything_once(size: int) -> None:
     ranks = [Ranks(rank, size) for rank in range(size)]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -67,6 +67,7 @@ from quantkit.cli.telling import (
     FAIL,
     PROBLEM,
     command,
+    fail,
     print_json,
     processes,
     quiet_libraries,
@@ -508,8 +509,8 @@ def options(
     """Quantize, verify and publish large language models on one card."""
     if processes() > 1 and context.invoked_subcommand not in METHODS:
         if os.environ["RANK"] == "0":
-            tell(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
-        raise typer.Exit(PROBLEM)
+            fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
+        _leave_to_the_first(PROBLEM)
 
 
 def main() -> None:
@@ -521,7 +522,15 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "exit_code"):  # click's, wherever typer has it from
             raise
-        sys.exit(error.exit_code)
+        _leave_to_the_first(error.exit_code)
+
+
+def _leave_to_the_first(code: int) -> NoReturn:
+    """End as one of several processes whose first tells why."""
+    from quantkit.ranks import give_way
+
+    give_way()
+    sys.exit(code)
 
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
