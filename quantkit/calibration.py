@@ -24,7 +24,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,11 @@ def load_eval(
 
     A `.txt` file follows the usual WikiText protocol (GPTQ, arXiv 2210.17323): the whole file is tokenized as one text
     and cut into windows that do not overlap, the remainder dropped. Documents of other sources are joined in
-    their order by the end-of-text token and cut alike. A `.safetensors` source is used as it is. Raises as `load`.
+    their order by the end-of-text token and cut alike. The windows of a `.safetensors` source are used as they are.
+    Raises as `load`.
     """
     if _is_token_file(source):
-        return _token_file(source, vocab_size)
+        return _first_windows(_token_file(source, vocab_size), samples)
     _check_positive(samples=1 if samples is None else samples, seqlen=seqlen)
     parts = MIX if source == "mix" else (source,)
     most = max(1, EVAL_TOKENS // seqlen) * seqlen if source == DEFAULT_EVAL else sys.maxsize
@@ -151,7 +152,7 @@ def load_eval(
     stream = _join(_encode(_in_turn(texts), tok, fallbacks), tok.eos_token_id, need)
     count = min(len(stream), need) // seqlen if samples is None else samples
     if len(stream) < max(count, 1) * seqlen:
-        raise _too_short(source, len(stream), max(count, 1), seqlen, 1)
+        raise _too_short(source, len(stream), max(count, 1), seqlen, option="--eval-samples")
     whole = source.lower().endswith(".txt") and source not in BUNDLED
     start = "whole file tokenized as one text" if whole else "documents in order, joined by the end-of-text token"
     kept = "all windows" if samples is None and len(stream) < need else f"the first {count} windows"
@@ -279,8 +280,12 @@ def _token_set(ids: Tensor, source: str, vocab_size: int, protocol: str, notes: 
             f"{source}: token id {bad} is outside the vocabulary, expected 0 to {vocab_size - 1}; "
             "use the tokenizer that belongs to the model"
         )
+    return TokenSet(ids, source, _sha256(ids), protocol, notes)
+
+
+def _sha256(ids: Tensor) -> str:
     content = torch.cat([torch.tensor(ids.shape), ids.flatten()]).numpy().astype("<i8").tobytes()
-    return TokenSet(ids, source, hashlib.sha256(content).hexdigest(), protocol, notes)
+    return hashlib.sha256(content).hexdigest()
 
 
 # Sources -> documents
@@ -453,6 +458,17 @@ def _token_file(source: str, vocab_size: int) -> TokenSet:
     return _token_set(ids, source, vocab_size, "the windows of the file, as they are")
 
 
+def _first_windows(tokens: TokenSet, samples: int | None) -> TokenSet:
+    _check_positive(samples=1 if samples is None else samples)
+    if samples is None or samples == tokens.samples:
+        return tokens
+    if samples > tokens.samples:
+        raise _too_short(tokens.source, tokens.input_ids.numel(), samples, tokens.seqlen, option="--eval-samples")
+    ids = tokens.input_ids[:samples].contiguous()
+    protocol = f"the first {samples} windows of the file, as they are"
+    return replace(tokens, input_ids=ids, sha256=_sha256(ids), protocol=protocol)
+
+
 # Errors and notes
 
 
@@ -462,8 +478,10 @@ def _check_positive(**numbers: int) -> None:
             raise InputError(f"--{name}: expected at least 1, got {number}")
 
 
-def _too_short(source: str, tokens: int, samples: int, seqlen: int, parts: int) -> InputError:
-    hint = f"--samples {tokens // seqlen * parts}" if tokens >= seqlen else f"--seqlen {tokens} or less"
+def _too_short(
+    source: str, tokens: int, samples: int, seqlen: int, parts: int = 1, option: str = "--samples"
+) -> InputError:
+    hint = f"{option} {tokens // seqlen * parts}" if tokens >= seqlen else f"--seqlen {tokens} or less"
     need = f"{samples} x {seqlen} = {samples * seqlen}"
     return InputError(f"{source}: got {tokens} tokens, expected {need}; use {hint}, or a longer source")
 

@@ -318,6 +318,19 @@ def test_token_file_is_used_as_it_is(tmp_path: Path) -> None:
     assert load_eval(path, no_tokenizer, seqlen=99, vocab_size=12).sha256 == found.sha256
 
 
+def test_fewer_windows_of_a_token_file_can_be_evaluated(tmp_path: Path) -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    save_file({"input_ids": ids[:2].contiguous()}, tmp_path / "two.safetensors")
+    path, two = str(tmp_path / "ids.safetensors"), str(tmp_path / "two.safetensors")
+    found = load_eval(path, lambda: PLAIN, seqlen=4, samples=2, vocab_size=12)
+    assert torch.equal(found.input_ids, ids[:2])
+    assert found.sha256 == load_eval(two, lambda: PLAIN, seqlen=4, vocab_size=12).sha256
+    assert "first 2 windows" in found.protocol
+    with pytest.raises(InputError, match="use --eval-samples 3"):
+        load_eval(path, lambda: PLAIN, seqlen=4, samples=4, vocab_size=12)
+
+
 def test_long_text_gives_no_warning(stories: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
     get(stories, samples=1, seqlen=64)
     assert "longer than" not in caplog.text + "".join(capfd.readouterr())
