@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -162,18 +162,19 @@ def joined(tell: Callable[[str], None]) -> Iterator[Ranks]:
             raise
         if isinstance(problem, KeyboardInterrupt):
             raise SystemExit(INTERRUPTED) from None
-        give_way()
-        raise SystemExit(PROBLEM) from None
+        give_way(PROBLEM)
     else:
         dist.destroy_process_group()
 
 
-def give_way() -> None:
-    """Stay until torchrun stops this process, as it does when another ends with a problem.
+def give_way(code: int) -> NoReturn:
+    """End without a word, but stay until torchrun stops this process, as it does when another ends with a problem.
 
     An exit before that would have torchrun stop the other one, perhaps before it has told what is wrong.
     """
-    time.sleep(PATIENCE)
+    with suppress(KeyboardInterrupt):  # torchrun hands on an interrupt, and another has told of that as well
+        time.sleep(PATIENCE)
+    raise SystemExit(code)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -510,7 +510,9 @@ def options(
     if processes() > 1 and context.invoked_subcommand not in METHODS:
         if os.environ["RANK"] == "0":
             fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
-        _leave_to_the_first(PROBLEM)
+        from quantkit.ranks import give_way
+
+        give_way(PROBLEM)
 
 
 def main() -> None:
@@ -522,15 +524,9 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "exit_code"):  # click's, wherever typer has it from
             raise
-        _leave_to_the_first(error.exit_code)
+        from quantkit.ranks import give_way
 
-
-def _leave_to_the_first(code: int) -> NoReturn:
-    """End as one of several processes whose first tells why."""
-    from quantkit.ranks import give_way
-
-    give_way()
-    sys.exit(code)
+        give_way(error.exit_code)
 
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
