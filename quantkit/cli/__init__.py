@@ -517,6 +517,7 @@ def options(
 
 def main() -> None:
     """The `quantkit` console script."""
+    _let_memory_grow()
     if processes() == 1 or os.environ["RANK"] == "0":
         app(prog_name="quantkit")
     try:  # what is wrong with the words is told once, by the first of several processes
@@ -527,6 +528,14 @@ def main() -> None:
         from quantkit.ranks import give_way
 
         give_way(error.exit_code)
+
+
+def _let_memory_grow() -> None:
+    """Have torch, which reads this when it is imported, extend a GPU's memory in place: what is cached in pieces that
+    fit nothing would count against --vram. What the user has set stays.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
