@@ -11,7 +11,6 @@ result must not depend on memory. A GPU takes as many as fit.
 
 import mmap
 import os
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
+from quantkit.machine import pin
 from quantkit.portions import LOGITS_AT_ONCE, TOKENS_AT_ONCE_GPU
 
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
@@ -93,7 +93,7 @@ def open_stream(
     if place == "ram":
         states = torch.empty(shape, dtype=dtype)
         if device.type == "cuda":
-            _pin(states)
+            pin(states)
         return Stream(states, place, batch)
     try:
         with spill.open("w+b") as file:
@@ -107,13 +107,6 @@ def open_stream(
     finally:
         spill.unlink(missing_ok=True)
     return Stream(torch.frombuffer(mapping, dtype=dtype).view(shape), place, batch, mapping)
-
-
-def _pin(tensor: Tensor) -> None:
-    """Let a GPU copy from and to this memory directly; torch's own pinned memory comes in powers of two."""
-    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
-    if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)) == 0:
-        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
 def choose_place(nbytes: int, device: torch.device) -> str:

@@ -50,12 +50,6 @@ def loaded(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dty
     }
 
 
-def embedding_names(model: StreamedModel) -> list[str]:
-    """What has to be loaded to embed tokens: all outside the layers but the head."""
-    head = model.head_name
-    return [name for name in model.outside() if not (head and name.startswith(f"{head}."))]
-
-
 def ending_names(model: StreamedModel) -> list[str]:
     """What has to be loaded to turn hidden states into logits: all outside the layers but an embedding of its own."""
     before = () if model.tied else model.before_layers()

@@ -25,7 +25,6 @@ from quantkit.errors import NumericsError
 from quantkit.evaluation import (
     Progress,
     embed_tokens,
-    embedding_names,
     ending_names,
     loaded,
     open_states,
@@ -35,6 +34,7 @@ from quantkit.model.streaming import (
     StreamedModel,
     assign,
     drop,
+    embedding_names,
     logits,
     outside_loaded,
     read_layer,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,7 +167,7 @@ def to_stored(name: str, tensor: Tensor) -> Tensor:
         NumericsError: a value beyond float16.
     """
     stored = tensor.to(torch_dtype(STORED))
-    if not bool(torch.isfinite(stored).all()):
+    if stored.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stored)).tolist())):
         raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
     return stored
 

@@ -6,10 +6,12 @@ import platform
 import re
 import resource
 import sys
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from quantkit.errors import InputError
 from quantkit.products import fast_bfloat16
@@ -34,6 +36,13 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def pin(tensor: Tensor) -> None:
+    """Let a GPU copy from and to this tensor's memory directly; torch's own pinned memory comes in powers of two."""
+    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
+    if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)) == 0:
+        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
 def peak_device_bytes(device: torch.device) -> int:

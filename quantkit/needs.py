@@ -3,13 +3,13 @@
 
 `memory` chooses by it before a run, `fit` tells it before there is a model. One of these moments is the peak:
 
-    begin   everything outside the layers as stored; the input embedding as written, then as it runs
+    begin   the input embedding, or what comes after the layers, as stored and as written; the former as it runs
     layer   the layer as it runs, as it was, and what has been quantized of it; for the site that needs most, what sums
             up its inputs or what rounds its weights (see `_calibrating`, `_rounding`). In RAM also the layer as stored,
-            the next one being read, and the shard being written
+            the next one being read, its shard, and the one being written
     head    where it is quantized: it whole and its codes, and what is at work on some of its rows
     end     what makes logits twice (the model's and the written one, where they differ), and the logits of both for a
-            micro-batch
+            micro-batch; without a comparison what comes after the layers, as stored and as written
 """
 
 import math
@@ -25,6 +25,7 @@ MIB = 2**20
 PROCESS_BYTES = 704 * MIB  # of RAM: Python, torch and transformers, what oneDNN keeps, tokenizer and tokens
 CUDA_PROCESS_BYTES = 3 * 2**30  # of RAM with CUDA's libraries loaded
 CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
+PINNED_ROUNDING = 2  # torch pins memory in powers of two
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
 SITE_COPIES = 2  # of a site's weights: scaled, together
 ROUNDING_COPIES = 6  # of those that are rounded together: corrected, steps, residual, a product, two at work
@@ -114,11 +115,19 @@ def _working(model: Shapes, work: Work) -> dict[str, int]:
 
 def _files(model: Shapes, work: Work) -> dict[str, int]:
     """Moment -> bytes of what is read and written, in 16 bit but for codes."""
-    before, outside, largest = _count(model.before_layers()), _count(model.outside()), _largest_layer(model)
-    moments = {"begin": 2 * (outside + before), "layer": 5 * largest, "end": 4 * outside if work.compared else 0}
+    before, after, outside = (_count(x()) for x in (model.before_layers, model.after_layers, model.outside))
+    largest = _largest_layer(model)
+    bits = max((linear.scheme.bits if linear.scheme else 16 for linear in work.linears), default=16)
+    shards = 2 * largest * bits // 8 * (PINNED_ROUNDING if work.on_gpu else 1)  # one made, one being written
+    kept = shards if work.on_gpu else 0  # torch keeps what it has pinned
+    moments = {
+        "begin": 4 * max(before, after),
+        "layer": 4 * largest + shards,
+        "end": kept + 4 * (outside if work.compared else after),
+    }
     if work.head is not None:
         whole = _weights([work.head])
-        moments["head"] = 2 * (outside + whole)
+        moments["head"] = kept + 2 * (outside + whole)
         moments["end"] += DEQUANTIZING * whole if work.compared else 0
     return moments
 

@@ -35,7 +35,6 @@ from quantkit.evaluation import (
     advance,
     compare,
     embed_tokens,
-    embedding_names,
     ending_names,
     loaded,
     observe,
@@ -45,11 +44,20 @@ from quantkit.evaluation import (
 from quantkit.head import head_stats, quantize_head
 from quantkit.job import Job
 from quantkit.layer import LayerResult, quantize_layer, records_of, to_stored
-from quantkit.machine import peak_device_bytes, peak_rss_bytes, return_freed_memory
+from quantkit.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Shortcut
 from quantkit.model.sites import sites_of
-from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
+from quantkit.model.streaming import (
+    assign,
+    drop,
+    embedding_names,
+    layer_room,
+    move_buffers,
+    outside_loaded,
+    read_layer,
+    read_outside,
+)
 from quantkit.passage import Passage, shortcuts_of
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
@@ -151,6 +159,18 @@ def _compare_recipes(job: Job, journal: Journal) -> None:
             return
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """What travels through the layers, as far as the job has it: the evaluation samples on both models; the calibration
+    samples, and once more on the original where its drift from theirs is made up for.
+    """
+
+    original: Stream | None
+    quantized: Stream | None
+    calibration: Stream | None
+    wanted: Stream | None
+
+
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
@@ -160,30 +180,44 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     job = replace(job, calibration=prepare(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
     _copy_outside(job, journal, shards["embeddings"])
-    for name, tensor in read_outside(model).items():  # what cannot be stored is told now, not after the last layer
-        to_stored(name, tensor)
-    place = job.place or _place(job)
-    original = _open(job, job.evaluation, "original", place)
-    quantized = _open(job, job.evaluation, "quantized", place)
-    calibration = _open(job, job.calibration, "calibration", place)
-    wanted = _open(job, job.calibration if job.follows_original else None, "wanted", place)
-    streams = {"calibration": calibration, "evaluation": original}
-    progress.start(len(model.layers), tokens, {name: stream.place for name, stream in streams.items() if stream})
-    with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
-        _embed(job, job.evaluation, original)
-        _embed(job, job.calibration, wanted)
-        if job.inputs == "original":
-            _embed(job, job.calibration, calibration)
-        learn_sizes(job, calibration, gram_samples)
-    with outside_loaded(model, _loaded(job, _written(job, shards["embeddings"], embedding_names(model)))):
-        _embed(job, job.evaluation, quantized)
-        if job.inputs == "quantized":
-            _embed(job, job.calibration, calibration)
+    for name in model.outside():  # what cannot be stored is told now, not after the last layer
+        to_stored(name, read_outside(model, [name])[name])
+    streams = _open_streams(job)
+    places = {"calibration": streams.calibration, "evaluation": streams.original}
+    progress.start(len(model.layers), tokens, {name: stream.place for name, stream in places.items() if stream})
+    _embed_streams(job, streams, shards["embeddings"], gram_samples)
+    layer_errors = _through_layers(job, sites, journal, progress, streams, gram_samples)
 
+    if plan.head is not None and plan.head.scheme is not None and "head" not in journal.finished:
+        progress.ending("quantize lm_head")
+        _quantize_head(job, journal, shards["head"], plan.head, streams.calibration, streams.wanted, gram_samples)
+    elif "head" in shards:
+        _copy_outside(job, journal, shards["head"])
+    measured = None
+    if job.evaluation and streams.original and streams.quantized:
+        progress.ending("compare the logits")
+        measured = _compare(job, streams.original, streams.quantized, shards) | {"layer_errors": layer_errors}
+    units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
+    peaks = job.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(job.device)]])).tolist()
+    return Outcome(units, measured, _fallbacks(job, journal, streams), tuple((rss, device) for rss, device in peaks))
+
+
+def _through_layers(
+    job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress, streams: _Streams, gram_samples: int
+) -> list[dict[str, Any]]:
+    """Quantize all layers, or take those that are finished, and bring the streams behind the last one.
+
+    gram_samples: of the calibration samples, how many Gram matrices are made of
+    -> the relative error of each layer's output, where both models are evaluated
+    """
+    model, plan = job.model, job.plan
+    original, quantized = streams.original, streams.quantized
+    calibration, wanted = streams.calibration, streams.wanted
+    shards = {shard.unit: shard for shard in plan.shards}
     layer_errors = []
     finished = set(journal.finished)  # when the run began
     waiting = [linear.layer for linear in plan.quantized if linear.unit not in finished]
-    with read_ahead(lambda index: _read(job, index), len(model.layers)) as sources, writer() as writing:
+    with read_ahead(_layer_reader(job), len(model.layers)) as sources, writer() as writing:
         for index in range(len(model.layers)):
             progress.layer(index)
             progress.stage("read")
@@ -237,24 +271,16 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
             if original and quantized:
                 layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized, job.ranks)})
             progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
+    return layer_errors
 
-    if plan.head is not None and plan.head.scheme is not None and "head" not in finished:
-        progress.ending("quantize lm_head")
-        _quantize_head(job, journal, shards["head"], plan.head, calibration, wanted, gram_samples)
-    elif "head" in shards:
-        _copy_outside(job, journal, shards["head"])
-    measured = None
-    if job.evaluation and original and quantized:
-        progress.ending("compare the logits")
-        measured = _compare(job, original, quantized, shards) | {"layer_errors": layer_errors}
-    fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in model.ignored]
-    if any(stream and stream.place == "file" for stream in (calibration, original)):
+
+def _fallbacks(job: Job, journal: Journal, streams: _Streams) -> tuple[str, ...]:
+    fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in job.model.ignored]
+    if any(stream and stream.place == "file" for stream in (streams.calibration, streams.original)):
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
     fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
-    units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
-    peaks = job.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(job.device)]])).tolist()
-    return Outcome(units, measured, tuple(fallbacks), tuple((rss, device) for rss, device in peaks))
+    return tuple(fallbacks)
 
 
 # ---------------------------------------------------------------- tensors in and out
@@ -308,10 +334,18 @@ def _quantize_head(
     job.ranks.wait()  # the others read it
 
 
-def _read(job: Job, index: int) -> dict[str, Tensor]:
-    """The layer as stored (names local to it); for a GPU in pinned memory, which it copies from fastest."""
-    tensors = read_layer(job.model, index)
-    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if job.device.type == "cuda" else tensors
+def _layer_reader(job: Job) -> Callable[[int], dict[str, Tensor]]:
+    """Reads a layer as stored (names local to it).
+
+    For a GPU into pinned memory, which it copies from fastest: in turn into two places, as one layer is read while the
+    one before it is in use.
+    """
+    if job.device.type != "cuda":
+        return partial(read_layer, job.model)
+    rooms = [torch.empty(layer_room(job.model), dtype=torch.uint8) for _ in range(2)]
+    for room in rooms:
+        pin(room)
+    return lambda index: read_layer(job.model, index, rooms[index % 2])
 
 
 def _pack_layer(
@@ -362,6 +396,38 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
 # ---------------------------------------------------------------- streams
 
 
+def _open_streams(job: Job) -> _Streams:
+    place = job.place or _place(job)
+
+    def opened(tokens: TokenSet | None, name: str) -> Stream | None:
+        if tokens is None:
+            return None
+        spill = job.out / f".{name}-states-{job.ranks.rank}.tmp"
+        return open_states(job.model, tokens, job.dtype, job.device, spill, place, job.batch)
+
+    return _Streams(
+        original=opened(job.evaluation, "original"),
+        quantized=opened(job.evaluation, "quantized"),
+        calibration=opened(job.calibration, "calibration"),
+        wanted=opened(job.calibration if job.follows_original else None, "wanted"),
+    )
+
+
+def _embed_streams(job: Job, streams: _Streams, embeddings: ShardPlan, gram_samples: int) -> None:
+    """Fill the streams: those on the original by its embedding, those on the quantized by the one that is stored."""
+    model = job.model
+    with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
+        _embed(job, job.evaluation, streams.original)
+        _embed(job, job.calibration, streams.wanted)
+        if job.inputs == "original":
+            _embed(job, job.calibration, streams.calibration)
+        learn_sizes(job, streams.calibration, gram_samples)
+    with outside_loaded(model, _loaded(job, _written(job, embeddings, embedding_names(model)))):
+        _embed(job, job.evaluation, streams.quantized)
+        if job.inputs == "quantized":
+            _embed(job, job.calibration, streams.calibration)
+
+
 def _place(job: Job) -> str:
     """Where all the streams go: decided once for their sum, as memory that is not touched yet still counts as free."""
     tokens = sum(found.input_ids.numel() for found in _streamed(job))
@@ -384,13 +450,6 @@ def _shortcuts(job: Job, index: int, calibration: Stream, sites: Sequence[Site])
     if job.options.tune or not job.kept_width:
         return ()
     return shortcuts_of(job.model, index, calibration, sites, job.kept_width)
-
-
-def _open(job: Job, tokens: TokenSet | None, name: str, place: str) -> Stream | None:
-    if tokens is None:
-        return None
-    spill = job.out / f".{name}-states-{job.ranks.rank}.tmp"
-    return open_states(job.model, tokens, job.dtype, job.device, spill, place, job.batch)
 
 
 def _embed(job: Job, tokens: TokenSet | None, stream: Stream | None) -> None:

@@ -18,13 +18,21 @@ from quantkit.evaluation import (
     Progress,
     advance,
     embed_tokens,
-    embedding_names,
     ending_names,
     loaded,
     open_states,
 )
 from quantkit.machine import return_freed_memory
-from quantkit.model.streaming import StreamedModel, assign, drop, logits, outside_loaded, read_layer, read_outside
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    drop,
+    embedding_names,
+    logits,
+    outside_loaded,
+    read_layer,
+    read_outside,
+)
 
 SHARE = 0.4  # of the tokens of a copy are replaced
 

@@ -30,7 +30,7 @@ ALLOWED: dict[str, str] = {
     # one concern each
     "checkpoint": "errors dtypes units",
     "calibration": "errors units resources",
-    "activations": "errors portions",
+    "activations": "errors machine portions",
     "background": "",
     "verify": "errors units",
     "recipe": "errors units scheme formats resources",

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run may take of memory: chosen before it begins, never more than allowed, refused where it cannot be."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +17,7 @@ from quantkit.formats import FORMATS
 from quantkit.memory import Layout, Streams, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.needs import Work
+from quantkit.needs import Work, needs
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme
@@ -21,6 +25,18 @@ from quantkit.scheme import Scheme
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CALIBRATION = Streams([(128, 2048)])
+
+# Runs `quantkit --version`, and says at the end what torch has found or would find.
+VERSION = """
+import atexit, json, os, sys
+from quantkit.cli import main
+
+def tell():
+    print(json.dumps(["torch" in sys.modules, {n: v for n, v in os.environ.items() if n.endswith("ALLOC_CONF")}]))
+
+atexit.register(tell)
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +123,17 @@ def test_a_cpu_keeps_16_gib_and_refuses_vram(model: Architecture, plan: Plan) ->
         lay_out(model, usual, CALIBRATION, CPU, vram=GIB)
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_embedding_and_head_count_as_stored_and_as_written(model: Architecture, plan: Plan, on_gpu: bool) -> None:
+    """With a vocabulary so large that little else matters: 2 and 2 bytes; on a CPU the embedding also runs in 4."""
+    embedding = 10**8 * 5120
+    shapes = {name: (10**8, 5120) if len(shape) == 2 else shape for name, shape in model.outside_tensors.items()}
+    wide = replace(model, outside_tensors=shapes)
+    small, large = (needs(x, work(plan, on_gpu=on_gpu, itemsize=2 if on_gpu else 4)).ram for x in (model, wide))
+    expected = (4 if on_gpu else 8) * embedding
+    assert expected < large < expected + small
+
+
 def test_fit_tells_what_a_run_will_count(model: Architecture, plan: Plan) -> None:
     told = fit(model, plan, budget=22 * GIB, context=8192)
     cpu = lay_out(model, work(plan, on_gpu=False, itemsize=4, compared=True), Streams([]), CPU, place="file")
@@ -135,3 +162,13 @@ def test_a_quantized_head_and_an_allocation_of_the_32b_fit_a_24_gb_card(model: A
     with pytest.raises(InputError, match="--ram"):
         found(head, 15)
     found(None, 15)
+
+
+@pytest.mark.parametrize("said", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": ""}])
+def test_the_gpus_allocator_is_told_before_torch_is_there_and_the_user_has_the_word(said: dict[str, str]) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    words = [sys.executable, "-c", VERSION, "--version"]
+    run = subprocess.run(words, env=clean | said, capture_output=True, text=True, check=True)
+    torch_is_there, found = json.loads(run.stdout.splitlines()[-1])
+    assert not torch_is_there
+    assert found == (said or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

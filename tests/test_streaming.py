@@ -18,6 +18,7 @@ from quantkit.model.streaming import (
     assign,
     drop,
     embed,
+    layer_room,
     open_model,
     outside_loaded,
     read_layer,
@@ -276,6 +277,19 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_a_tensor_too_many_is_told_and_left_out(tmp_path: Path) -> None:
     edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update({"extra.weight": torch.ones(7)}))
     assert open_model(tmp_path).ignored == ("extra.weight",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_are_read_into_memory_that_is_there_already(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "qwen2", dtype=dtype)
+    model = open_model(tmp_path)
+    room = torch.full((layer_room(model),), 255, dtype=torch.uint8)
+    begin, end = room.data_ptr(), room.data_ptr() + room.nbytes
+    for index in (1, 0):  # one after the other in the same place
+        found, expected = read_layer(model, index, room), read_layer(model, index)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(begin <= x.data_ptr() and x.data_ptr() + x.nbytes <= end for x in found.values())
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

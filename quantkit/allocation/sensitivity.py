@@ -30,7 +30,6 @@ from quantkit.evaluation import (
     advance,
     compare_all,
     embed_tokens,
-    embedding_names,
     ending_names,
     loaded,
     observe,
@@ -42,7 +41,15 @@ from quantkit.layer import as_written, folded, quantize_layer
 from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
-from quantkit.model.streaming import assign, drop, move_buffers, outside_loaded, read_layer, read_outside
+from quantkit.model.streaming import (
+    assign,
+    drop,
+    embedding_names,
+    move_buffers,
+    outside_loaded,
+    read_layer,
+    read_outside,
+)
 from quantkit.passage import Passage
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, SiteInput

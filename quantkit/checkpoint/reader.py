@@ -56,8 +56,10 @@ class Checkpoint:
         """The names of the files that hold the tensors, sorted."""
         return sorted({entry.file for entry in self.entries.values()})
 
-    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu", room: Tensor | None = None) -> Tensor:
         """The tensor, in its stored dtype and shape.
+
+        room: bytes in RAM (flat, at least as many, aligned) that it is to lie in
 
         Raises:
             ModelError: there is no such tensor, or its file changed or failed since it was opened.
@@ -67,7 +69,7 @@ class Checkpoint:
         entry = self.entries.get(name)
         if entry is None:
             raise ModelError(f"{self.directory}: expected a tensor named {name}, found none; the model is incomplete")
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8) if room is None else room[: entry.nbytes]
         path = self.directory / entry.file
         try:
             with path.open("rb", buffering=0) as file:

@@ -19,7 +19,7 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
-from quantkit.evaluation import Progress, advance, embed_tokens, embedding_names, loaded, open_states, run_dtype
+from quantkit.evaluation import Progress, advance, embed_tokens, loaded, open_states, run_dtype
 from quantkit.formats.gguf import TYPES, dequantize_blocks, pack, pack_superblocks, settle
 from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
@@ -32,6 +32,7 @@ from quantkit.model.streaming import (
     StreamedModel,
     assign,
     drop,
+    embedding_names,
     move_buffers,
     outside_loaded,
     read_layer,

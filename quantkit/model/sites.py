@@ -14,6 +14,7 @@ from quantkit.model.streaming import (
     assign,
     drop,
     embed,
+    embedding_names,
     outside_loaded,
     read_layer,
     read_outside,
@@ -45,7 +46,7 @@ def discover_sites(model: StreamedModel) -> tuple[Site, ...]:
     scales, the layer must compute the same function.
     """
     generator = torch.Generator().manual_seed(0)
-    outside = {name: tensor.float() for name, tensor in read_outside(model).items()}
+    outside = {name: tensor.float() for name, tensor in read_outside(model, embedding_names(model)).items()}
     with torch.no_grad(), outside_loaded(model, outside):
         ids = torch.randint(model.config.vocab_size, (1, 16), generator=generator)
         hidden = embed(model, ids)

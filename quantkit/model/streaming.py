@@ -25,6 +25,8 @@ from quantkit.model.config import load_config, one_line
 from quantkit.model.shapes import Shapes
 from quantkit.products import fast_linears
 
+ALIGNMENT = 256  # bytes: where tensors that share memory begin, as a GPU copies best
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -186,24 +188,48 @@ def _drop_own(owner: nn.Module) -> None:
             owner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def read_layer(model: StreamedModel, index: int) -> dict[str, Tensor]:
-    """The layer's tensors as stored (names local to the layer), on CPU, checked to be finite."""
+def read_layer(model: StreamedModel, index: int, room: Tensor | None = None) -> dict[str, Tensor]:
+    """The layer's tensors as stored (names local to the layer), on CPU, checked to be finite.
+
+    room: `layer_room` bytes that they are to lie in
+    """
     prefix = model.layer_name(index)
-    return _read(model, prefix, list(model.layers[index].state_dict()))
+    return _read(model, prefix, list(model.layers[index].state_dict()), room)
 
 
-def _read(model: StreamedModel, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+def layer_room(model: StreamedModel) -> int:
+    """Bytes in which any layer of the model can lie; see `read_layer`."""
+    entries = model.checkpoint.entries
+    return max(
+        sum(_aligned(entries[f"{model.layer_name(index)}.{name}"].nbytes) for name in layer.state_dict())
+        for index, layer in enumerate(model.layers)
+    )
+
+
+def _read(model: StreamedModel, prefix: str, names: Sequence[str], room: Tensor | None = None) -> dict[str, Tensor]:
     result = {}
     for name in names:
         full = f"{prefix}.{name}" if prefix else name
-        result[name] = model.checkpoint.read(full)
-        require_finite(full, result[name])
+        result[name] = tensor = model.checkpoint.read(full, room=room)
+        require_finite(full, tensor)
+        if room is not None:
+            room = room[_aligned(tensor.nbytes) :]
     return result
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def read_outside(model: StreamedModel, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """The tensors outside the decoder layers as stored, by full name, on CPU, checked to be finite."""
     return _read(model, "", list(model.outside() if names is None else names))
+
+
+def embedding_names(model: StreamedModel) -> list[str]:
+    """What has to be loaded to embed tokens: all outside the layers but the head."""
+    head = model.head_name
+    return [name for name in model.outside() if not (head and name.startswith(f"{head}."))]
 
 
 @contextmanager
