@@ -135,6 +135,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     by_samples.set(xlabel="calibration samples", ylabel="seconds a layer of the 32B")
     by_length.set(xlabel="tokens of a sample", ylabel="seconds a layer of the 32B")
     for axes in (by_size, by_samples, by_length):
+        axes.margins(y=0.12)  # room for the name of the uppermost dot
         axes.set(xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, loc="upper left")
