@@ -55,7 +55,10 @@ class Writer:
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:
-    """Have tensors copied to RAM while other things are computed; the result waits for that, in any thread."""
+    """Have tensors copied to RAM while other things are computed; the result waits for that, in any thread.
+
+    Where all are in RAM already they are handed on as they are, and must stay as they are until they are written.
+    """
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return lambda: tensors
     copies = {

@@ -161,12 +161,13 @@ def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Ten
 
 
 def to_stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized, as the output stores it.
+    """A tensor that is not quantized, as the output stores it: one of its own, for where it was read may be used again
+    before it is written.
 
     Raises:
         NumericsError: a value beyond float16.
     """
-    stored = tensor.to(torch_dtype(STORED))
+    stored = tensor.to(torch_dtype(STORED), copy=True)
     if stored.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stored)).tolist())):
         raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
     return stored

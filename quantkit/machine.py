@@ -39,10 +39,19 @@ def return_freed_memory() -> None:
 
 
 def pin(tensor: Tensor) -> None:
-    """Let a GPU copy from and to this tensor's memory directly; torch's own pinned memory comes in powers of two."""
+    """Let a GPU copy from and to this tensor's memory directly; torch's own pinned memory comes in powers of two.
+
+    Raises:
+        InputError: there is not so much memory to pin.
+    """
     runtime, address = torch.cuda.cudart(), tensor.data_ptr()
-    if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)) == 0:
-        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+    code = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
+    if code:
+        size = f"{tensor.nbytes / 2**30:.2f} GiB of RAM"
+        raise InputError(
+            f"{size} cannot be pinned for the GPU (CUDA error {code}); free memory, or use fewer --samples"
+        )
+    weakref.finalize(tensor, runtime.cudaHostUnregister, address)
 
 
 def peak_device_bytes(device: torch.device) -> int:

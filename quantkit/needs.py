@@ -117,11 +117,12 @@ def _files(model: Shapes, work: Work) -> dict[str, int]:
     """Moment -> bytes of what is read and written, in 16 bit but for codes."""
     before, after, outside = (_count(x()) for x in (model.before_layers, model.after_layers, model.outside))
     largest = _largest_layer(model)
-    bits = max((linear.scheme.bits if linear.scheme else 16 for linear in work.linears), default=16)
-    shards = 2 * largest * bits // 8 * (PINNED_ROUNDING if work.on_gpu else 1)  # one made, one being written
-    kept = shards if work.on_gpu else 0  # torch keeps what it has pinned
+    widths = {linear.scheme.bits if linear.scheme else 16 for linear in work.linears} or {16}
+    # Shards: one made, one being written. What torch has pinned it keeps, and uses again for no other size.
+    kept = PINNED_ROUNDING * 2 * largest * sum(widths) // 8 if work.on_gpu else 0
+    shards = kept or 2 * largest * max(widths) // 8
     moments = {
-        "begin": 4 * max(before, after),
+        "begin": max(6 * before, 4 * after),  # in float32 beside it where the sites are found by watching
         "layer": 4 * largest + shards,
         "end": kept + 4 * (outside if work.compared else after),
     }

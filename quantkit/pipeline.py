@@ -338,7 +338,7 @@ def _layer_reader(job: Job) -> Callable[[int], dict[str, Tensor]]:
     """Reads a layer as stored (names local to it).
 
     For a GPU into pinned memory, which it copies from fastest: in turn into two places, as one layer is read while the
-    one before it is in use.
+    one before it is in use. What outlives that must be a copy (`to_stored` makes one).
     """
     if job.device.type != "cuda":
         return partial(read_layer, job.model)

@@ -124,13 +124,15 @@ def test_a_cpu_keeps_16_gib_and_refuses_vram(model: Architecture, plan: Plan) ->
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_embedding_and_head_count_as_stored_and_as_written(model: Architecture, plan: Plan, on_gpu: bool) -> None:
-    """With a vocabulary so large that little else matters: 2 and 2 bytes; on a CPU the embedding also runs in 4."""
+def test_a_large_vocabulary_counts_in_ram(model: Architecture, plan: Plan, on_gpu: bool) -> None:
+    """With a vocabulary so large that little else matters: 2 bytes of each, and 4 where sites are looked for, which no
+    other moment exceeds; on a CPU the embedding also runs in 4.
+    """
     embedding = 10**8 * 5120
     shapes = {name: (10**8, 5120) if len(shape) == 2 else shape for name, shape in model.outside_tensors.items()}
     wide = replace(model, outside_tensors=shapes)
     small, large = (needs(x, work(plan, on_gpu=on_gpu, itemsize=2 if on_gpu else 4)).ram for x in (model, wide))
-    expected = (4 if on_gpu else 8) * embedding
+    expected = (6 if on_gpu else 10) * embedding
     assert expected < large < expected + small
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from quantkit.errors import ModelError, NumericsError
+from quantkit.layer import to_stored
 from quantkit.model import streaming
 from quantkit.model.streaming import (
     StreamedModel,
@@ -290,6 +291,27 @@ def test_layers_are_read_into_memory_that_is_there_already(dtype: torch.dtype, t
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert all(begin <= x.data_ptr() and x.data_ptr() + x.nbytes <= end for x in found.values())
+
+
+def test_what_is_stored_stays_when_the_next_layer_is_read_into_its_place(tmp_path: Path) -> None:
+    """In float16 above all, where storing changes nothing."""
+    save_tiny(tmp_path, "qwen2", dtype=torch.float16)
+    model = open_model(tmp_path)
+    room = torch.empty(layer_room(model), dtype=torch.uint8)
+    stored = {name: to_stored(name, tensor) for name, tensor in read_layer(model, 0, room).items()}
+    read_layer(model, 1, room)
+    expected = read_layer(model, 0)
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 7e4])
+def test_what_float16_does_not_hold_is_named_wherever_it_is(value: float) -> None:
+    for place in (0, 500, 999):
+        values = torch.ones(1000)
+        values[place] = value
+        with pytest.raises(NumericsError, match=r"model\.norm\.weight"):
+            to_stored("model.norm.weight", values)
+    assert to_stored("empty", torch.ones(0)).numel() == 0
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

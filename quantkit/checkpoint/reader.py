@@ -2,7 +2,8 @@
 """A model directory of safetensors files, read one tensor at a time.
 
 Everything about the files is validated when they are opened, from their headers alone. Tensors are then read with
-plain reads into fresh memory: nothing stays mapped, so a tensor that is dropped is gone from the process.
+plain reads into fresh memory, or where they are told to lie: nothing stays mapped, so a tensor that is dropped is gone
+from the process.
 """
 
 from __future__ import annotations

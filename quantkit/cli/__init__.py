@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -534,8 +535,10 @@ def _let_memory_grow() -> None:
     """Have torch, which reads this when it is imported, extend a GPU's memory in place: what is cached in pieces that
     fit nothing would count against --vram. What the user has set stays.
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    if not {old, new} & set(os.environ):
+        known = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 11)  # seen; earlier ones ignore it
+        os.environ[new if known else old] = "expandable_segments:True"
 
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
