@@ -18,10 +18,10 @@ def reads(monkeypatch: pytest.MonkeyPatch, model: Path, **request: Any) -> Count
     counted: Counter[str] = Counter()
     read = Checkpoint.read
 
-    def spy(self: Checkpoint, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    def spy(self: Checkpoint, name: str, *args: Any, **named: Any) -> torch.Tensor:
         if self.directory == model:
             counted[name] += 1
-        return read(self, name, device)
+        return read(self, name, *args, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "read", spy)

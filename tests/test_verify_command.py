@@ -97,10 +97,10 @@ def test_quantizing_and_verifying_read_each_layer_of_the_original_once(
     seen: Counter[str] = Counter()
     plain = Checkpoint.read
 
-    def read(self: Checkpoint, name: str, *args: Any) -> Tensor:
+    def read(self: Checkpoint, name: str, *args: Any, **named: Any) -> Tensor:
         if self.directory == qwen2:
             seen[name] += 1
-        return plain(self, name, *args)
+        return plain(self, name, *args, **named)
 
     monkeypatch.setattr(Checkpoint, "read", read)
     assert run(qwen2, tmp_path / "out", ids, calib=str(ids), method=method)["verification"]["tokens"] > 0
