@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ TOOLS = {
     "quantkit gptq": "quantkit",
     "quantkit awq": "quantkit",
     "quantkit gptq --inputs original": "quantkit",
+    "quantkit gptq --correct 0 --refine 0": "quantkit",
     "llm-compressor gptq": "llmcompressor",
     "llm-compressor awq": "llmcompressor",
     "GPTQModel gptq": "gptqmodel",
@@ -31,10 +31,11 @@ TOOLS = {
 }
 
 
-def by_quantkit(
-    method: str, model: Path, ids: Path, samples: int, out: Path, inputs: str = "quantized"
-) -> Callable[[], None]:
-    """Our pipeline without verification."""
+def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *said: str) -> Callable[[], None]:
+    """Our pipeline without verification; said: options of the command as pairs.
+
+    `--correct 0 --refine 0` is GPTQ as others have it: no second stream, nothing gone over again.
+    """
     import torch
     from rich.console import Console
     from safetensors.torch import load_file
@@ -51,11 +52,14 @@ def by_quantkit(
     from quantkit.quantize.methods import Options
     from quantkit.recipe import Recipe, resolver
 
+    values = dict(zip(said[::2], said[1::2], strict=True))
+    options = Options(correct=float(values.get("--correct", 0.5)), refine=int(values.get("--refine", 4)))
     opened = open_model(model)
     scheme = choose_scheme(method, Recipe(), 4, 128, None)
     plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])
     tokens = TokenSet(load_file(ids)["input_ids"][:samples], "ids", "ids", "ids")
-    job = Job(opened, plan, method, Options(), tokens, None, out, torch.device("cpu"), inputs=inputs)
+    inputs = values.get("--inputs", "quantized")
+    job = Job(opened, plan, method, options, tokens, None, out, torch.device("cpu"), inputs=inputs)
 
     def work() -> None:
         with display(Console(stderr=True), job.device) as progress:
@@ -148,14 +152,15 @@ def by_autoawq(method: str, model: Path, ids: Path, samples: int, out: Path) -> 
 
 def time_here(tool: str, model: Path, ids: Path, samples: int) -> dict[str, float]:
     """Run one tool in this process."""
-    prepare = {
-        "quantkit": partial(by_quantkit, inputs="original") if tool.endswith("original") else by_quantkit,
+    prepare: Callable[..., Callable[[], None]] = {
+        "quantkit": by_quantkit,
         "llmcompressor": by_llmcompressor,
         "gptqmodel": by_gptqmodel,
         "autoawq": by_autoawq,
     }[TOOLS[tool]]
     with tempfile.TemporaryDirectory() as scratch:
-        work = prepare(tool.split()[1], model, ids, samples, Path(scratch) / "out")
+        _, method, *said = tool.split()
+        work = prepare(method, model, ids, samples, Path(scratch) / "out", *said)
         began, used = time.perf_counter(), time.process_time()
         work()
         return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}

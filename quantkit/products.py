@@ -10,7 +10,8 @@ is one bfloat16 product over three times the terms, and right to about 2^-16: wh
 (Henry, Tang, Heinecke, arXiv 1904.06376). A product of numbers that are 16-bit to begin with is exact term by term.
 
 A CPU multiplies in float32. torch does so through MKL, which takes AVX2 where the processor is not Intel's; oneDNN,
-which torch also holds, takes what the processor has: with AVX512 that is twice as fast (`LOG.md`).
+which torch also holds, takes what the processor has: with AVX512 that is twice as fast. Without AVX512 the two are as
+fast, and MKL also reads turned matrices and adds in place, where oneDNN wants copies (`LOG.md`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = Tru
     exact: False lets a GPU round float32 to bfloat16 once (2^-9), where that is enough.
     """
     if not fast_16bit(left):
+        if _in_place(total):
+            return total.addmm_(left.T.float(), right.float())
         rows = max(1, PRODUCT_AT_ONCE // total.shape[1])
         for part, columns in zip(total.split(rows), left.T.split(rows), strict=True):
             part.add_(linear(columns.float().contiguous(), right.float().T))
@@ -59,8 +62,12 @@ def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = Non
     """
     rows = strips(gram) if rows is None else rows
     if not fast_16bit(x):
-        for part in x.split(TERMS_AT_ONCE):
-            columns = part.T.float().contiguous()
+        for part in x.float().split(TERMS_AT_ONCE):
+            if _in_place(gram):
+                for strip in rows:
+                    gram[strip, strip.start :].addmm_(part[:, strip].T, part[:, strip.start :])
+                continue
+            columns = part.T.contiguous()
             for strip in rows:
                 gram[strip, strip.start :] += linear(columns[strip], columns[strip.start :])
         return gram
@@ -84,7 +91,8 @@ def mirror_(gram: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """left [m, k] @ right [k, n] in float32; see `accumulate_`."""
     if not fast_16bit(left):
-        return linear(left.float(), right.float().T)
+        left, right = left.float(), right.float()
+        return left @ right if _in_place(left) else linear(left, right.T)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return accumulate_(total, left.T, right, exact=exact)
 
@@ -125,6 +133,16 @@ class _ByOneDNN(TorchFunctionMode):
 @cache
 def _onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _in_place(like: Tensor) -> bool:
+    """Whether products on this device are best left to the BLAS that torch has there."""
+    return like.device.type == "cpu" and _narrow()
+
+
+@cache
+def _narrow() -> bool:
+    return "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 @cache
