@@ -18,7 +18,7 @@ from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.families import Site
-from quantkit.model.shortcuts import Shortcut, taken
+from quantkit.model.shortcuts import Known, Shortcut, taken
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
 from quantkit.portions import samples_per_sum
 from quantkit.products import mirror_
@@ -82,12 +82,12 @@ def advance(
     *,
     keep: bool = True,
     first: int = 0,
-    known: Mapping[Shortcut, Tensor] | None = None,
+    known: Mapping[Shortcut, Known] | None = None,
     exact: bool = True,
 ) -> None:
     """Run the materialised layer over a stream, in place; without `keep` the stream stays as it is.
 
-    first: the sample to begin with; known: inputs of its linears, for all samples, where that is so; exact: see
+    first: the sample to begin with; known: what is known of its linears, for all samples; exact: see
     `products.fast_linears`
 
     Raises:
@@ -96,7 +96,7 @@ def advance(
     layer = model.layers[index]
     device = next(iter(layer.parameters())).device
     for batch in stream.batches(first=first):
-        with taken(layer, {shortcut: inputs[batch] for shortcut, inputs in (known or {}).items()}):
+        with taken(layer, {shortcut: found.of(batch) for shortcut, found in (known or {}).items()}):
             output = run_finite(model, index, stream.states[batch].to(device), exact=exact)
         if keep:
             stream.states[batch] = output

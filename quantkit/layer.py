@@ -17,7 +17,7 @@ from quantkit.job import Job
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
-from quantkit.passage import Passage, inputs_of
+from quantkit.passage import Passage, forget, inputs_of
 from quantkit.plan import STORED, LinearPlan
 from quantkit.portions import samples_per_sum
 from quantkit.quantize.gptq import Factor
@@ -98,7 +98,7 @@ def quantize_layer(
             _fold(layer, fold, schemes, result)
             result.folds.append(fold)
             if calibration is not None:
-                _forget(calibration, sites, site)
+                forget(calibration, sites, site)
         result.quantized |= outcome.quantized
         result.offsets |= outcome.offsets
         assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
@@ -209,18 +209,16 @@ def _collect(
     together = samples_per_sum(calibration.stream.states.shape[1])
     found = regrouped(job.ranks.in_turn(inputs_of(calibration, linear, job.device)), together)
     originals = None
-    if original is not None:
-        originals = regrouped(job.ranks.in_turn(inputs_of(original, linear, job.device, last=last)), together)
     weight = _weight(layer, linear)
     few_rows = len(site.linears) == 1 and 2 * weight.shape[0] < weight.shape[1]
-    return collect(found, weight.shape[1], job.device, originals, job.ranks, weight if few_rows else None)
-
-
-def _forget(calibration: Passage, sites: Sequence[Site], site: Site) -> None:
-    """A scale was folded into the site's producer: what came after that is not as it was kept."""
-    changed = next((n + 1 for n, before in enumerate(sites) if site.producer in before.linears), sites.index(site))
-    read = {name for after in sites[changed:] for name in after.linears}
-    calibration.known = {shortcut: kept for shortcut, kept in calibration.known.items() if shortcut.linear not in read}
+    # What the original returns here is made anyway, as it leaves the layer. In 16 bit a difference of it is too rough.
+    bias = getattr(layer.get_submodule(linear), "bias", None)
+    multiplied = few_rows and last and bias is None and weight.dtype == torch.float32
+    if original is not None:
+        inputs = inputs_of(original, linear, job.device, last=last, returned=multiplied)
+        originals = regrouped(job.ranks.in_turn(inputs), together)
+    projected = weight if few_rows else None
+    return collect(found, weight.shape[1], job.device, originals, job.ranks, projected, multiplied=multiplied)
 
 
 def _fold(

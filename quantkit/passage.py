@@ -3,7 +3,8 @@
 
 A site's inputs come from the sites before it as they are by now, so a layer is run once for each site. What the linears
 of earlier sites read has not changed since, unless a scale was folded into what makes it: it is kept, where memory
-allows, and the parts before it are left out (`model.shortcuts`).
+allows, and the parts before it are left out (`model.shortcuts`). Once such a linear has its last weights, what it
+returns is kept in the same place instead.
 
 What is run here is summed up over many tokens, so a CPU may multiply in bfloat16, as a GPU does.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from quantkit.activations import Stream
 from quantkit.evaluation import run_finite
 from quantkit.model.families import Site
-from quantkit.model.shortcuts import Shortcut, find_shortcuts, taken, watched
+from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import StreamedModel, run_to
 
 
@@ -36,7 +37,7 @@ class Passage:
     samples: int
     shortcuts: tuple[Shortcut, ...] = ()
     weights: Mapping[str, Tensor] | None = None
-    known: dict[Shortcut, Tensor] = field(default_factory=dict)
+    known: dict[Shortcut, Known] = field(default_factory=dict)
     leaves: bool = False
     left: int = 0
 
@@ -61,31 +62,53 @@ def shortcuts_of(
     return find_shortcuts(model, index, hidden, narrow)
 
 
-def inputs_of(passage: Passage, linear: str, device: torch.device, *, last: bool = False) -> Iterator[Tensor]:
+def inputs_of(
+    passage: Passage, linear: str, device: torch.device, *, last: bool = False, returned: bool = False
+) -> Iterator[Tensor]:
     """What a linear reads, one micro-batch [samples, seqlen, in_features] at a time; keeps what is to be kept.
 
-    last: this is the last site
+    last: this is the last site; returned: give what the linear returns instead, for which the layer runs to its end
     """
     model, index, stream = passage.model, passage.index, passage.stream
     layer, leaving = model.layers[index], last and passage.leaves and passage.ends_whole
     again = not last or passage.weights is None  # the layer runs once more on its new weights
     wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
-    kept: dict[Shortcut, Tensor] = {}
+    kept: dict[Shortcut, Known] = {}
     for batch in stream.batches(passage.samples):
         hidden = stream.states[batch].to(device)
-        known = {shortcut: tensor[batch] for shortcut, tensor in passage.known.items()}
-        with taken(layer, known), watched(layer, [linear, *(shortcut.linear for shortcut in wanted)]) as seen:
-            if leaving:
-                stream.states[batch] = run_finite(model, index, hidden, passage.weights, exact=False)
+        known = {shortcut: found.of(batch) for shortcut, found in passage.known.items()}
+        watching = watched(layer, [linear, *(shortcut.linear for shortcut in wanted)], [linear] if returned else [])
+        with taken(layer, known) as made, watching as (seen, outputs):
+            if leaving or returned:
+                left = run_finite(model, index, hidden, passage.weights, exact=False)
             else:
                 run_to(model, index, hidden, linear, passage.weights, exact=False)
+        if leaving:
+            stream.states[batch] = left
         for shortcut in wanted:
             if shortcut.linear in seen:
                 tensor = seen[shortcut.linear]
                 if shortcut not in kept:
-                    kept[shortcut] = tensor.new_empty(passage.samples, *tensor.shape[1:])
-                kept[shortcut][batch] = tensor
-        yield seen[linear]
+                    kept[shortcut] = Known(tensor.new_empty(passage.samples, *tensor.shape[1:]))
+                kept[shortcut].tensor[batch] = tensor
+        for shortcut, found in passage.known.items():
+            # Its site is done, so these are its last weights, and where its inputs were is room for what it returns.
+            output = made.get(shortcut.linear)
+            if again and output is not None and output.shape[-1] <= found.tensor.shape[-1]:
+                kept[shortcut] = Known(found.tensor[..., : output.shape[-1]], returned=True)
+                kept[shortcut].tensor[batch] = output
+        yield outputs[linear] if returned else seen[linear]
     passage.known |= kept
     if leaving:
         passage.left, passage.known = passage.samples, {}
+
+
+def forget(passage: Passage, sites: Sequence[Site], site: Site) -> None:
+    """A scale was folded into the site's producer: what came after that is not as it was kept."""
+    changed = next((n + 1 for n, before in enumerate(sites) if site.producer in before.linears), sites.index(site))
+    read = {name for after in sites[changed:] for name in after.linears}
+    passage.known = {
+        shortcut: kept
+        for shortcut, kept in passage.known.items()
+        if shortcut.linear not in read and not (kept.returned and shortcut.linear == site.producer)
+    }

@@ -9,7 +9,8 @@ so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2
 
 Where the original model's inputs X0 to the same site are known too, their drift D = (X0 - X)^T X says what part of the
 original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692). Only
-W D is ever asked for, and where W has few rows it takes fewer products to sum up W (X0 - X)^T X.
+W D is ever asked for, and where W has few rows it takes fewer products to sum up W (X0 - X)^T X. Where W X0^T is known,
+from running the original, so is that: W X0^T X - W H.
 """
 
 from collections.abc import Iterable
@@ -56,23 +57,27 @@ def collect(
     originals: Iterable[Tensor] | None = None,
     ranks: Ranks = ALONE,
     weight: Tensor | None = None,
+    *,
+    multiplied: bool = False,
 ) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
     originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
     decides how the sums are split, and so their last bits. ranks: all of which have these inputs, and share the work;
-    weight: [out_features, in_features], to multiply the drift by.
+    weight: [out_features, in_features], to multiply the drift by; multiplied: the originals are already.
     """
     stats = empty_stats(in_features, device)
     if originals is not None:
         stats.drift = torch.zeros(in_features if weight is None else len(weight), in_features, device=device)
         stats.projected = weight is not None
     for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
-        add_inputs(stats, tensor, original, ranks, weight)
+        add_inputs(stats, tensor, original, ranks, weight, multiplied=multiplied)
     for total in [stats.gram] if stats.drift is None else [stats.gram, stats.drift]:
         for number, strip in enumerate(strips(total)):
             ranks.send_(total[strip], ranks.owner(number))
     mirror_(stats.gram)
+    if multiplied and stats.drift is not None and weight is not None:
+        stats.drift.sub_(product(weight, stats.gram))
     return stats
 
 
@@ -91,10 +96,13 @@ def add_inputs(
     original: Tensor | None = None,
     ranks: Ranks = ALONE,
     weight: Tensor | None = None,
+    *,
+    multiplied: bool = False,
 ) -> None:
     """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`.
 
-    ranks: that share the `products.strips` of the matrices; weight: to multiply the drift by
+    ranks: that share the `products.strips` of the matrices; weight, multiplied: see `collect`, which takes what the
+    quantized model has from what is summed up here
     """
     x = inputs.reshape(-1, inputs.shape[-1])
     magnitude = x.abs()
@@ -103,9 +111,12 @@ def add_inputs(
     del magnitude
     accumulate_gram_(stats.gram, x, _own_strips(stats.gram, ranks))
     if stats.drift is not None and original is not None:
-        moved = original.reshape(x.shape) - x
+        moved = original.reshape(len(x), -1) if multiplied else original.reshape(x.shape) - x
         for strip in _own_strips(stats.drift, ranks):
-            part = moved[:, strip] if weight is None else linear(moved, weight[strip].to(x.dtype), exact=False)
+            if weight is None or multiplied:
+                part = moved[:, strip]
+            else:
+                part = linear(moved, weight[strip].to(x.dtype), exact=False)
             accumulate_(stats.drift[strip], part, x)
     stats.tokens += len(x)
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quantkit.activations import Stream
+from quantkit.evaluation import advance
 from quantkit.model.families import FAMILIES
-from quantkit.model.shortcuts import Shortcut, find_shortcuts, taken, watched
+from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -23,7 +25,7 @@ from quantkit.model.streaming import (
     run_layer,
     run_to,
 )
-from quantkit.passage import Passage, inputs_of, shortcuts_of
+from quantkit.passage import Passage, forget, inputs_of, shortcuts_of
 from tests.tiny import as_float, random_ids, save_tiny
 
 LINEARS = ["self_attn.o_proj", "mlp.down_proj"]
@@ -45,11 +47,17 @@ def test_attention_and_mlp_answer_from_what_their_last_linear_reads(tmp_path: Pa
     with layer_of(tmp_path, kind) as (model, hidden):
         found = find_shortcuts(model, 0, hidden[:1], LINEARS)
         assert [(x.module, x.linear) for x in found] == [("self_attn", LINEARS[0]), ("mlp", LINEARS[1])]
-        with watched(model.layers[0], LINEARS) as seen:
+        with watched(model.layers[0], LINEARS) as (seen, _):
             expected = run_layer(model, 0, hidden[:1])
-        known = {shortcut: seen[shortcut.linear] for shortcut in found}
-        with taken(model.layers[0], known), watched(model.layers[0], ["self_attn.q_proj", "mlp.up_proj"]) as ran:
+        read = {shortcut: Known(seen[shortcut.linear]) for shortcut in found}
+        linears = ["self_attn.q_proj", "mlp.up_proj"]
+        with taken(model.layers[0], read) as made, watched(model.layers[0], linears) as (ran, _):
             assert torch.equal(run_layer(model, 0, hidden[:1]), expected)
+        assert (list(made), list(ran)) == (LINEARS, [])
+        returned = {shortcut: Known(made[shortcut.linear], returned=True) for shortcut in found}
+        with taken(model.layers[0], returned) as made, watched(model.layers[0], linears + LINEARS) as (ran, _):
+            assert torch.equal(run_layer(model, 0, hidden[:1]), expected)
+        assert not made
         assert not ran
         assert not any("forward" in vars(module) for module in model.layers[0].modules())
 
@@ -79,14 +87,19 @@ def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
         assert [x.linear for x in shortcuts] == LINEARS
         assert [x.linear for x in shortcuts_of(model, 0, stream, sites, 48)] == LINEARS[:1]
         assert shortcuts_of(model, 0, stream, sites, 0) == ()
-        keeping, forgetting = (Passage(model, 0, stream, 3, these) for these in (shortcuts, ()))
+        keeping, forgetting = (Passage(model, 0, stream, 4, these) for these in (shortcuts, ()))
         for site in sites:
             pairs = [list(inputs_of(passage, site.linears[0], hidden.device)) for passage in (keeping, forgetting)]
-            assert len(pairs[0]) == 3
+            assert len(pairs[0]) == 4
             assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
-        assert {shortcut.linear for shortcut in keeping.known} == set(LINEARS)
+        assert {shortcut.linear: known.returned for shortcut, known in keeping.known.items()} == {
+            LINEARS[0]: True,
+            LINEARS[1]: False,
+        }
         assert not forgetting.known
         assert torch.equal(stream.states, hidden)
+        advance(model, 0, stream, known=keeping.known)
+        assert torch.equal(stream.states, torch.cat([run_layer(model, 0, part) for part in hidden.split(1)]))
 
 
 def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> None:
@@ -104,3 +117,24 @@ def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> Non
         assert passage.left == 2
         assert torch.equal(stream.states[:2], run_layer(model, 0, hidden[:2], weights, exact=False))
         assert torch.equal(stream.states[2:], hidden[2:])
+
+
+@pytest.mark.parametrize(
+    ("producer", "left"),
+    [
+        ("mlp.up_proj", LINEARS[:1]),  # changes what the MLP's last linear reads
+        ("self_attn.o_proj", []),  # changes what it returns itself, and all after it
+        ("self_attn.v_proj", []),
+        ("post_attention_layernorm", LINEARS[:1]),
+    ],
+)
+def test_what_a_fold_changes_is_forgotten(tmp_path: Path, producer: str, left: list[str]) -> None:
+    sites = FAMILIES["qwen2"]
+    with layer_of(tmp_path, "qwen2") as (model, hidden):
+        stream = Stream(hidden.clone(), "ram", 1)
+        passage = Passage(model, 0, stream, 3, shortcuts_of(model, 0, stream, sites, 96))
+        for site in sites:
+            list(inputs_of(passage, site.linears[0], hidden.device))
+        changed = replace(sites[2], producer=producer)
+        forget(passage, (*sites[:2], changed, sites[3]), changed)
+        assert [shortcut.linear for shortcut in passage.known] == left

@@ -90,3 +90,17 @@ def test_the_drift_is_that_of_the_inputs_from_the_originals() -> None:
     x, x0 = inputs.reshape(-1, 5).double(), originals.reshape(-1, 5).double()
     assert stats.drift is not None
     torch.testing.assert_close(stats.drift.double(), (x0 - x).T @ x, rtol=1e-2, atol=0.1)  # differences in 16 bit
+
+
+def test_the_drift_times_a_weight_can_be_had_from_what_the_original_returns() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(64, 96, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    x0 = x + 0.03 * torch.randn(x.shape, generator=generator)
+    expected = torch.einsum("oi,sti,stj->oj", weight.double(), (x0 - x).double(), x.double())
+    by_inputs = collect(x.split(16), 12, CPU, x0.split(16), weight=weight)
+    by_outputs = collect(x.split(16), 12, CPU, (x0 @ weight.T).split(16), weight=weight, multiplied=True)
+    scale = float(expected.abs().max())
+    for stats in (by_inputs, by_outputs):
+        assert stats.projected
+        assert stats.drift is not None
+        torch.testing.assert_close(stats.drift.double(), expected, rtol=1e-3, atol=1e-3 * scale)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a layer that need not run again: what a linear reads is kept, and the module around it answers from that.
+"""Parts of a layer that need not run again: what a linear reads or returns is kept, and the module around it answers
+from that.
 
 Attention hands on what its output projection returns, an MLP what its down projection does. Whoever knows what such a
-linear reads can leave out all that the module does before it. That a module is of this kind is seen by watching it run,
-so an architecture where none is only takes longer.
+linear reads can leave out all that the module does before it; whoever knows what it returns, the linear too. That a
+module is of this kind is seen by watching it run, so an architecture where none is only takes longer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,17 @@ class Shortcut:
     module: str
     linear: str
     nothings: int | None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a shortcut's linear reads, or what it returns, of samples: [samples, seqlen, features]."""
+
+    tensor: Tensor
+    returned: bool = False
+
+    def of(self, samples: slice) -> "Known":
+        return Known(self.tensor[samples], self.returned)
 
 
 def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Sequence[str]) -> tuple[Shortcut, ...]:
@@ -77,12 +89,17 @@ def _nothings(output: Any) -> int | None:
 
 
 @contextmanager
-def taken(layer: nn.Module, known: Mapping[Shortcut, Tensor]) -> Iterator[None]:
-    """Within it, the shortcuts' modules return what their linears make of these inputs."""
+def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[str, Tensor]]:
+    """Within it, the shortcuts' modules return what their linears make of what is known, without running anything else;
+    what linears do return when they are run for that is put into the dictionary, by name.
+    """
+    made: dict[str, Tensor] = {}
 
     def answer(shortcut: Shortcut) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = layer.get_submodule(shortcut.linear)(known[shortcut])
+            output = known[shortcut].tensor
+            if not known[shortcut].returned:
+                output = made[shortcut.linear] = layer.get_submodule(shortcut.linear)(output)
             return output if shortcut.nothings is None else (output, *[None] * shortcut.nothings)
 
         return forward
@@ -90,24 +107,29 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Tensor]) -> Iterator[None]:
     for shortcut in known:
         layer.get_submodule(shortcut.module).forward = answer(shortcut)
     try:
-        yield
+        yield made
     finally:
         for shortcut in known:
             del layer.get_submodule(shortcut.module).forward
 
 
 @contextmanager
-def watched(layer: nn.Module, linears: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within it, what these linears read is put into the dictionary, by name, as they run."""
-    seen: dict[str, Tensor] = {}
+def watched(
+    layer: nn.Module, read: Sequence[str], returned: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and what
+    those of `returned` return into the second.
+    """
+    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0]
+    def see_read(name: str) -> Callable[..., None]:
+        return lambda module, args: seen[0].update({name: args[0]})
 
-        return see
+    def see_returned(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen[1].update({name: output})
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in linears]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(see_read(name)) for name in read]
+    handles += [layer.get_submodule(name).register_forward_hook(see_returned(name)) for name in returned]
     try:
         yield seen
     finally:
