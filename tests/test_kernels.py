@@ -86,7 +86,7 @@ def test_a_block_is_rounded_as_by_torch(rows: int, width: int, groups: int, bits
     copies = [x.clone() for x in inputs]
     max_code = (1 << bits) - 1
     steps, errors, expected_steps, expected_errors = (torch.empty(width, rows, device=DEVICE) for _ in range(4))
-    columns.round_block_by_torch(*inputs, max_code, expected_steps, expected_errors)
+    columns.round_block_by_torch(*copies, max_code, expected_steps, expected_errors)
     kernels.round_block(*inputs, max_code, steps, errors)
     assert all(torch.equal(a, b) for a, b in zip(inputs[1:], copies[1:], strict=True))  # the target is overwritten
     same = steps == expected_steps

@@ -20,6 +20,7 @@ from quantkit.quantize.grid import nearest_float16
 BLOCK = 128  # columns that the loop itself goes over; the errors of a block reach the next ones in one product
 WIDE = {"cpu": 128}
 WIDE_ELSEWHERE = 1024  # on a GPU products with few terms would only move memory
+TOLD = 16  # columns that torch tells of each error as it is made; those behind them hear of all in one product
 
 
 def wide(device: torch.device) -> int:
@@ -74,16 +75,22 @@ def round_block_by_torch(
     steps: Tensor,
     errors: Tensor,
 ) -> None:
-    """The loop itself, for one block: see `round_run`; fills steps and errors.
+    """The loop itself, for one block: see `round_run`; fills steps and errors, overwrites target.
 
     It is the oracle of `kernels.round_block`, and what runs without it.
     """
     scale, low = scales[group], -zeros[group]
-    rows = zip(target, base, scale, low, low + max_code, steps, errors, strict=True)
-    for j, (wanted, whole, size, least, most, step, error) in enumerate(rows):
-        value = torch.addmv(wanted, errors[:j].T, feedback[j, :j]) if j else wanted
-        torch.clamp(torch.round(value / size), least, most, out=step)
-        torch.addcmul(whole, step, size, value=-1, out=error)
+    by_column = target, base, scale, low, low + max_code, steps, errors
+    later = feedback.tril(-1)  # what is moved by a column, without itself and those before it
+    for start in range(0, len(target), TOLD):
+        part = slice(start, min(start + TOLD, len(target)))
+        told = target[part].addmm_(feedback[part, :start], errors[:start])
+        columns = zip(*(matrix[part].unbind() for matrix in by_column), later[part, part].unbind(1), strict=True)
+        for value, whole, size, least, most, step, error, moved in columns:
+            torch.div(value, size, out=step)
+            torch.clamp(step.round_(), least, most, out=step)
+            torch.addcmul(whole, step, size, value=-1, out=error)
+            told.addr_(moved, error)
 
 
 def improve_group(
