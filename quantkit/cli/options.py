@@ -118,6 +118,9 @@ HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden sta
 Correct = Annotated[
     float, typer.Option("--correct", min=0.0, max=1.0, help="Share of earlier layers' errors that is made up for.")
 ]
+Refine = Annotated[
+    int, typer.Option("--refine", min=0, max=100, help="How often scales and codes are gone over after rounding.")
+]
 InputsOption = Annotated[
     Inputs,
     typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),

@@ -32,6 +32,7 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         said.get("act_order", True),
         said.get("damp", 0.01),
         plain("rounding") or "gptq",
+        refine=said.get("refine", 4),
         correct=said.get("correct", 0.5),
         tune=said.get("quality") is Quality.best,
     )
