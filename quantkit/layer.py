@@ -20,6 +20,7 @@ from quantkit.model.streaming import assign
 from quantkit.passage import Passage, forget, inputs_of
 from quantkit.plan import STORED, LinearPlan
 from quantkit.portions import samples_per_sum
+from quantkit.products import fast_bfloat16
 from quantkit.quantize.gptq import Factor
 from quantkit.quantize.grid import to_float16
 from quantkit.quantize.methods import METHODS, SiteInput, SiteResult
@@ -211,9 +212,11 @@ def _collect(
     originals = None
     weight = _weight(layer, linear)
     few_rows = len(site.linears) == 1 and 2 * weight.shape[0] < weight.shape[1]
-    # What the original returns here is made anyway, as it leaves the layer. In 16 bit a difference of it is too rough.
+    # What the original returns here is made anyway where it goes on to the next layer. Of products in 16 bit the
+    # difference would be too rough.
     bias = getattr(layer.get_submodule(linear), "bias", None)
-    multiplied = few_rows and last and bias is None and weight.dtype == torch.float32
+    fine = weight.dtype == torch.float32 and not fast_bfloat16()
+    multiplied = few_rows and last and bias is None and fine
     if original is not None:
         inputs = inputs_of(original, linear, job.device, last=last, returned=multiplied)
         originals = regrouped(job.ranks.in_turn(inputs), together)

@@ -26,9 +26,9 @@ from quantkit.model.streaming import StreamedModel, run_to
 class Passage:
     """A stream before, and in, layer `index` (materialised).
 
-    samples: of it that are run to the sites; shortcuts: whose inputs are kept; weights: what the layer runs with (names
-    local to it), None: its own; known: the inputs that are kept, [samples, seqlen, in_features];
-    leaves: whether the samples are to leave the layer when they are run to its last site; left: how many have
+    samples: of it that are run to the sites; shortcuts: of which something is kept; weights: what the layer runs with
+    (names local to it), None: its own; known: what is kept; leaves: whether the samples are to leave the layer when
+    they are run to its last site; left: how many have
     """
 
     model: StreamedModel
@@ -81,10 +81,11 @@ def inputs_of(
         with taken(layer, known) as made, watching as (seen, outputs):
             if leaving or returned:
                 left = run_finite(model, index, hidden, passage.weights, exact=False)
+                if leaving:
+                    stream.states[batch] = left
+                del left  # before the next one is made
             else:
                 run_to(model, index, hidden, linear, passage.weights, exact=False)
-        if leaving:
-            stream.states[batch] = left
         for shortcut in wanted:
             if shortcut.linear in seen:
                 tensor = seen[shortcut.linear]
@@ -97,6 +98,8 @@ def inputs_of(
             if again and output is not None and output.shape[-1] <= found.tensor.shape[-1]:
                 kept[shortcut] = Known(found.tensor[..., : output.shape[-1]], returned=True)
                 kept[shortcut].tensor[batch] = output
+            del output
+        del made
         yield outputs[linear] if returned else seen[linear]
     passage.known |= kept
     if leaving:

@@ -5,7 +5,8 @@ Token streams travel through the layers beside it: the calibration samples and t
 model, and the evaluation samples once more on the original one. The quantized streams run on weights unpacked from the
 very tensors that the shard holds, so every run tests the bytes that it leaves, later layers are calibrated on what they
 will really see, and at the end both models have been measured in the same pass over the original. The next layer is
-read, and the last one's shard hashed and written, while a layer is computed.
+read, and the last one's shard hashed and written, while a layer is computed. (What attention returns to the calibration
+samples may be kept from before its weights were packed: packing loses nothing.)
 
 A finished layer is a finished shard, hashed and entered in the journal. A run that starts again takes finished shards
 from the disk and only runs them.

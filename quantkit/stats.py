@@ -72,12 +72,13 @@ def collect(
         stats.projected = weight is not None
     for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
         add_inputs(stats, tensor, original, ranks, weight, multiplied=multiplied)
-    for total in [stats.gram] if stats.drift is None else [stats.gram, stats.drift]:
-        for number, strip in enumerate(strips(total)):
-            ranks.send_(total[strip], ranks.owner(number))
+    _send(stats.gram, ranks)
     mirror_(stats.gram)
-    if multiplied and stats.drift is not None and weight is not None:
-        stats.drift.sub_(product(weight, stats.gram))
+    if stats.drift is not None:
+        if multiplied and weight is not None:
+            for strip in _own_strips(stats.drift, ranks):
+                stats.drift[strip].sub_(product(weight[strip], stats.gram))
+        _send(stats.drift, ranks)
     return stats
 
 
@@ -119,6 +120,11 @@ def add_inputs(
                 part = linear(moved, weight[strip].to(x.dtype), exact=False)
             accumulate_(stats.drift[strip], part, x)
     stats.tokens += len(x)
+
+
+def _send(total: Tensor, ranks: Ranks) -> None:
+    for number, strip in enumerate(strips(total)):
+        ranks.send_(total[strip], ranks.owner(number))
 
 
 def _own_strips(matrix: Tensor, ranks: Ranks) -> list[slice]:

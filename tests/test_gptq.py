@@ -251,3 +251,27 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_original_outputs() 
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
     errors = [(x @ w.T - x0 @ weight.T).square().sum() for w in (weight, found)]
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 7])
+def test_rows_are_rounded_alike_in_any_share_of_them(parts: int) -> None:
+    """Each rank takes some: what is compared is what was rounded, as a code hides a difference in the last bit."""
+    rows, width, max_code = 500, 128, 15
+    feedback = torch.tril(0.1 * torch.randn(width, width, generator=torch.Generator().manual_seed(2)))
+    scales, zeros, group = (
+        torch.full((1, rows), 0.01),
+        torch.full((1, rows), 8.0),
+        torch.zeros(width, dtype=torch.int64),
+    )
+
+    def rounded(share: slice) -> list[Tensor]:
+        target = weights(rows, width).T.contiguous()[:, share].contiguous()
+        part = target.clone()
+        steps, errors = columns.round_run(
+            target, part, scales[:, share].contiguous(), zeros[:, share].contiguous(), group, feedback, max_code
+        )
+        return [target, steps, errors]
+
+    shares = [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)]
+    together = [torch.cat(found, 1) for found in zip(*(rounded(share) for share in shares), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, rounded(slice(None)), strict=True))

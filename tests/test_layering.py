@@ -52,7 +52,7 @@ ALLOWED: dict[str, str] = {
     "fisher": "errors portions machine products calibration activations model evaluation",
     "passage": "activations model evaluation",
     "job": "machine ranks quantize calibration checkpoint model plan evaluation",
-    "layer": "errors dtypes portions scheme stats quantize activations model plan evaluation passage job",
+    "layer": "activations dtypes errors evaluation job model passage plan portions products quantize scheme stats",
     "head": "ranks portions scheme stats quantize activations model evaluation",
     "tuning": "portions scheme quantize checkpoint calibration activations model evaluation fisher resample job layer",
     "pipeline": (

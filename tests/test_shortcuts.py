@@ -32,9 +32,9 @@ LINEARS = ["self_attn.o_proj", "mlp.down_proj"]
 
 
 @contextmanager
-def layer_of(folder: Path, kind: str) -> Iterator[tuple[StreamedModel, Tensor]]:
+def layer_of(folder: Path, kind: str, **changes: object) -> Iterator[tuple[StreamedModel, Tensor]]:
     """A model with its layer 0 materialised, and what enters it."""
-    model = open_model(save_tiny(folder, kind))
+    model = open_model(save_tiny(folder, kind, **changes))
     with torch.no_grad(), outside_loaded(model, as_float(read_outside(model))):
         hidden = embed(model, random_ids(4)[:1])
         hidden = torch.cat([embed(model, part) for part in random_ids(4).split(1)])
@@ -138,3 +138,20 @@ def test_what_a_fold_changes_is_forgotten(tmp_path: Path, producer: str, left: l
         changed = replace(sites[2], producer=producer)
         forget(passage, (*sites[:2], changed, sites[3]), changed)
         assert [shortcut.linear for shortcut in passage.known] == left
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "linear"),
+    [("qwen2", {}, LINEARS[1]), ("falcon", {"num_kv_heads": 1}, "mlp.dense_4h_to_h")],
+)
+def test_what_a_linear_returns_is_given_as_it_was(
+    tmp_path: Path, kind: str, changes: dict[str, object], linear: str
+) -> None:
+    """Falcon adds its attention's output to it in place."""
+    with layer_of(tmp_path, kind, **changes) as (model, hidden):
+        passage = Passage(model, 0, Stream(hidden.clone(), "ram", 1), 4)
+        read = list(inputs_of(passage, linear, hidden.device, last=True))
+        returned = list(inputs_of(passage, linear, hidden.device, last=True, returned=True))
+        weight = model.layers[0].get_parameter(f"{linear}.weight")
+        torch.testing.assert_close(torch.cat(returned), torch.cat(read) @ weight.T)
+        assert torch.equal(passage.stream.states, hidden)

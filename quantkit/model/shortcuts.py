@@ -92,6 +92,8 @@ def _nothings(output: Any) -> int | None:
 def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[str, Tensor]]:
     """Within it, the shortcuts' modules return what their linears make of what is known, without running anything else;
     what linears do return when they are run for that is put into the dictionary, by name.
+
+    Layers may add to what they are handed in place (Falcon's do): what is kept and what is handed out are two tensors.
     """
     made: dict[str, Tensor] = {}
 
@@ -100,6 +102,7 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[st
             output = known[shortcut].tensor
             if not known[shortcut].returned:
                 output = made[shortcut.linear] = layer.get_submodule(shortcut.linear)(output)
+            output = output.clone()
             return output if shortcut.nothings is None else (output, *[None] * shortcut.nothings)
 
         return forward
@@ -117,8 +120,8 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[st
 def watched(
     layer: nn.Module, read: Sequence[str], returned: Sequence[str] = ()
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and what
-    those of `returned` return into the second.
+    """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and a copy of
+    what those of `returned` return into the second (see `taken`).
     """
     seen: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
@@ -126,7 +129,7 @@ def watched(
         return lambda module, args: seen[0].update({name: args[0]})
 
     def see_returned(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen[1].update({name: output})
+        return lambda module, args, output: seen[1].update({name: output.clone()})
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(see_read(name)) for name in read]
     handles += [layer.get_submodule(name).register_forward_hook(see_returned(name)) for name in returned]

@@ -90,7 +90,7 @@ def round_block_by_torch(
             torch.div(value, size, out=step)
             torch.clamp(step.round_(), least, most, out=step)
             torch.addcmul(whole, step, size, value=-1, out=error)
-            told.addr_(moved, error)
+            told.add_(moved.unsqueeze(1) * error)  # not addr_, which rounds the last few rows in another way
 
 
 def improve_group(
