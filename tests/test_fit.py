@@ -3,7 +3,6 @@
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +118,12 @@ def test_every_recipe_answers_without_a_download(name: str) -> None:
     assert model.config.max_position_embeddings == 131072
 
 
-def test_the_answer_takes_less_than_a_second() -> None:
-    recipe_model("deepseek-r1-1.5b")  # transformers imports a model's code when it is first built
-    began = time.process_time()
-    config = shipped()["deepseek-r1-32b"].config
-    assert config is not None
-    model = build(config_from_dict(config))
+def test_the_answer_makes_no_weights() -> None:
+    """That is what keeps it near a second: no weight is ever filled, whatever the model's size."""
+    model = recipe_model("deepseek-r1-32b")
     fitted(model, plan_of(model), tensor_parallel=2)
-    assert time.process_time() - began < 1
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+    assert sum(buffer.nbytes for buffer in model.model.buffers()) < 2**20
 
 
 # ---------------------------------------------------------------- memory
