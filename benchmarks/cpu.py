@@ -49,11 +49,13 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from quantkit.pipeline import run
     from quantkit.plan import make_plan
     from quantkit.progress import display
-    from quantkit.quantize.methods import Options
+    from quantkit.quantize.options import Options
     from quantkit.recipe import Recipe, resolver
 
     values = dict(zip(said[::2], said[1::2], strict=True))
-    options = Options(correct=float(values.get("--correct", 0.5)), refine=int(values.get("--refine", 4)))
+    options = Options(
+        correct=float(values.get("--correct", Options.correct)), refine=int(values.get("--refine", Options.refine))
+    )
     opened = open_model(model)
     scheme = choose_scheme(method, Recipe(), 4, 128, None)
     plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])

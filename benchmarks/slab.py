@@ -37,7 +37,7 @@ from quantkit.model.streaming import build, open_model
 from quantkit.pipeline import run
 from quantkit.plan import make_plan
 from quantkit.quantize.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks, joined
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.units import parse_bytes

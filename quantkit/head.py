@@ -15,7 +15,8 @@ from quantkit.evaluation import ending_names, loaded
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
 from quantkit.portions import HEAD_ROWS, samples_per_sum
 from quantkit.quantize import gptq
-from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.quantize.methods import METHODS, SiteInput
+from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats

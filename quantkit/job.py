@@ -15,7 +15,7 @@ from quantkit.evaluation import run_dtype
 from quantkit.machine import device_name
 from quantkit.model.streaming import StreamedModel
 from quantkit.plan import LinearPlan, Plan
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
 
 TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,

@@ -42,7 +42,7 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Outcome, run
 from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
 from quantkit.report.run import render_report

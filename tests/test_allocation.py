@@ -29,7 +29,7 @@ from quantkit.job import Job
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
 from quantkit.progress import Display
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe, read_recipe, resolver
 from quantkit.runs import Request, quantize
 from quantkit.scheme import Scheme

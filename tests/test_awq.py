@@ -10,7 +10,8 @@ from torch import Tensor
 from quantkit.quantize import awq
 from quantkit.quantize.awq import candidate_scales, relative_magnitude, search_scale, site_errors
 from quantkit.quantize.grid import plain_grid
-from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.quantize.methods import METHODS, SiteInput
+from quantkit.quantize.options import Options
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 from quantkit.stats import SiteStats, collect
 

@@ -17,7 +17,8 @@ from quantkit import pipeline
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
 from quantkit.head import quantize_head
 from quantkit.products import mirror_
-from quantkit.quantize.methods import METHODS, Options, SiteInput
+from quantkit.quantize.methods import METHODS, SiteInput
+from quantkit.quantize.options import Options
 from quantkit.recipe import read_recipe
 from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.runs import Request, quantize

@@ -67,12 +67,12 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(tmp_path: Path,
     process = subprocess.Popen(
         several(2, command("gptq", model, out, odd_ids)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
         pass
     second = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
     second.kill()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode != 0
     assert len(told(stderr)) == 1
     assert "a process of this run was lost" in told(stderr)[0]

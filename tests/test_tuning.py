@@ -16,7 +16,7 @@ from quantkit.job import Job
 from quantkit.model.streaming import open_model
 from quantkit.pipeline import run
 from quantkit.plan import make_plan
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.scheme import Scheme
 from tests.test_fisher import Silent
 from tests.tiny import random_ids, save_tiny

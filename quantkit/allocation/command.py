@@ -26,7 +26,7 @@ from quantkit.model.families import FAMILIES
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe
 from quantkit.runs import Request, quantize, serving, tokens_of
 from quantkit.units import format_bytes

@@ -27,7 +27,7 @@ from quantkit.loaders import heads_of
 from quantkit.model.families import Site
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan
-from quantkit.quantize.methods import Options
+from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe
 from quantkit.runs import Request, config_options
 from quantkit.scheme import Scheme

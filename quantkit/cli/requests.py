@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.cli.options import Quality, States
 from quantkit.cli.telling import command
 from quantkit.errors import InputError
+from quantkit.quantize.options import Options
 
 if TYPE_CHECKING:
     from quantkit.runs import Request
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 def run_request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
     """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
     from quantkit.machine import choose_device
-    from quantkit.quantize.methods import Options
     from quantkit.runs import Request
     from quantkit.units import parse_bytes, parse_tokens
     from quantkit.verify import parse_percent
@@ -29,11 +29,11 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         return parse_bytes(said[name], f"--{name}") if said.get(name) else None
 
     options = Options(
-        said.get("act_order", True),
-        said.get("damp", 0.01),
-        plain("rounding") or "gptq",
-        refine=said.get("refine", 4),
-        correct=said.get("correct", 0.5),
+        said.get("act_order", Options.act_order),
+        said.get("damp", Options.damp),
+        plain("rounding") or Options.rounding,
+        refine=said.get("refine", Options.refine),
+        correct=said.get("correct", Options.correct),
         tune=said.get("quality") is Quality.best,
     )
     if options.tune and method == "rtn":

@@ -16,36 +16,12 @@ from torch import Tensor
 from quantkit.portions import weights_at_once
 from quantkit.products import product
 from quantkit.quantize import awq, gptq, rtn
+from quantkit.quantize.options import Options
 from quantkit.quantize.refine import refine
 from quantkit.quantize.tune import offsets
 from quantkit.ranks import ALONE, Ranks
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, join_rows, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_, rescale_drift_
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of the methods that change the result.
-
-    act_order: GPTQ takes columns in order of falling diag(H), on grids fixed beforehand (no g_idx in the file)
-    damp: added to diag(H), as a share of its mean
-    rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
-    refine: how often codes and scales are gone over again after GPTQ (see `refine`)
-    correct: the share of the inputs' drift from the original's that GPTQ makes up for (see `gptq.times_inverse`)
-    tune: move codes and scales of each layer by gradients afterwards (see `tune`)
-    """
-
-    act_order: bool = True
-    damp: float = 0.01
-    rounding: str = "gptq"
-    refine: int = 4
-    correct: float = 0.5
-    tune: bool = False
-
-    @property
-    def needs_original(self) -> bool:
-        """Whether the inputs of the original model are wanted beside those of the quantized one."""
-        return self.tune or (self.rounding == "gptq" and self.correct > 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command allocate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import (
+    Calib,
+    Context,
+    Device,
+    Eval,
+    EvalSamples,
+    FormatOption,
+    Fresh,
+    HiddenStates,
+    Json,
+    Kernels,
+    KvOption,
+    MaxKl,
+    MaxPpl,
+    Model,
+    Offline,
+    Ram,
+    Samples,
+    Searched,
+    Seed,
+    Seqlen,
+    States,
+    Sym,
+    Vram,
+)
+from quantkit.cli.requests import listed, run_request
+from quantkit.cli.telling import FAIL, print_json, quiet_libraries, screen, told
+
+
+def allocate(
+    model: Model,
+    budget: Annotated[str, typer.Option("--budget", help="What weights, KV cache and workspace may take: 22GiB.")],
+    context: Context = None,
+    kv: KvOption = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="The budget is for the files of weights alone, in exact bytes.")
+    ] = False,
+    menu: Annotated[
+        str | None,
+        typer.Option("--menu", help="What a part may be: W3g128,W4rows,16bit...  [default: W2 to W8, 16bit]"),
+    ] = None,
+    also: Annotated[
+        str | None, typer.Option("--also", help="What else to choose for, outside the layers: lm_head.")
+    ] = None,
+    engine: Annotated[
+        Kernels | None,
+        typer.Option("--engine", help="Whose kernels must run it.  [default: vllm]"),
+    ] = None,
+    method: Annotated[Searched, typer.Option("--method", help="How integers are chosen.")] = Searched.gptq,
+    sym: Sym = None,
+    format: FormatOption = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    probe_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--probe-samples",
+            min=1,
+            help="Calibration windows that measure KL instead.  [default: 16, or a quarter if that is less]",
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Swap parts in each n-th layer; interpolate.")] = 1,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Measure the result, and correct by it.")] = True,
+    table: Annotated[Path | None, typer.Option("--table", help="Keep measurements here for other budgets.")] = None,
+    eval: Eval = None,
+    eval_samples: EvalSamples = None,
+    device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
+    states: HiddenStates = States.auto,
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe.  [default: MODEL-allocated.yaml]")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Quantize with it, verify, and repair.")] = False,
+    run_out: Annotated[Path | None, typer.Option("--run-out", help="Folder of --run.  [default: outputs/...]")] = None,
+    fresh: Fresh = False,
+    offline: Offline = False,
+    max_ppl_increase: MaxPpl = None,
+    max_kl: MaxKl = None,
+    json: Json = False,
+) -> None:
+    """Choose bits and groups by part so that all fits and the expected KL is least; writes a recipe with the reasons.
+
+    Costs one pass over the model to measure, and one as a run makes it to check. With L layers, a swap is L / 2 more
+    layer runs on the probes in each.
+    """
+    said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
+    with told(resumes=run):
+        from quantkit.allocation.command import AllocateRequest, allocate
+        from quantkit.summary import allocate_summary
+
+        quiet_libraries()
+        request = AllocateRequest(
+            run=run_request(method.value, said),
+            weights_only=weights_only,
+            also=listed(also, "--also") if also else (),
+            menu=menu,
+            engine=engine.value if engine else None,
+            probe_samples=probe_samples,
+            every=every,
+            check=check,
+            quantize=run,
+            out=out,
+            table=table,
+        )
+        result = allocate(request, screen())
+        screen().print(allocate_summary(result), highlight=False)
+        if json:
+            print_json(result)
+    if ((result.get("run") or {}).get("verification") or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)

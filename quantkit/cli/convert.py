@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command convert."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.cli.options import (
+    BlockName,
+    Calib,
+    Device,
+    For,
+    Fresh,
+    Json,
+    Offline,
+    OutsideName,
+    Rounding,
+    Samples,
+    Seed,
+    Seqlen,
+    TargetName,
+)
+from quantkit.cli.telling import FAIL, command, print_json, quiet_libraries, screen, told
+from quantkit.errors import InputError
+
+
+def convert(
+    out: Annotated[
+        Path, typer.Argument(help="A quantized checkpoint: AWQ, GPTQ or CT, whoever made it; to gguf also a MODEL.")
+    ],
+    to: Annotated[TargetName, typer.Option("--to", help="The format of the result; fp16: not quantized.")],
+    target: Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/OUT-FORMAT]")] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what the format cannot hold, and measure the loss.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The 16-bit MODEL to measure with.  [default: as recorded]")
+    ] = None,
+    engine: For = None,
+    type: Annotated[
+        BlockName | None,
+        typer.Option("--type", help="gguf: of the linears.  [default: as the integers are; MODEL: q4_k]"),
+    ] = None,
+    outside: Annotated[
+        OutsideName, typer.Option("--embeddings", help="gguf: type of the embedding and the head.")
+    ] = OutsideName.f16,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    rounding: Annotated[Rounding, typer.Option("--rounding", help="gguf of a MODEL: as of awq.")] = Rounding.gptq,
+    device: Device = "auto",
+    fresh: Fresh = False,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """The same integers in another format; exit 3 if a new measurement says FAIL."""
+    if to is TargetName.gguf:
+        _to_gguf(locals())
+        return
+    with told(resumes=True):
+        if type is not None:
+            raise InputError(f"--type {type.value}: a type of gguf's blocks; use it with --to gguf")
+        from quantkit.convert import ConvertRequest
+        from quantkit.convert import convert as convert_files
+        from quantkit.summary import convert_summary
+
+        quiet_libraries()
+        request = ConvertRequest(
+            folder=out,
+            to=to.value,
+            command=command(),
+            out=target,
+            requantize=requantize,
+            fresh=fresh,
+            against=against,
+            offline=offline,
+            engine=engine.value if engine else None,
+        )
+        result, folder = convert_files(request, screen())
+        screen().print(convert_summary(result, folder), highlight=False)
+        if json:
+            print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)
+
+
+def _to_gguf(said: dict[str, Any]) -> None:
+    with told(resumes=True):
+        from quantkit.export_gguf import ExportRequest, to_gguf
+        from quantkit.machine import choose_device
+        from quantkit.summary import convert_summary, summary
+
+        quiet_libraries()
+        engine = said["engine"].value if said["engine"] else "llamacpp"
+        if engine not in ("llamacpp", "transformers"):
+            raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")
+        request = ExportRequest(
+            source=str(said["out"]),
+            command=command(),
+            type=said["type"].value if said["type"] else None,
+            outside=said["outside"].value,
+            out=said["target"],
+            requantize=said["requantize"],
+            nearest=said["rounding"] is Rounding.nearest,
+            against=said["against"],
+            calib=said["calib"],
+            samples=said["samples"],
+            seqlen=said["seqlen"],
+            seed=said["seed"],
+            device=choose_device(said["device"]),
+            fresh=said["fresh"],
+            offline=said["offline"],
+        )
+        result, folder = to_gguf(request, screen())
+        shown = convert_summary if "converted" in result else summary
+        screen().print(shown(result, folder), highlight=False)
+        if said["json"]:
+            print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)

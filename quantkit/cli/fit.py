@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command fit."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import (
+    Budget,
+    Context,
+    For,
+    FormatOption,
+    Group,
+    Json,
+    KvOption,
+    Offline,
+    RecipeOption,
+    Sym,
+    WBit,
+)
+from quantkit.cli.telling import print_json, screen, told
+
+
+def fit(
+    model: Annotated[str, typer.Argument(help="A recipe name, folder or hub id, or a folder that is quantized.")],
+    w_bit: WBit = None,
+    group: Group = None,
+    sym: Sym = None,
+    format: FormatOption = None,
+    recipe: RecipeOption = None,
+    budget: Budget = None,
+    context: Context = None,
+    kv: KvOption = None,
+    tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
+    engine: For = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Write the chart as an HTML page.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Bytes before compute: weights, KV cache, workspace, the longest context that fits, which engines load it."""
+    with told():
+        from quantkit.fit import table
+        from quantkit.fitting import FitRequest, fit_page, fit_request
+        from quantkit.units import parse_bytes, parse_tokens
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
+        request = FitRequest(
+            model=model,
+            bits=int(w_bit) if w_bit else None,
+            group_size=group,
+            symmetric=sym,
+            format=format.value if format else None,
+            recipe=recipe,
+            budget=parse_bytes(budget or "22GiB", "--budget"),
+            context=parse_tokens(context, "--context") if context else None,
+            kv=kv.value if kv else "fp16",
+            tensor_parallel=tensor_parallel,
+            offline=offline,
+            engine=engine.value if engine else None,
+        )
+        result = fit_request(request)
+        print_json(result) if json else screen().print(table(result))
+        if picture:
+            fit_page(result, picture)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands models and inspect."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import Json
+from quantkit.cli.telling import print_json, screen, told
+
+
+def models(json: Json = False) -> None:
+    """The recipes that ship, and what of each is in the local cache."""
+    with told():
+        from quantkit.library import catalogue, catalogue_table
+
+        rows = catalogue()
+        print_json(rows) if json else screen().print(catalogue_table(rows))
+
+
+def inspect(
+    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    json: Json = False,
+) -> None:
+    """What is inside: bits, group, method, bytes and error per layer; totals; who made it."""
+    with told():
+        from quantkit.inspection import inspect_folder, inspect_table
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
+        result = inspect_folder(out)
+        print_json(result) if json else screen().print(inspect_table(result))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command push."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import Json
+from quantkit.cli.telling import print_json, screen, told
+
+
+def push(
+    out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="The repository: org/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch.  [default: main]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes; touch no network.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Without a passing verification; the card says so.")] = False,
+    json: Json = False,
+) -> None:
+    """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
+    with told():
+        from quantkit.card import PATH, render_card
+        from quantkit.document import RESULT, read_result
+        from quantkit.hub.push import push as upload
+        from quantkit.summary import push_document, push_summary
+
+        if (out / RESULT).is_file():
+            read_result(out)  # a damaged one is told before anything goes up
+        console = screen()
+        result = upload(
+            out,
+            repo_id,
+            private=private,
+            revision=revision,
+            dry_run=dry_run,
+            force=force,
+            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            bars=console.is_terminal,
+            card=lambda document: render_card(document, repo_id=repo_id),
+            placeholder=PATH,
+        )
+        print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands awq, gptq and rtn."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from quantkit.cli.options import (
+    ActOrder,
+    Budget,
+    Calib,
+    Context,
+    Correct,
+    Damp,
+    Device,
+    Eval,
+    EvalSamples,
+    For,
+    FormatOption,
+    Fresh,
+    Group,
+    HiddenStates,
+    Inputs,
+    InputsOption,
+    Json,
+    KvOption,
+    MaxKl,
+    MaxPpl,
+    Model,
+    NoVerify,
+    Offline,
+    Out,
+    Quality,
+    QualityOption,
+    Ram,
+    RecipeOption,
+    Refine,
+    Rounding,
+    RoundingOption,
+    Samples,
+    Seed,
+    Seqlen,
+    States,
+    Sym,
+    Vram,
+    WBit,
+)
+from quantkit.cli.requests import run_request
+from quantkit.cli.telling import FAIL, print_json, quiet_libraries, tell, told
+from quantkit.quantize.options import Options
+
+METHODS = {
+    "awq": "Scale the channels that matter, then round with error compensation.",
+    "gptq": "Round column by column, letting later columns make up for the error of earlier ones.",
+    "rtn": "Round every weight to the nearest code, without calibration.",
+}
+
+
+def command_of(method: str) -> Callable[..., None]:
+    """The command of a method: all have the same options."""
+
+    def command(
+        model: Model,
+        w_bit: WBit = None,
+        group: Group = None,
+        sym: Sym = None,
+        format: FormatOption = None,
+        recipe: RecipeOption = None,
+        quality: QualityOption = Quality.fast,
+        calib: Calib = None,
+        samples: Samples = None,
+        seqlen: Seqlen = None,
+        seed: Seed = 0,
+        eval: Eval = None,
+        eval_samples: EvalSamples = None,
+        budget: Budget = None,
+        context: Context = None,
+        kv: KvOption = None,
+        device: Device = "auto",
+        vram: Vram = None,
+        ram: Ram = None,
+        out: Out = None,
+        fresh: Fresh = False,
+        offline: Offline = False,
+        no_verify: NoVerify = False,
+        max_ppl_increase: MaxPpl = None,
+        max_kl: MaxKl = None,
+        engine: For = None,
+        states: HiddenStates = States.auto,
+        act_order: ActOrder = Options.act_order,
+        damp: Damp = Options.damp,
+        correct: Correct = Options.correct,
+        refine: Refine = Options.refine,
+        rounding: RoundingOption = Rounding.gptq,
+        inputs: InputsOption = Inputs.quantized,
+        json: Json = False,
+    ) -> None:
+        _quantize(method, locals())
+
+    return command
+
+
+def _quantize(method: str, said: Mapping[str, Any]) -> None:
+    with told(resumes=True), ExitStack() as together:
+        from quantkit.ranks import joined
+        from quantkit.runs import quantize
+        from quantkit.summary import summary
+
+        ranks = together.enter_context(joined(tell))
+        quiet_libraries()
+        console = Console(stderr=True, quiet=not ranks.first)
+        process = ranks.local_rank if ranks.size > 1 else None
+        result, out = quantize(run_request(method, said, process), console, ranks)
+        console.print(summary(result, out), highlight=False)
+        if said["json"] and ranks.first:
+            print_json(result)
+    if (result["verification"] or {}).get("verdict") == "fail":
+        raise typer.Exit(FAIL)

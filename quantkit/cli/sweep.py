@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command sweep."""
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.options import (
+    ActOrder,
+    Budget,
+    Calib,
+    Context,
+    Damp,
+    Device,
+    Eval,
+    EvalSamples,
+    FormatOption,
+    Fresh,
+    HiddenStates,
+    Json,
+    KvOption,
+    Model,
+    Offline,
+    Out,
+    Ram,
+    Samples,
+    Seed,
+    Seqlen,
+    States,
+    Sym,
+    Vram,
+)
+from quantkit.cli.quantize import METHODS
+from quantkit.cli.requests import listed, numbers, run_request
+from quantkit.cli.telling import print_json, quiet_libraries, screen, told
+from quantkit.errors import InputError
+from quantkit.quantize.options import Options
+
+
+def sweep(
+    model: Model,
+    method: Annotated[str, typer.Option("--method", help="Methods, with commas: awq,gptq,rtn.")] = "awq,gptq",
+    w_bit: Annotated[str, typer.Option("--w-bit", help="Bits of a weight, with commas.")] = "3,4",
+    group: Annotated[str, typer.Option("--group", help="Group sizes, with commas; -1: whole rows.")] = "64,128,256",
+    sym: Sym = None,
+    format: FormatOption = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    eval: Eval = None,
+    eval_samples: EvalSamples = None,
+    budget: Budget = None,
+    context: Context = None,
+    kv: KvOption = None,
+    device: Device = "auto",
+    vram: Vram = None,
+    ram: Ram = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    offline: Offline = False,
+    states: HiddenStates = States.auto,
+    act_order: ActOrder = Options.act_order,
+    damp: Damp = Options.damp,
+    json: Json = False,
+) -> None:
+    """Measure every method x bits x group in one pass over the model: a table, JSON, CSV, and KL against size.
+
+    All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
+    """
+    said = locals() | {"w_bit": None, "group": None}  # lists of them here
+    with told(resumes=True):
+        from quantkit.summary import sweep_summary
+        from quantkit.sweep import SweepRequest, sweep
+
+        quiet_libraries()
+        methods = listed(method, "--method")
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
+        bits, groups = numbers(w_bit, "--w-bit"), numbers(group, "--group")
+        result = sweep(SweepRequest(run_request(methods[0], said), methods, bits, groups), screen())
+        print_json(result) if json else screen().print(sweep_summary(result), highlight=False)
