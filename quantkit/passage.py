@@ -73,12 +73,16 @@ def inputs_of(
     layer, leaving = model.layers[index], last and passage.leaves and passage.ends_whole
     again = not last or passage.weights is None  # the layer runs once more on its new weights
     wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
+    # Where a linear's inputs are known its site is done, so it has its last weights: where its inputs were is room for
+    # what it returns.
+    final = [shortcut for shortcut, found in passage.known.items() if again and not found.returned]
     kept: dict[Shortcut, Known] = {}
+    read = [linear, *(shortcut.linear for shortcut in wanted)]
+    made = [*(shortcut.linear for shortcut in final), *([linear] if returned else [])]
     for batch in stream.batches(passage.samples):
         hidden = stream.states[batch].to(device)
         known = {shortcut: found.of(batch) for shortcut, found in passage.known.items()}
-        watching = watched(layer, [linear, *(shortcut.linear for shortcut in wanted)], [linear] if returned else [])
-        with taken(layer, known) as made, watching as (seen, outputs):
+        with taken(layer, known), watched(layer, read, made) as (seen, outputs):
             if leaving or returned:
                 left = run_finite(model, index, hidden, passage.weights, exact=False)
                 if leaving:
@@ -92,14 +96,12 @@ def inputs_of(
                 if shortcut not in kept:
                     kept[shortcut] = Known(tensor.new_empty(passage.samples, *tensor.shape[1:]))
                 kept[shortcut].tensor[batch] = tensor
-        for shortcut, found in passage.known.items():
-            # Its site is done, so these are its last weights, and where its inputs were is room for what it returns.
-            output = made.get(shortcut.linear)
-            if again and output is not None and output.shape[-1] <= found.tensor.shape[-1]:
-                kept[shortcut] = Known(found.tensor[..., : output.shape[-1]], returned=True)
+        for shortcut in final:
+            room, output = passage.known[shortcut].tensor, outputs.pop(shortcut.linear, None)
+            if output is not None and output.shape[-1] <= room.shape[-1]:
+                kept[shortcut] = Known(room[..., : output.shape[-1]], returned=True)
                 kept[shortcut].tensor[batch] = output
             del output
-        del made
         yield outputs[linear] if returned else seen[linear]
     passage.known |= kept
     if leaving:

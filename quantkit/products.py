@@ -37,7 +37,7 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = Tru
     exact: False lets a GPU round float32 to bfloat16 once (2^-9), where that is enough.
     """
     if not fast_16bit(left):
-        if _in_place(total):
+        if _in_place(total.device.type):
             return total.addmm_(left.T.float(), right.float())
         rows = max(1, PRODUCT_AT_ONCE // total.shape[1])
         for part, columns in zip(total.split(rows), left.T.split(rows), strict=True):
@@ -62,11 +62,12 @@ def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = Non
     """
     rows = strips(gram) if rows is None else rows
     if not fast_16bit(x):
-        for part in x.float().split(TERMS_AT_ONCE):
-            if _in_place(gram):
-                for strip in rows:
-                    gram[strip, strip.start :].addmm_(part[:, strip].T, part[:, strip.start :])
-                continue
+        x = x.float()
+        if _in_place(gram.device.type):
+            for strip in rows:
+                gram[strip, strip.start :].addmm_(x[:, strip].T, x[:, strip.start :])
+            return gram
+        for part in x.split(TERMS_AT_ONCE):
             columns = part.T.contiguous()
             for strip in rows:
                 gram[strip, strip.start :] += linear(columns[strip], columns[strip.start :])
@@ -92,7 +93,7 @@ def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """left [m, k] @ right [k, n] in float32; see `accumulate_`."""
     if not fast_16bit(left):
         left, right = left.float(), right.float()
-        return left @ right if _in_place(left) else linear(left, right.T)
+        return left @ right if _in_place(left.device.type) else linear(left, right.T)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return accumulate_(total, left.T, right, exact=exact)
 
@@ -135,14 +136,10 @@ def _onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _in_place(like: Tensor) -> bool:
-    """Whether products on this device are best left to the BLAS that torch has there."""
-    return like.device.type == "cpu" and _narrow()
-
-
 @cache
-def _narrow() -> bool:
-    return "AVX512" not in torch.backends.cpu.get_cpu_capability()
+def _in_place(device: str) -> bool:
+    """Whether products on this type of device are best left to the BLAS that torch has there."""
+    return device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 @cache

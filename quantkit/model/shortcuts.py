@@ -89,20 +89,16 @@ def _nothings(output: Any) -> int | None:
 
 
 @contextmanager
-def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[str, Tensor]]:
-    """Within it, the shortcuts' modules return what their linears make of what is known, without running anything else;
-    what linears do return when they are run for that is put into the dictionary, by name.
+def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[None]:
+    """Within it, the shortcuts' modules return what their linears make of what is known, without running anything else.
 
-    Layers may add to what they are handed in place (Falcon's do): what is kept and what is handed out are two tensors.
+    Layers may add to what they are handed in place (Falcon's do), so they get a copy of what is kept.
     """
-    made: dict[str, Tensor] = {}
 
     def answer(shortcut: Shortcut) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = known[shortcut].tensor
-            if not known[shortcut].returned:
-                output = made[shortcut.linear] = layer.get_submodule(shortcut.linear)(output)
-            output = output.clone()
+            kept = known[shortcut]
+            output = kept.tensor.clone() if kept.returned else layer.get_submodule(shortcut.linear)(kept.tensor)
             return output if shortcut.nothings is None else (output, *[None] * shortcut.nothings)
 
         return forward
@@ -110,7 +106,7 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[st
     for shortcut in known:
         layer.get_submodule(shortcut.module).forward = answer(shortcut)
     try:
-        yield made
+        yield
     finally:
         for shortcut in known:
             del layer.get_submodule(shortcut.module).forward
@@ -120,16 +116,20 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[dict[st
 def watched(
     layer: nn.Module, read: Sequence[str], returned: Sequence[str] = ()
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and a copy of
-    what those of `returned` return into the second (see `taken`).
+    """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and what those
+    of `returned` return into the second; the layer goes on with a copy of that (see `taken`).
     """
     seen: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
     def see_read(name: str) -> Callable[..., None]:
         return lambda module, args: seen[0].update({name: args[0]})
 
-    def see_returned(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen[1].update({name: output.clone()})
+    def see_returned(name: str) -> Callable[..., Tensor]:
+        def see(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen[1][name] = output
+            return output.clone()
+
+        return see
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(see_read(name)) for name in read]
     handles += [layer.get_submodule(name).register_forward_hook(see_returned(name)) for name in returned]
