@@ -3,10 +3,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,11 +23,11 @@ from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
+from tests.running import command, done, quantkit, run_process, started
 from tests.tiny import load_whole
 
 QUIET = Console(quiet=True)
 W4 = Scheme(4, 32, False)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
@@ -456,30 +452,25 @@ def test_the_source_is_never_written_to(tmp_path: Path, qwen2: Path) -> None:
     assert not (tmp_path / "gptq" / "quantize_config.json").exists()
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "quantkit", "convert", *map(str, words)]
-
-
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     foreign(tmp_path / "awq", layers=6)
-    words = (tmp_path / "awq", "--to", "gptq_v2", "--out")
-    subprocess.run(command(*words, tmp_path / "whole"), env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
+    words = ("convert", str(tmp_path / "awq"), "--to", "gptq_v2", "--out")
+    done(*words, str(tmp_path / "whole"))
     out, killed = tmp_path / "out", 0
     for wanted in (1, 3, 6):
-        process = subprocess.Popen(command(*words, out), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = started(*words, str(out))
         deadline = time.monotonic() + 600
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if out.is_dir() and sum(p.name.startswith(("model-", ".model-")) for p in out.iterdir()) >= wanted:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 killed += 1
                 break
-        process.wait()
+        process.join()
     first = out / "model-00002-of-00008.safetensors"
     damaged = bytearray(first.read_bytes())
     damaged[-1] ^= 1
     first.write_bytes(bytes(damaged))
-    done = subprocess.run(command(*words, out), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done(*words, str(out))
     assert killed >= 2
     for path in (tmp_path / "whole").iterdir():
         if path.name not in ("quantkit.json", "report.html", "README.md"):  # these hold times and the command
@@ -497,26 +488,19 @@ def test_peak_memory_is_that_of_a_layer(tmp_path: Path, target: str) -> None:
         foreign(folder, layers=layers, vocab_size=vocabulary, **wide)
         out = tmp_path / f"out-{layers}"
         # glibc would otherwise keep freed memory or not, depending on what was freed before
-        environment = ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-        done = subprocess.run(
-            command(folder, "--to", target, "--out", out), env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        words = command("convert", str(folder), "--to", target, "--out", str(out))
+        made = run_process(words, MALLOC_MMAP_THRESHOLD_=str(2**18))
+        assert made.returncode == 0, made.stderr
         peaks.append(json.loads((out / "quantkit.json").read_text())["peak_rss_bytes"])
     assert peaks[1] - peaks[0] < 32 * 2**20, peaks  # pieces are of 4 MiB
 
 
 def test_refusals_are_one_line_and_exit_1(tmp_path: Path) -> None:
     foreign(tmp_path / "ct", "compressed-tensors", Scheme(3, 32, True))
-    done = subprocess.run(
-        command(tmp_path / "ct", "--to", "awq", "--out", tmp_path / "out"),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("quantkit: model.layers.0")
-    assert len(done.stderr.splitlines()) == 1
+    refused = quantkit("convert", str(tmp_path / "ct"), "--to", "awq", "--out", str(tmp_path / "out"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("quantkit: model.layers.0")
+    assert len(refused.stderr.splitlines()) == 1
 
 
 def test_a_16_bit_model_is_refused(tmp_path: Path, qwen2: Path) -> None:

@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,28 +22,13 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantkit import pipeline
 from quantkit.cli.telling import told
 from quantkit.formats import FORMATS
 from quantkit.scheme import Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
+from tests.running import ENVIRONMENT, command, done, quantkit, run_process, run_words, started
 from tests.tiny import load_whole
-
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def command(method: str, model: Path, out: Path, ids: Path, *more: str) -> list[str]:
-    fixed = ["--calib", str(ids), "--eval", str(ids), "--group", "32", "--out", str(out), "--max-ppl-increase", "900%"]
-    return [sys.executable, "-m", "quantkit", method, str(model), *fixed, *more]
-
-
-def quantkit(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-
-
-def done(*words: str) -> subprocess.CompletedProcess[str]:
-    result = quantkit(*words)
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -129,7 +116,7 @@ def test_figures_are_those_of_the_files(
     tmp_path: Path, qwen2: Path, ids: Path, method: str, more: list[str], expected: str
 ) -> None:
     out = tmp_path / "out"
-    done(*command(method, qwen2, out, ids, *more))
+    done(*run_words(method, qwen2, out, ids, *more))
     result = json.loads((out / "quantkit.json").read_text())
     assert result["format"] == expected
     naive = naive_figures(qwen2, decoded_model(out, qwen2), load_file(ids)["input_ids"])
@@ -142,7 +129,7 @@ def test_output_folder(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     out = tmp_path / "out"
     old = os.umask(0o077)
     try:
-        answer = done(*command("awq", qwen2, out, ids, "--json"))
+        answer = done(*run_words("awq", qwen2, out, ids, "--json"))
     finally:
         os.umask(old)
     assert json.loads(answer.stdout) == json.loads((out / "quantkit.json").read_text())
@@ -172,7 +159,7 @@ def test_older_readers_find_the_rotations(tmp_path: Path, ids: Path) -> None:
     """transformers 4 knows rope_theta and rope_scaling only; 5 writes rope_parameters."""
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = make_qwen2(tmp_path / "model", rope_parameters=rope | {"original_max_position_embeddings": 32})
-    done(*command("rtn", model, tmp_path / "out", ids, "--no-verify"))
+    done(*run_words("rtn", model, tmp_path / "out", ids, "--no-verify"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_theta"] == 5e5
     assert config["rope_scaling"]["rope_type"] == "llama3"
@@ -182,7 +169,7 @@ def test_older_readers_find_the_rotations(tmp_path: Path, ids: Path) -> None:
 def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     """At 8 bits what is left is rounding: scales folded into norms, values and up must cancel."""
     out = tmp_path / "out"
-    done(*command("awq", qwen2, out, ids, "--w-bit", "8", "--format", "compressed-tensors"))
+    done(*run_words("awq", qwen2, out, ids, "--w-bit", "8", "--format", "compressed-tensors"))
     result = json.loads((out / "quantkit.json").read_text())
     scaled = {layer["kind"] for layer in result["layers"] if layer["scale"] != "1"}
     assert scaled >= {"q_proj", "gate_proj", "down_proj"}
@@ -198,7 +185,7 @@ def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> 
 
 def test_same_request_same_bytes_whatever_memory_there_is(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     for name, words in (("ram", ["--states", "ram"]), ("file", ["--states", "file"]), ("limit", ["--ram", "4GiB"])):
-        told = done(*command("awq", qwen2, tmp_path / name, ids, *words)).stderr
+        told = done(*run_words("awq", qwen2, tmp_path / name, ids, *words)).stderr
         assert ("in a mapped file" if name == "file" else "in RAM") in told
     assert contents(tmp_path / "ram") == contents(tmp_path / "file") == contents(tmp_path / "limit")
     memory = json.loads((tmp_path / "limit" / "quantkit.json").read_text())["memory"]
@@ -206,42 +193,31 @@ def test_same_request_same_bytes_whatever_memory_there_is(tmp_path: Path, qwen2:
     assert memory["ram_bytes"] <= memory["ram_limit"]
 
 
-WITHOUT_OVERLAP = """
-import runpy, sys
-from contextlib import contextmanager
-from types import SimpleNamespace
-from quantkit import pipeline
-
-@contextmanager
-def read_ahead(read, count):
-    numbers = iter(range(count))
-    yield SimpleNamespace(take=lambda: read(next(numbers)))
-
-@contextmanager
-def writer():
-    yield SimpleNamespace(submit=lambda write: write())
-
-pipeline.read_ahead, pipeline.writer = read_ahead, writer
-sys.argv[0] = "quantkit"
-runpy.run_module("quantkit", run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_what_is_read_and_written_beside_the_work_changes_no_byte(
-    tmp_path: Path, qwen2: Path, ids: Path, method: str
+    tmp_path: Path, qwen2: Path, ids: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done(*command(method, qwen2, tmp_path / "beside", ids))
-    words = command(method, qwen2, tmp_path / "in_turn", ids)
-    assert words[:3] == [sys.executable, "-m", "quantkit"]
-    done(sys.executable, "-c", WITHOUT_OVERLAP, *words[3:])
+    done(*run_words(method, qwen2, tmp_path / "beside", ids))
+
+    @contextmanager
+    def read_ahead(read: Callable[[int], object], count: int) -> Iterator[SimpleNamespace]:
+        numbers = iter(range(count))
+        yield SimpleNamespace(take=lambda: read(next(numbers)))
+
+    @contextmanager
+    def writer() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(submit=lambda write: write())
+
+    monkeypatch.setattr(pipeline, "read_ahead", read_ahead)
+    monkeypatch.setattr(pipeline, "writer", writer)
+    done(*run_words(method, qwen2, tmp_path / "in_turn", ids))
     assert contents(tmp_path / "in_turn") == contents(tmp_path / "beside")
 
 
 def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     pytest.importorskip("compressed_tensors")
     out = tmp_path / "out"
-    done(*command("gptq", qwen2, out, ids, "--format", "compressed-tensors"))
+    done(*run_words("gptq", qwen2, out, ids, "--format", "compressed-tensors"))
     ours = decoded_model(out, qwen2)
     theirs = load_whole(out)
     tokens = load_file(ids)["input_ids"]
@@ -251,48 +227,48 @@ def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, i
 
 def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> None:
     model = make_qwen2(tmp_path / "model", layers=4)
-    done(*command("awq", model, tmp_path / "whole", ids))
+    done(*run_words("awq", model, tmp_path / "whole", ids))
     expected = contents(tmp_path / "whole")
     rng = random.Random(0)
     out = tmp_path / "out"
     killed = 0
     for _ in range(12):
-        process = subprocess.Popen(command("awq", model, out, ids), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = started(*run_words("awq", model, out, ids))
         # Wait for a random one of the files that come and go, so that kills fall in the middle of the work.
         wanted = rng.randrange(1, 7)
         deadline = time.monotonic() + 600
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             names = [path.name for path in out.iterdir()] if out.is_dir() else []
             if sum(name.startswith(("model-", ".model-")) for name in names) >= wanted:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 killed += 1
                 break
-        process.wait()
+        process.join()
         if rng.random() < 0.3 and out.is_dir():
-            done(*command("awq", model, out, ids))
+            done(*run_words("awq", model, out, ids))
             assert contents(out) == expected
             for path in out.iterdir():
                 path.unlink()
-    done(*command("awq", model, out, ids))
+    done(*run_words("awq", model, out, ids))
     assert killed >= 6
     assert contents(out) == expected
 
 
 def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     out = tmp_path / "out"
-    done(*command("gptq", qwen2, out, ids))
+    done(*run_words("gptq", qwen2, out, ids))
     expected = contents(out)
     shard = out / "model-00003-of-00004.safetensors"
     damaged = bytearray(shard.read_bytes())
     damaged[-1] ^= 1
     shard.write_bytes(bytes(damaged))
-    done(*command("gptq", qwen2, out, ids))
+    done(*run_words("gptq", qwen2, out, ids))
     assert contents(out) == expected
 
 
 def test_a_tuned_run_is_continued_to_the_same_bytes(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     out = tmp_path / "out"
-    tuned = command("gptq", qwen2, out, ids, "--quality", "best", "--no-verify")
+    tuned = run_words("gptq", qwen2, out, ids, "--quality", "best", "--no-verify")
     done(*tuned)
     expected = contents(out)
     (out / "model-00003-of-00004.safetensors").unlink()
@@ -305,14 +281,14 @@ def test_a_tuned_run_is_continued_to_the_same_bytes(tmp_path: Path, qwen2: Path,
 
 def test_changed_request_is_refused_and_fresh_starts_over(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     out = tmp_path / "out"
-    done(*command("gptq", qwen2, out, ids))
+    done(*run_words("gptq", qwen2, out, ids))
     before = contents(out)
-    refused = quantkit(*command("gptq", qwen2, out, ids, "--w-bit", "8"))
+    refused = quantkit(*run_words("gptq", qwen2, out, ids, "--w-bit", "8"))
     assert refused.returncode == 1
     assert "scheme" in refused.stderr
     assert "--fresh" in refused.stderr
     assert contents(out) == before
-    done(*command("gptq", qwen2, out, ids, "--w-bit", "8", "--fresh"))
+    done(*run_words("gptq", qwen2, out, ids, "--w-bit", "8", "--fresh"))
     assert contents(out) != before
 
 
@@ -320,7 +296,7 @@ def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
     model = make_qwen2(tmp_path / "model", layers=40)  # time enough for the signal
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command("awq", model, out, ids, "--fresh"),
+        command(*run_words("awq", model, out, ids, "--fresh")),
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
@@ -387,7 +363,7 @@ def spoil_config(model: Path) -> None:
 def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, told: str) -> None:
     model = make_qwen2(tmp_path / "model")
     spoil(model)
-    refused = quantkit(*command("awq", model, tmp_path / "out", ids))
+    refused = quantkit(*run_words("awq", model, tmp_path / "out", ids))
     last = refused.stderr.strip().splitlines()[-1]
     assert refused.returncode == 1
     assert last.startswith("quantkit: ")
@@ -410,7 +386,7 @@ def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, 
     ],
 )
 def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, changes: list[str], told: str) -> None:
-    refused = quantkit(*command("awq", qwen2, tmp_path / "out", ids, *changes))
+    refused = quantkit(*run_words("awq", qwen2, tmp_path / "out", ids, *changes))
     assert refused.returncode == 1
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -418,12 +394,12 @@ def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, ch
 
 
 def test_wrong_usage_is_exit_2() -> None:
-    assert quantkit(sys.executable, "-m", "quantkit", "awq", "demo", "--w-bit", "5").returncode == 2
-    assert quantkit(sys.executable, "-m", "quantkit", "nonsense").returncode == 2
+    assert quantkit("awq", "demo", "--w-bit", "5").returncode == 2
+    assert quantkit("nonsense").returncode == 2
 
 
 def test_failed_verdict_is_exit_3_with_everything_in_place(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    failed = quantkit(*command("rtn", qwen2, tmp_path / "out", ids, "--max-kl", "0"))
+    failed = quantkit(*run_words("rtn", qwen2, tmp_path / "out", ids, "--max-kl", "0"))
     assert failed.returncode == 3, failed.stderr
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert result["verification"]["verdict"] == "fail"
@@ -434,7 +410,7 @@ def test_recipe_rules_reach_the_files(tmp_path: Path, qwen2: Path, ids: Path) ->
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text("rules:\n  - {kind: down_proj, bits: 8}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n")
     out = tmp_path / "out"
-    done(*command("awq", qwen2, out, ids, "--recipe", str(recipe)))
+    done(*run_words("awq", qwen2, out, ids, "--recipe", str(recipe)))
     result = json.loads((out / "quantkit.json").read_text())
     assert result["format"] == "compressed-tensors"
     bits = {layer["name"]: layer["bits"] for layer in result["layers"]}
@@ -451,7 +427,7 @@ def test_text_is_calibrated_and_evaluated_with_the_models_tokenizer(tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     words = ["--calib", str(text), "--samples", "8", "--seqlen", "32", "--eval", str(text), "--eval-samples", "4"]
-    done(*command("gptq", model, tmp_path / "out", text, *words))
+    done(*run_words("gptq", model, tmp_path / "out", text, *words))
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert (result["calibration"]["samples"], result["calibration"]["seqlen"]) == (8, 32)
     assert result["verification"]["tokens"] == 4 * 31
@@ -463,24 +439,19 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
     for layers in (4, 24):
         wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
         model = make_qwen2(tmp_path / f"model-{layers}", layers=layers, **wide)
-        done(*command("gptq", model, tmp_path / f"out-{layers}", ids, "--max-kl", "99"))
+        made = run_process(
+            command(*run_words("gptq", model, tmp_path / f"out-{layers}", ids, "--max-kl", "99", "--refine", "0"))
+        )
+        assert made.returncode == 0, made.stderr
         peaks.append(json.loads((tmp_path / f"out-{layers}" / "quantkit.json").read_text())["peak_rss_bytes"])
     assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_demo_passes_as_users_run_it(tmp_path: Path) -> None:
-    done(
-        sys.executable,
-        "-m",
-        "quantkit",
-        "awq",
-        "demo",
-        "--offline",
-        "--eval-samples",
-        "40",
-        "--out",
-        str(tmp_path / "out"),
+    made = run_process(
+        command("awq", "demo", "--offline", "--samples", "32", "--eval-samples", "40", "--out", str(tmp_path / "out"))
     )
+    assert made.returncode == 0, made.stderr
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert result["verification"]["verdict"] == "pass"
     assert result["verification"]["fit"]["fits"]
@@ -496,7 +467,7 @@ def test_accuracy_on_a_trained_model(tmp_path: Path, shared: Path, method: str, 
     save_file({"input_ids": load_file(calibration)["input_ids"][:32].clone()}, tmp_path / "ids.safetensors")
     words = ["--calib", str(tmp_path / "ids.safetensors"), "--eval", evaluation, "--eval-samples", "32"]
     model = str(shared / "models" / "mini-qwen2-26m")
-    done(sys.executable, "-m", "quantkit", method, model, *words, "--out", str(tmp_path / "out"))
+    done(method, model, "--device", "cpu", *words, "--out", str(tmp_path / "out"))
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert result["verification"]["perplexity_fp16"] == pytest.approx(6.4041, abs=1e-3)
     assert result["verification"]["kl_divergence"] <= limit
@@ -509,7 +480,7 @@ def test_a_rule_may_name_its_method(tmp_path: Path, qwen2: Path, ids: Path) -> N
         "  - {kind: nowhere, bits: 3}\n"
     )
     out = tmp_path / "out"
-    shown = done(*command("gptq", qwen2, out, ids, "--recipe", str(recipe)))
+    shown = done(*run_words("gptq", qwen2, out, ids, "--recipe", str(recipe)))
     result = json.loads((out / "quantkit.json").read_text())
     methods = {(layer["layer"], layer["kind"]): layer["method"] for layer in result["layers"]}
     assert methods[0, "down_proj"] == "rtn"
@@ -533,7 +504,7 @@ def test_going_over_it_again_leaves_less_of_an_error(tmp_path: Path, qwen2: Path
     def loss(name: str, *more: str) -> float:
         # Calibrated on the original, the sites read the same whatever was rounded before them.
         words = ["--w-bit", "3", "--inputs", "original", "--no-verify", *more]
-        done(*command("gptq", qwen2, tmp_path / name, ids, *words))
+        done(*run_words("gptq", qwen2, tmp_path / name, ids, *words))
         return sum(row["loss"] for row in json.loads((tmp_path / name / "quantkit.json").read_text())["layers"])
 
     assert loss("usual") < loss("once", "--refine", "1") < loss("never", "--refine", "0")
@@ -542,7 +513,7 @@ def test_going_over_it_again_leaves_less_of_an_error(tmp_path: Path, qwen2: Path
 def test_linears_that_read_the_same_input_need_one_method(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text("rules:\n  - {kind: up_proj, method: rtn}\n")
-    refused = quantkit(*command("gptq", qwen2, tmp_path / "out", ids, "--recipe", str(recipe)))
+    refused = quantkit(*run_words("gptq", qwen2, tmp_path / "out", ids, "--recipe", str(recipe)))
     assert refused.returncode == 1
     assert "one method" in refused.stderr
     assert "up_proj" in refused.stderr

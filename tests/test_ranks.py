@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from quantkit.products import strips
 from quantkit.ranks import Ranks
 from tests.conftest import make_qwen2
-from tests.test_pipeline import ENVIRONMENT, command, contents, done
+from tests.running import ENVIRONMENT, command, done, run_process, run_words
+from tests.test_pipeline import contents
 
 WIDE = 1152  # in_features of down_proj: its Gram matrix is summed up in three strips
 
@@ -49,8 +50,10 @@ def test_several_processes_leave_the_bytes_of_one(
     tmp_path: Path, wide: Path, odd_ids: Path, method: str, processes: int
 ) -> None:
     assert len(strips(torch.empty(WIDE, WIDE))) >= 3
-    done(*command(method, wide, tmp_path / "one", odd_ids))
-    shared = done(*several(processes, command(method, wide, tmp_path / "many", odd_ids, "--states", "file", "--json")))
+    done(*run_words(method, wide, tmp_path / "one", odd_ids))
+    words = run_words(method, wide, tmp_path / "many", odd_ids, "--states", "file", "--json")
+    shared = run_process(several(processes, command(*words)))
+    assert shared.returncode == 0, shared.stderr
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     one, many = (json.loads((tmp_path / name / "quantkit.json").read_text()) for name in ("one", "many"))
     assert many["verification"] == one["verification"]
@@ -63,9 +66,10 @@ def test_several_processes_leave_the_bytes_of_one(
 def test_a_lost_process_ends_the_run_and_any_number_continues_it(tmp_path: Path, odd_ids: Path) -> None:
     model = make_qwen2(tmp_path / "model", layers=8)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    done(*several(2, command("gptq", model, whole, odd_ids)))
+    made = run_process(several(2, command(*run_words("gptq", model, whole, odd_ids))))
+    assert made.returncode == 0, made.stderr
     process = subprocess.Popen(
-        several(2, command("gptq", model, out, odd_ids)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        several(2, command(*run_words("gptq", model, out, odd_ids))), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 600
     while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
@@ -78,7 +82,7 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(tmp_path: Path,
     assert "a process of this run was lost" in told(stderr)[0]
     finished = len((out / "journal.jsonl").read_text().splitlines())
     assert 1 < finished < 11
-    resumed = done(*command("gptq", model, out, odd_ids))
+    resumed = done(*run_words("gptq", model, out, odd_ids))
     assert "from disk" in resumed.stderr
     assert contents(out) == contents(whole)
 
@@ -94,8 +98,7 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(tmp_path: Path,
 )
 def test_problems_are_told_once(tmp_path: Path, wide: Path, odd_ids: Path, words: list[str], problem: str) -> None:
     ids = ["--calib", str(odd_ids), "--eval", str(odd_ids), "--out", str(tmp_path / "out")] if words[0] == "awq" else []
-    given = [sys.executable, "-m", "quantkit", *(str(wide) if word == "MODEL" else word for word in words), *ids]
-    refused = subprocess.run(several(2, given), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    refused = run_process(several(2, command(*(str(wide) if word == "MODEL" else word for word in words), *ids)))
     assert refused.returncode != 0
     assert refused.stderr.count(problem) == 1
     assert "Traceback" not in refused.stderr.split("elastic")[0]
@@ -118,8 +121,7 @@ def test_a_process_with_nothing_to_tell_waits_for_the_one_that_has(
     tmp_path: Path, words: list[str], problem: str
 ) -> None:
     (tmp_path / "late.py").write_text(LATE)
-    given = several(2, [sys.executable, str(tmp_path / "late.py"), *words])
-    refused = subprocess.run(given, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    refused = run_process(several(2, [sys.executable, str(tmp_path / "late.py"), *words]))
     assert refused.returncode != 0
     assert refused.stderr.count(problem) == 1
 

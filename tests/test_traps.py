@@ -6,8 +6,6 @@ Each was seen with a real client; where a client can run here it is the client t
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from quantkit.plan import LinearPlan, make_plan
 from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import TINY, make_qwen2
+from tests.running import quantkit
 from tests.test_convert import foreign, tensors
 from tests.tiny import load_whole
 
@@ -289,8 +288,7 @@ def test_each_engine_has_a_name_on_the_command_line() -> None:
 )
 def test_for_is_an_error_before_work(tmp_path: Path, words: tuple[str, ...]) -> None:
     out = () if words[0] == "fit" else ("--out", str(tmp_path / "out"))
-    command = [sys.executable, "-m", "quantkit", *words, "--offline", *out]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = quantkit(*words, "--offline", *out)
     assert done.returncode == 1
     assert done.stdout == ""
     assert all(line.startswith("quantkit: ") and "no kernel" in line for line in done.stderr.splitlines())
@@ -299,19 +297,10 @@ def test_for_is_an_error_before_work(tmp_path: Path, words: tuple[str, ...]) -> 
 
 def test_for_with_convert(tmp_path: Path) -> None:
     foreign(tmp_path / "awq")
-    command = [
-        sys.executable,
-        "-m",
-        "quantkit",
-        "convert",
-        str(tmp_path / "awq"),
-        "--out",
-        str(tmp_path / "out"),
-        "--to",
-    ]
-    done = subprocess.run([*command, "gptq_v2", "--for", "vllm"], capture_output=True, text=True)
+    words = ("convert", str(tmp_path / "awq"), "--out", str(tmp_path / "out"), "--to")
+    done = quantkit(*words, "gptq_v2", "--for", "vllm")
     assert done.returncode == 1
     assert "vLLM 0.32 has no kernel for W4 g32 asym in gptq_v2" in done.stderr
     assert not (tmp_path / "out").exists()
-    done = subprocess.run([*command, "compressed-tensors", "--for", "vllm"], capture_output=True, text=True)
+    done = quantkit(*words, "compressed-tensors", "--for", "vllm")
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 """`quantkit verify`: the figures of the run from its files, files of other tools, and what it refuses."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,17 +15,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 from quantkit.checkpoint.journal import locked
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.cli import app
 from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
+from tests.running import command, quantkit, run_process
 from tests.test_pipeline import naive_figures
 from tests.tiny import load_whole
 
@@ -435,19 +433,13 @@ def test_names_that_leave_the_folder_are_refused(out: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = (sys.executable, "-m", "quantkit", "verify", *words)
-    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_exit_codes_and_json(out: Path) -> None:
-    passed = command(str(out), "--json")
+    passed = quantkit("verify", str(out), "--device", "cpu", "--json")
     assert passed.returncode == 0, passed.stderr
     assert json.loads(passed.stdout) == recorded(out)
     shard = out / "model-00004-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
-    failed = command(str(out))
+    failed = quantkit("verify", str(out), "--device", "cpu")
     assert failed.returncode == 3, failed.stderr
     assert shard.name in failed.stderr
     assert failed.stdout == ""
@@ -460,9 +452,8 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
         model, foreign = tmp_path / f"model-{layers}", tmp_path / f"foreign-{layers}"
         make_qwen2(model, layers=layers, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
         write_foreign(foreign, model, "gptq", Scheme(4, 32, True), GPTQ)
-        found = command(
-            str(foreign), "--against", str(model), "--eval", str(ids), "--max-ppl-increase", "900%", "--json"
-        )
+        words = ["--against", str(model), "--eval", str(ids), "--max-ppl-increase", "900%", "--json"]
+        found = run_process(command("verify", str(foreign), *words))
         assert found.returncode == 0, found.stderr
         peaks.append(json.loads(found.stdout)["peak_rss_bytes"])
     assert peaks[1] < 1.1 * peaks[0], peaks
@@ -502,12 +493,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_document_is_one_line_everywhere(out: Path, damage: str) -> None:
     DAMAGES[damage](out)
     for words in (["verify"], ["inspect"], ["push", "me/model", "--dry-run", "--force"], ["fit"]):
-        done = CliRunner().invoke(app, [words[0], str(out), *words[1:]])
+        done = quantkit(words[0], str(out), *words[1:])
         if words[0] == "fit":  # asks config.json and the files only
-            assert done.exit_code == 0, done.output
+            assert done.returncode == 0, done.stderr
             continue
-        assert done.exit_code == 1, (words, done.output, done.exception)
-        assert isinstance(done.exception, SystemExit)
+        assert done.returncode == 1, (words, done.stderr)
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("quantkit: ")
         assert "quantkit.json" in done.stderr
@@ -516,10 +506,10 @@ def test_a_damaged_document_is_one_line_everywhere(out: Path, damage: str) -> No
 
 def test_fit_refuses_more_context_than_the_model_allows(out: Path, qwen2: Path) -> None:
     for model in (out, qwen2):
-        done = CliRunner().invoke(app, ["fit", str(model), "--group", "32", "--context", "129"])
-        assert done.exit_code == 1
+        done = quantkit("fit", str(model), "--group", "32", "--context", "129")
+        assert done.returncode == 1
         assert "--context 129: the model allows 128 tokens" in done.stderr
-        assert CliRunner().invoke(app, ["fit", str(model), "--group", "32", "--context", "128"]).exit_code == 0
+        assert quantkit("fit", str(model), "--group", "32", "--context", "128").returncode == 0
 
 
 # ---------------------------------------------------------------- the folder
