@@ -228,6 +228,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
+        calibrated = replace(calibrated, notes=calibrated.notes + _left_out(request, calibrated))
     if request.verify:
         evaluated = calibration.load_eval(
             request.evaluation or calibration.DEFAULT_EVAL,
@@ -243,6 +244,16 @@ def tokens_of(
     if evaluated is not None and evaluated.seqlen < 2:
         raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
+
+
+def _left_out(request: Request, tokens: TokenSet) -> tuple[str, ...]:
+    """What was asked for of windows that a file holds as they are."""
+    asked = {"--samples": (request.samples, tokens.samples), "--seqlen": (request.seqlen, tokens.seqlen)}
+    return tuple(
+        f"{option} {wanted} was left out: the file is used as it is, {tokens.samples} x {tokens.seqlen} tokens"
+        for option, (wanted, found) in asked.items()
+        if wanted not in (None, found)
+    )
 
 
 def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:

@@ -433,6 +433,15 @@ def test_text_is_calibrated_and_evaluated_with_the_models_tokenizer(tmp_path: Pa
     assert result["verification"]["tokens"] == 4 * 31
 
 
+def test_windows_that_are_used_as_they_are_say_so(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    answer = done(*run_words("gptq", qwen2, tmp_path / "out", ids, "--samples", "2", "--seqlen", "32", "--no-verify"))
+    result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert result["calibration"]["samples"] == 6
+    (told,) = (note for note in result["fallbacks"] if "left out" in note)
+    assert "--samples 2 was left out: the file is used as it is, 6 x 32 tokens" in told
+    assert "--samples 2 was left out" in " ".join(answer.stderr.split())
+
+
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None:
     """Twenty more layers of 9 MB in float32 would show; one layer at a time does not."""
     peaks = []
