@@ -29,7 +29,7 @@ from quantkit.runs import Request, quantize
 
 TABLE = Path(__file__).parent / "GGUF.md"
 PROMPT, NEW = 48, 64
-CALIBRATION = {"samples": 32, "seqlen": 512, "offline": True, "verify": False}
+CALIBRATION: dict[str, Any] = {"samples": 32, "seqlen": 512, "offline": True, "verify": False}
 RUNS: dict[str, dict[str, Any]] = {  # name -> what is asked of a run
     "gptq W8 sym (q8_0)": {"method": "gptq", "bits": 8},
     "gptq W4 sym (q4_0)": {"method": "gptq", "bits": 4, "symmetric": True},
@@ -76,7 +76,7 @@ def make(name: str, model: str) -> Path:
 @torch.inference_mode()
 def compare(path: Path, model: str, out: Path, ids: Tensor, prompts: Tensor) -> dict[str, float]:
     """llama.cpp's answers for a file against the original architecture in float32 on the file's weights."""
-    ours = AutoModelForCausalLM.from_pretrained(MODELS[model], dtype=torch.float32)
+    ours: Any = AutoModelForCausalLM.from_pretrained(MODELS[model], dtype=torch.float32)
     state = open_gguf_model(path, open_model(MODELS[model])).read([name for name, _ in ours.named_parameters()])
     ours.load_state_dict(state, strict=False)
     logits = torch.cat([ours(sample.unsqueeze(0)).logits for sample in ids])

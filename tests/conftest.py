@@ -2,6 +2,7 @@
 """Small real models, made in the test run and saved as any model is."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 torch.set_num_threads(1)  # tests run side by side
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
@@ -24,11 +25,11 @@ TINY = {
 
 
 def make_qwen2(
-    folder: Path, *, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: object
+    folder: Path, *, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> Path:
     """A random Qwen2 with biases that are not zero, saved to `folder`."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**(TINY | {"num_hidden_layers": layers} | changes)))
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**(TINY | {"num_hidden_layers": layers} | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

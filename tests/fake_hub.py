@@ -199,16 +199,15 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if half:
                 raise DroppedError
 
-        def found(
-            self, fields: Mapping[str, str]
-        ) -> tuple[Repository, str] | tuple[None, tuple[int, Any, dict[str, str]]]:
+        def found(self, fields: Mapping[str, str]) -> tuple[Repository | None, str, tuple[Any, ...]]:
+            """The repository and the commit; or None, and the answer that says what is missing."""
             repo = hub.repos.get(fields["repo"])
             if repo is None:
-                return None, (404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+                return None, "", (404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             oid = repo.find(fields.get("rev"))
             if oid is None:
-                return None, (404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
-            return repo, oid
+                return None, "", (404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+            return repo, oid, ()
 
         # Each on_<route> returns (status, body) or (status, body, headers).
 
@@ -237,9 +236,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             return 200, {}
 
         def on_preupload(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             files = []
             for asked in json.loads(body)["files"]:
                 large = asked["path"].endswith(".safetensors") or asked["size"] > 10_000_000
@@ -265,9 +264,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             return 200, {}
 
         def on_commit(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             files = dict(repo.commits[oid])
             for line in body.splitlines():
                 item = json.loads(line)
@@ -286,22 +285,22 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             }
 
         def on_info(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             siblings = [{"rfilename": name} for name in repo.commits[oid]]
             return 200, {"id": fields["repo"], "sha": oid, "private": repo.private, "siblings": siblings, "tags": []}
 
         def on_tree(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             return 200, [self.listed(name, stored) for name, stored in sorted(repo.commits[oid].items())]
 
         def on_paths(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             asked = parse_qs(body.decode()).get("paths", [])
             return 200, [self.listed(name, stored) for name, stored in repo.commits[oid].items() if name in asked]
 
@@ -313,9 +312,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             return {"type": "file", "path": name, "size": size, "oid": blob, **large}
 
         def on_resolve(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
-            repo, oid = self.found(fields)
+            repo, oid, missing = self.found(fields)
             if repo is None:
-                return oid
+                return missing
             stored = repo.commits[oid].get(fields["file"])
             if stored is None:
                 return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}

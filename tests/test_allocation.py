@@ -21,7 +21,7 @@ from quantkit.allocation.command import AllocateRequest, allocate, budget_of, sp
 from quantkit.allocation.knapsack import solve
 from quantkit.allocation.menu import HEAD, entry_name, parse_menu
 from quantkit.allocation.problem import Problem, pose
-from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
+from quantkit.allocation.sensitivity import Measured, Swap, measure_choice, measure_menu
 from quantkit.allocation.table import choose, corrected, table_of
 from quantkit.calibration import TokenSet, load
 from quantkit.errors import InputError
@@ -83,7 +83,7 @@ def posed(request: AllocateRequest) -> tuple[Problem, list[str]]:
 
 
 def load_tokens(path: Path) -> TokenSet:
-    return load(str(path), lambda: None, samples=16, seqlen=32, seed=0, vocab_size=96, offline=True)  # type: ignore
+    return load(str(path), pytest.fail, samples=16, seqlen=32, seed=0, vocab_size=96, offline=True)
 
 
 def uniform_bytes(model: Path, scheme: Scheme, tokens: Path, out: Path) -> int:
@@ -189,12 +189,12 @@ def rounded_whole(
     layer = whole.get_submodule(streamed.layer_name(part[0]))
     linears = {linear.local: layer.get_submodule(linear.local) for linear in problem.parts[part]}
     first = next(iter(linears.values()))
-    stats = empty_stats(first.weight.shape[1], CPU)
+    stats = empty_stats(first.get_parameter("weight").shape[1], CPU)
     handle = first.register_forward_pre_hook(lambda module, args: add_inputs(stats, args[0]))
     with torch.no_grad():
         whole(ids)
         handle.remove()
-        weights = {name: linear.weight.data for name, linear in linears.items()}
+        weights = {name: linear.get_parameter("weight").data for name, linear in linears.items()}
         site = SiteInput(weights, dict.fromkeys(weights, scheme), stats, None)
         for name, quantized in METHODS["gptq"](site, Options(refine=0)).quantized.items():
             linears[name].weight.data = dequantize(quantized)
@@ -207,7 +207,7 @@ def test_layers_between_probed_ones_are_interpolated(model: Path, tokens: Path, 
     losses: dict[Any, Any] = {
         part: {entry: 0.5 for entry in row if entry} | {None: 0.0} for part, row in problem.menu.items()
     }
-    swapped = {((layer, site), w4): kl for layer, kl in ((0, 0.01), (2, 0.04)) for site in range(4)}
+    swapped: dict[Swap, float] = {((layer, site), w4): kl for layer, kl in ((0, 0.01), (2, 0.04)) for site in range(4)}
     table = table_of(problem, Measured(losses, 0.0, swapped))
     assert [table[layer, 1][w4] for layer in range(3)] == pytest.approx([0.01, 0.02, 0.04])
     assert table[1, 1][None] == 0
@@ -218,7 +218,7 @@ def test_the_corrected_table_sums_to_what_was_measured(model: Path, tokens: Path
     w3, w4 = Scheme(3, 32, True), Scheme(4, 32, True)
     table = {part: {w3: 0.04, w4: 0.01, Scheme(8, 32, True): 0.0001, None: 0.0} for part in problem.parts}
     choice = dict.fromkeys(problem.parts, w4)
-    swapped = {(part, None): 0.2 - (0.03 if part == (1, 2) else 0.01) for part in problem.parts}
+    swapped: dict[Swap, float] = {(part, None): 0.2 - (0.03 if part == (1, 2) else 0.01) for part in problem.parts}
     found = corrected(table, Measured({}, 0.2, swapped), choice)
     assert sum(found[part][w4] for part in problem.parts) == pytest.approx(0.2)
     assert found[1, 2][w4] == pytest.approx(3 * found[0, 0][w4])
@@ -230,7 +230,7 @@ def test_the_head_says_nothing_of_a_layer(model: Path, tokens: Path, tmp_path: P
     w4 = Scheme(4, 32, True)
     table = {part: {w4: 0.01, None: 0.0} for part in problem.parts}
     choice = dict.fromkeys(problem.parts, w4) | {(0, 0): None}  # whose own fall is not known
-    swapped = {(part, None): 0.2 - (0.1 if part == HEAD else 0.01) for part in problem.parts}
+    swapped: dict[Swap, float] = {(part, None): 0.2 - (0.1 if part == HEAD else 0.01) for part in problem.parts}
     found = corrected(table, Measured({}, 0.2, swapped), choice)
     assert found[0, 0][w4] == pytest.approx(found[1, 0][w4])
 

@@ -176,7 +176,8 @@ def test_awq_returns_the_scale_that_its_codes_need(rounding: str) -> None:
 def test_awq_loses_less_than_rounding_and_gptq_after_it_less_again() -> None:
     def loss(method: str, rounding: str) -> float:
         site = site_input(torch.arange(COLUMNS), [Scheme(3, 32, False)] * 3)
-        return sum(record["loss"] for record in METHODS[method](site, Options(rounding=rounding)).records.values())
+        records = METHODS[method](site, Options(rounding=rounding)).records
+        return float(sum(record["loss"] for record in records.values()))
 
     assert loss("awq", "gptq") < loss("awq", "nearest") < loss("rtn", "nearest")
 

@@ -77,8 +77,8 @@ def get(source: object, tok: PreTrainedTokenizerBase = PLAIN, **options: Any) ->
 
 def write_jsonl(path: Path, records: Iterable[object]) -> Path:
     """Write records as JSON lines, compressed as the name says."""
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "wt", encoding="utf-8") as file:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, open)(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     return path
 
@@ -175,6 +175,7 @@ def test_hash_is_of_shape_and_little_endian_ids(stories: Path) -> None:
 
 def test_documents_are_whole_and_joined_by_one_eos(stories: Path) -> None:
     text = PLAIN.decode(get(stories, samples=1, seqlen=400).input_ids[0])
+    assert isinstance(text, str)
     parts = text.split(EOS)
     assert len(parts) > 4
     assert all(part.startswith(BOS + "word") and part.count(BOS) == 1 for part in parts)
@@ -249,6 +250,7 @@ def test_answer_without_reasoning_is_the_templates_own() -> None:
 def test_conversations_get_bos_and_eos_once(tmp_path: Path, template: str) -> None:
     path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 12)
     text = PLAIN.decode(get(path, make_tokenizer(template=template), samples=1, seqlen=400).input_ids[0])
+    assert isinstance(text, str)
     assert text.count(BOS) >= 4
     assert text.count("<think>") == text.count(BOS)
     assert BOS + BOS not in text
@@ -353,6 +355,7 @@ def test_text_is_evaluated_by_the_wikitext_protocol(tmp_path: Path) -> None:
 def test_documents_are_evaluated_in_order(stories: Path) -> None:
     found = load_eval(str(stories), lambda: PLAIN, seqlen=16, vocab_size=VOCAB)
     text = PLAIN.decode(found.input_ids.flatten())
+    assert isinstance(text, str)
     assert text.startswith(BOS + "word0 ")
     assert [text.index(f"word{i} ") for i in range(39)] == sorted(text.index(f"word{i} ") for i in range(39))
 

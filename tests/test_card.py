@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from result_document import example
 
 from quantkit.card import render_card
+from tests.result_document import example
 
 NASTY = "a: \"b\" 'c'\n---\n# h <script>x</script> | `d` [e](f) ```\n```"
 
@@ -29,6 +29,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 def test_the_hub_reads_the_metadata_and_the_measurements() -> None:
     card = ModelCard(render_card(example(4)))
+    assert isinstance(card.data, ModelCardData)
     assert card.data.base_model == "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
     assert card.data.get("base_model_relation") == "quantized"
     assert card.data.library_name == "transformers"

@@ -199,8 +199,8 @@ def chunks():
 write_chunks(folder / "first", [bytes(200_000)])
 write_chunks(folder / "second", chunks())
 """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], **pipes) as process:
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)

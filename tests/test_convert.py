@@ -31,7 +31,13 @@ W4 = Scheme(4, 32, False)
 
 
 def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
-    fixed = {"method": "rtn", "group_size": 32, "offline": True, "verify": False, "max_ppl_increase": 9.0}
+    fixed: dict[str, Any] = {
+        "method": "rtn",
+        "group_size": 32,
+        "offline": True,
+        "verify": False,
+        "max_ppl_increase": 9.0,
+    }
     return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
 
 
@@ -481,7 +487,12 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["compressed-tensors", "fp16"])
 def test_peak_memory_is_that_of_a_layer(tmp_path: Path, target: str) -> None:
     """A wide embedding passes in pieces: 4 x the layers and a table of 128 MiB add next to nothing."""
-    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "tie_word_embeddings": True}
+    wide: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "tie_word_embeddings": True,
+    }
     peaks = []
     for layers, vocabulary in ((2, 96), (8, 65536)):
         folder = tmp_path / f"awq-{layers}"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What we write, read by compressed-tensors itself; and what it writes, read by us."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def signed(codes: Tensor, scheme: Scheme) -> Tensor:
     return (codes.to(torch.int16) - scheme.middle).to(torch.int8)
 
 
-def their_scheme(scheme: Scheme) -> "quantization.QuantizationScheme":
+def their_scheme(scheme: Scheme) -> Any:
     config = OURS.config([QuantizedLayer("a.o_proj", scheme)], ["lm_head"])
     return quantization.QuantizationScheme.model_validate(config["config_groups"]["group_0"])
 

@@ -46,7 +46,7 @@ from quantkit.formats.gguf import (
 )
 from quantkit.gguf.architecture import rope_factors
 from quantkit.gguf.export import export, layout
-from quantkit.gguf.file import TensorInfo, open_gguf, write_gguf
+from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
@@ -247,8 +247,9 @@ def test_k_quants_need_whole_superblocks() -> None:
 
 
 def test_a_file_is_as_the_package_reads_it_and_the_same_every_time(tmp_path: Path) -> None:
-    metadata = {"general.architecture": "llama", "a.text": "naïve", "a.flag": True, "a.number": 7, "a.real": 0.5,
-                "a.texts": ["x", "yy"], "a.numbers": [1, -2]}  # fmt: skip
+    metadata: dict[str, Value] = {
+        "general.architecture": "llama", "a.text": "naïve", "a.flag": True, "a.number": 7, "a.real": 0.5,
+        "a.texts": ["x", "yy"], "a.numbers": [1, -2]}  # fmt: skip
     infos = [TensorInfo("one", "f32", (3,)), TensorInfo("two", "q8_0", (2, 32))]
     blocks = pack(random_integers(INTEGERS["q8_0"], 2, 32), "q8_0")
     data = [("one", [torch.arange(3.0)]), ("two", [blocks[:1], blocks[1:]])]
@@ -538,13 +539,17 @@ def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -
 def load_calibration(folder: Path) -> TokenSet:
     save_file({"input_ids": IDS}, folder / "ids.safetensors")
     source = str(folder / "ids.safetensors")
-    return calibration.load(source, lambda: None, samples=2, seqlen=24, seed=0, vocab_size=4104)  # type: ignore[arg-type]
+    return calibration.load(source, pytest.fail, samples=2, seqlen=24, seed=0, vocab_size=4104)
 
 
 def test_runs_refuse_groups_and_bits_that_gguf_would_only_repeat(tmp_path: Path) -> None:
     folder = tiny(tmp_path / "model", "qwen2")
-    for said, reason in (({"group_size": 128}, "use --group 32"), ({"bits": 3}, "use --w-bit 4"),
-                         ({"bits": 8, "symmetric": False}, "8 with --sym")):  # fmt: skip
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"group_size": 128}, "use --group 32"),
+        ({"bits": 3}, "use --w-bit 4"),
+        ({"bits": 8, "symmetric": False}, "8 with --sym"),
+    ]
+    for said, reason in cases:
         asked = Request(method="rtn", model=str(folder), command="rtn", format="gguf", offline=True, verify=False,
                         out=tmp_path / "out", **said)  # fmt: skip
         with pytest.raises(SchemeError, match=reason):

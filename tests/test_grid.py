@@ -26,7 +26,8 @@ def rounded(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Te
 def group_errors(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, energy: Tensor) -> Tensor:
     """The weighted squared error of every group, float64 [out, groups]."""
     difference = (rounded(weight, scales, zeros, scheme) - weight).double()
-    return (difference.square() * energy.double()).unflatten(1, (scales.shape[1], -1)).sum(2)
+    errors: Tensor = (difference.square() * energy.double()).unflatten(1, (scales.shape[1], -1)).sum(2)
+    return errors
 
 
 def exhaustive(weight: Tensor, scheme: Scheme, energy: Tensor, min_zero: int) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from fake_hub import FakeHub
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -23,6 +22,7 @@ from quantkit.errors import InputError, OutputError
 from quantkit.hub.files import check, files_to_push, with_note
 from quantkit.hub.push import PushResult, push, require_names
 from quantkit.units import format_bytes
+from tests.fake_hub import FakeHub
 
 # The hub's library sends files the way its network library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

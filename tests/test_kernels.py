@@ -68,7 +68,9 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def block_inputs(rows: int, width: int, groups: int, bits: int, seed: int = 0) -> tuple[Tensor, ...]:
+def block_inputs(
+    rows: int, width: int, groups: int, bits: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """target, base, scales, zeros, group, feedback of a random block; groups in mixed order, scales of both signs."""
     generator = torch.Generator().manual_seed(seed)
     base = random(width, rows, seed=seed)
@@ -82,8 +84,7 @@ def block_inputs(rows: int, width: int, groups: int, bits: int, seed: int = 0) -
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("rows", "width", "groups"), [(1, 1, 1), (5, 7, 2), (16, 128, 1), (33, 128, 3), (17, 100, 4)])
 def test_a_block_is_rounded_as_by_torch(rows: int, width: int, groups: int, bits: int) -> None:
-    inputs = block_inputs(rows, width, groups, bits)
-    copies = [x.clone() for x in inputs]
+    inputs, copies = (block_inputs(rows, width, groups, bits) for _ in range(2))
     max_code = (1 << bits) - 1
     steps, errors, expected_steps, expected_errors = (torch.empty(width, rows, device=DEVICE) for _ in range(4))
     columns.round_block_by_torch(*copies, max_code, expected_steps, expected_errors)
@@ -122,7 +123,8 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
     def error(scale: Tensor, zero: Tensor) -> Tensor:
         scales, zeros = grid.to_float16(scale), zero.to(torch.uint8)
         rounded = dequantize(QuantizedTensor(encode(weight, scales, zeros, scheme), scales, zeros, scheme))
-        return ((rounded - weight).square() * energy).unflatten(1, (-1, scheme.group_size)).sum(2)
+        errors: Tensor = ((rounded - weight).square() * energy).unflatten(1, (-1, scheme.group_size)).sum(2)
+        return errors
 
     torch.testing.assert_close(error(*found), error(*expected), rtol=1e-4, atol=1e-6)
     assert float((found[1] != expected[1]).double().mean()) <= 0.05

@@ -45,7 +45,8 @@ def original(name: str, model: Path) -> torch.Tensor:
     for path in model.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             if name in file.keys():  # noqa: SIM118 - not a dict
-                return file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
     raise KeyError(name)
 
 
@@ -446,7 +447,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
     """Twenty more layers of 9 MB in float32 would show; one layer at a time does not."""
     peaks = []
     for layers in (4, 24):
-        wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+        wide: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
         model = make_qwen2(tmp_path / f"model-{layers}", layers=layers, **wide)
         made = run_process(
             command(*run_words("gptq", model, tmp_path / f"out-{layers}", ids, "--max-kl", "99", "--refine", "0"))
@@ -514,7 +515,8 @@ def test_going_over_it_again_leaves_less_of_an_error(tmp_path: Path, qwen2: Path
         # Calibrated on the original, the sites read the same whatever was rounded before them.
         words = ["--w-bit", "3", "--inputs", "original", "--no-verify", *more]
         done(*run_words("gptq", qwen2, tmp_path / name, ids, *words))
-        return sum(row["loss"] for row in json.loads((tmp_path / name / "quantkit.json").read_text())["layers"])
+        layers = json.loads((tmp_path / name / "quantkit.json").read_text())["layers"]
+        return float(sum(row["loss"] for row in layers))
 
     assert loss("usual") < loss("once", "--refine", "1") < loss("never", "--refine", "0")
 

@@ -118,7 +118,7 @@ def test_targets_are_matched_as_the_library_matches_them(ignore: list[str], targ
 def test_strategies_and_formats_of_llm_compressor() -> None:
     def one(weights: dict[str, Any], scheme: Scheme, **more: Any) -> None:
         config = ct({"group_0": {"targets": ["Linear"], "weights": weights} | more.pop("group", {})}, **more)
-        schemes = dict.fromkeys(NAMES, scheme)
+        schemes: dict[str, Scheme | None] = dict.fromkeys(NAMES, scheme)
         assert read(config, stored("compressed-tensors", schemes)) == ("compressed-tensors", schemes)
 
     one(WEIGHTS | {"strategy": "channel", "group_size": None}, Scheme(4, -1, True))

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from result_document import GIB, example
 
 from quantkit import charts, wording
 from quantkit.fitting import FitRequest, fit_request
 from quantkit.report.fit import render_fit
 from quantkit.report.run import render_report
+from tests.result_document import GIB, example
 
 NASTY = "<script>alert('x')</script>\" onload=x & {{ 7 * 7 }}\n</title>"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -211,7 +211,8 @@ def test_the_report_needs_no_torch() -> None:
 )
 def test_the_page_of_fit(options: dict[str, Any], says: str) -> None:
     asked = {"group_size": 128, "budget": 22 * GIB, "tensor_parallel": 1} | options
-    said = dict.fromkeys(("symmetric", "format", "recipe")) | {"bits": 4, "context": 12_288, "kv": "fp16"}
+    said: dict[str, Any] = dict.fromkeys(("symmetric", "format", "recipe"))
+    said |= {"bits": 4, "context": 12_288, "kv": "fp16"}
     fit = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
     page = render_fit(fit, "<b>", fit["scheme"])
     parsed = Page(page)

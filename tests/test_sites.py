@@ -109,7 +109,7 @@ def test_every_linear_of_a_layer_is_in_one_site_in_execution_order() -> None:
 
 def test_a_layer_with_other_linears_than_the_first_is_refused(tmp_path: Path) -> None:
     model = open_model(save_tiny(tmp_path, "qwen2"))
-    model.layers[2].mlp.extra = nn.Linear(4, 4, device="meta")
+    model.layers[2].get_submodule("mlp").extra = nn.Linear(4, 4, device="meta")
     with pytest.raises(ModelError, match=r"model\.layers\.2: linears mlp\.extra do not fit the sites of qwen2"):
         sites_of(model)
 
@@ -151,9 +151,9 @@ def test_scales_folded_into_the_producer_leave_the_layer_the_same_function(
     assert channel is not None
     producer = layer.get_submodule(site.producer)
     generator = torch.Generator().manual_seed(2)
-    scale = torch.exp(torch.randn(len(producer.weight), generator=generator, dtype=torch.float64))
+    scale = torch.exp(torch.randn(len(producer.get_parameter("weight")), generator=generator, dtype=torch.float64))
     for linear in site.linears:
-        layer.get_submodule(linear).weight.mul_(scale[channel])
+        layer.get_parameter(f"{linear}.weight").mul_(scale[channel])
     assert float((run_layer(model, 1, hidden) - expected).abs().max()) > 1e-2  # the scale matters
     divide_producer(producer, scale)
     torch.testing.assert_close(run_layer(model, 1, hidden), expected, rtol=1e-5, atol=1e-6)

@@ -186,19 +186,20 @@ def ids_twice(model: StreamedModel) -> None:
 
 def first(output: Any) -> Tensor:
     """The hidden states of what a layer returns, which is a tuple in transformers 4."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 class Between(nn.Module):
     """A stand-in for a decoder whose code does to its layers what `change` says."""
 
-    def __init__(self, decoder: nn.Module, change: Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Any]]]):
+    def __init__(self, decoder: Any, change: Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Any]]]):
         super().__init__()
         self.layers, self.embed_tokens, self.change = decoder.layers, decoder.embed_tokens, change
         self.norm = decoder.norm
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
-        hidden = self.embed_tokens(input_ids)
+        hidden: Tensor = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             changed, kwargs = self.change(index, hidden, input_ids)
             hidden = first(layer(changed, **kwargs))

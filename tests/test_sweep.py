@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from quantkit import sweep as sweeping
 from quantkit.errors import InputError, OutputError
+from quantkit.evaluation import advance
 from quantkit.runs import Request, quantize
 from quantkit.sweep import SweepRequest, sweep
 from tests.conftest import make_qwen2
@@ -99,7 +100,6 @@ def test_an_interrupted_sweep_ends_the_same(
     result: dict[str, Any], model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = asked(model, tokens, tmp_path / "sweep")
-    advance = sweeping.advance
     calls = 0
 
     def interrupted(*args: Any, **kwargs: Any) -> None:

@@ -51,7 +51,7 @@ def heads(**sizes: Any) -> Any:
 
 
 def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
-    fixed = {"method": "rtn", "group_size": 32, "offline": True, "verify": False}
+    fixed: dict[str, Any] = {"method": "rtn", "group_size": 32, "offline": True, "verify": False}
     return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
 
 
@@ -241,7 +241,8 @@ def test_odd_bits_are_promised_only_to_engines_that_read_dense_words() -> None:
 def words_of_whole_codes(codes: Tensor, bits: int) -> Tensor:
     per_word = 32 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).long().unflatten(1, (-1, per_word))
-    return (padded << torch.arange(per_word) * bits).sum(-1)
+    words: Tensor = (padded << torch.arange(per_word) * bits).sum(-1)
+    return words
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -11,6 +11,7 @@ from quantkit import tuning
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import OutputError
+from quantkit.fisher import spilled_bytes
 from quantkit.formats import FORMATS
 from quantkit.job import Job
 from quantkit.model.streaming import open_model
@@ -50,7 +51,7 @@ def test_a_full_disk_is_told_before_the_text_is_rewritten(tmp_path: Path, monkey
     job = tuned(save_tiny(tmp_path / "model", "qwen2"), tmp_path / "out", 4, 1)
     usage = namedtuple("usage", "total used free")
     assert job.calibration is not None
-    needed = tuning.spilled_bytes(job.model, job.calibration, job.dtype)
+    needed = spilled_bytes(job.model, job.calibration, job.dtype)
     assert needed == 4 * 4 * 24 * 48 * 4  # layers + 1, samples, tokens, numbers, bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed, 1, needed - 1))
     with open_journal(job.out, {}, fresh=False) as journal, pytest.raises(OutputError, match="needed"):

@@ -37,7 +37,13 @@ def verify(out: Path, **said: Any) -> dict[str, Any]:
 
 
 def run(model: Path, out: Path, ids: Path, **said: Any) -> dict[str, Any]:
-    fixed = {"method": "rtn", "group_size": 32, "evaluation": str(ids), "offline": True, "max_ppl_increase": 9.0}
+    fixed: dict[str, Any] = {
+        "method": "rtn",
+        "group_size": 32,
+        "evaluation": str(ids),
+        "offline": True,
+        "max_ppl_increase": 9.0,
+    }
     request = Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said))
     return quantize(request, QUIET)[0]
 
@@ -330,7 +336,7 @@ def test_a_quantized_head_is_measured(tmp_path: Path, qwen2: Path, ids: Path) ->
     head = grid(tensors.pop("lm_head.weight").float(), scheme)
     tensors |= {f"lm_head.{key}": t for key, t in FORMATS["gptq"].pack(head).items()}
     save_file(tensors, tmp_path / "foreign" / "model.safetensors")
-    whole.lm_head.weight.data = dequantize(head)
+    whole.get_parameter("lm_head.weight").data = dequantize(head)
     result = verify(tmp_path / "foreign", against=str(qwen2), evaluation=str(ids))
     for name, value in naive_figures(qwen2, whole, load_file(ids)["input_ids"]).items():
         assert result["verification"][name] == pytest.approx(value, rel=1e-5), name
@@ -468,11 +474,11 @@ def spoilt(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (out / "quantkit.json").write_text(json.dumps(document))
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "truncated": lambda out: (out / "quantkit.json").write_bytes((out / "quantkit.json").read_bytes()[:200]) and None,
-    "empty": lambda out: (out / "quantkit.json").write_text("") and None,
-    "a list": lambda out: (out / "quantkit.json").write_text("[]") and None,
-    "deep": lambda out: (out / "quantkit.json").write_text("[" * 100_000) and None,
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda out: (out / "quantkit.json").write_bytes((out / "quantkit.json").read_bytes()[:200]),
+    "empty": lambda out: (out / "quantkit.json").write_text(""),
+    "a list": lambda out: (out / "quantkit.json").write_text("[]"),
+    "deep": lambda out: (out / "quantkit.json").write_text("[" * 100_000),
     "layers": lambda out: spoilt(out, lambda d: d.pop("layers")),
     "layers.0.kind": lambda out: spoilt(out, lambda d: d["layers"][0].pop("kind")),
     "layers.1": lambda out: spoilt(out, lambda d: d["layers"].__setitem__(1, "q_proj")),
