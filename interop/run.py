@@ -18,9 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ WORK = HOME / "work"
 QUIET = Console(quiet=True)
 TARGETS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")  # of `quantkit convert`
 SAMPLES, SEQLEN = 8, 128
+SAMPLES_QUICK = 2  # products of 16 bit are slow on most CPUs
 # The quick part: one client for each format. What OWN holds is also where quantkit runs: constraints.txt has its pins.
 QUICK = ("transformers + gptqmodel", "transformers + compressed-tensors", "transformers + gguf")
 OWN = "transformers"
@@ -66,14 +69,14 @@ class Tokens:
     calibration: Path
 
 
-def token_files(model: str) -> Tokens:
-    """Windows of the bundled evaluation text."""
-    tokens = Tokens(WORK / f"{model}-eval.safetensors", WORK / f"{model}-calib.safetensors")
-    if not tokens.calibration.is_file():
+def token_files(model: str, samples: int = SAMPLES) -> Tokens:
+    """Windows of the bundled evaluation text, so many of them to evaluate with."""
+    tokens = Tokens(WORK / f"{model}-eval-{samples}.safetensors", WORK / f"{model}-calib.safetensors")
+    if not (tokens.calibration.is_file() and tokens.evaluation.is_file()):
         tokenizer = AutoTokenizer.from_pretrained(MODELS[model])
         found = load_eval("eval", lambda: tokenizer, seqlen=SEQLEN, samples=6 * SAMPLES, vocab_size=len(tokenizer))
         ids = found.input_ids.long()
-        save_file({"input_ids": ids[:SAMPLES].contiguous()}, tokens.evaluation)
+        save_file({"input_ids": ids[:samples].contiguous()}, tokens.evaluation)
         save_file({"input_ids": ids[SAMPLES:].contiguous()}, tokens.calibration)
     return tokens
 
@@ -179,11 +182,10 @@ def figures(reference: Tensor, logits: Tensor, ids: Tensor) -> dict[str, float]:
 
 
 def read_ours(
-    reader: Client, cases: Sequence[Case], tokens: Tokens, own: bool = False
+    reader: Client, folders: Mapping[Case, Path], tokens: Tokens, own: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """One client on checkpoints of one model: for each the error of its logits, or what it said; own: see `client`."""
-    model = cases[0].model
-    folders = {case: write_case(case) for case in cases}
+    model = next(iter(folders)).model
     out = WORK / "logits" / f"{reader.environment}-{reader.script.removesuffix('.py')}-{model}"
     out.mkdir(parents=True, exist_ok=True)
     answer = client(reader.environment, reader.script, tokens.evaluation, out, *map(str, folders.values()), own=own)
@@ -278,7 +280,7 @@ def run(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         for model, tokens in models.items():
             cases = [case for case in CASES if case.model == model and reader.reads(case)]
             if cases := [case for case in cases if chosen(f"{case.name} < {reader.name}")]:
-                yield from read_ours(reader, cases, tokens)
+                yield from read_ours(reader, {case: write_case(case) for case in cases}, tokens)
     for foreign in WRITERS:
         if foreign.model in models and chosen(f"{foreign.name} > verify"):
             yield (f"{foreign.name} > verify", read_theirs(foreign, models[foreign.model]))
@@ -292,11 +294,20 @@ def pairs() -> Iterator[str]:
 
 
 def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The demo's checkpoints in the clients of QUICK."""
-    for reader in READERS:
-        cases = [case for case in CASES if case.model == "demo" and reader.reads(case)]
-        if reader.name in QUICK:
-            yield from read_ours(reader, cases, token_files("demo"), own=reader.environment == OWN)
+    """The demo's checkpoints in the clients of QUICK: written, and then read, on all cores."""
+    readers = [reader for reader in READERS if reader.name in QUICK]
+    cases = [case for case in CASES if case.model == "demo" and any(reader.reads(case) for reader in readers)]
+    tokens, cores = token_files("demo", SAMPLES_QUICK), os.cpu_count()
+    with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        folders = dict(zip(cases, pool.map(write_case, cases), strict=True))
+
+    def read_by(reader: Client) -> list[tuple[str, dict[str, Any]]]:
+        read = {case: folder for case, folder in folders.items() if reader.reads(case)}
+        return list(read_ours(reader, read, tokens, own=reader.environment == OWN))
+
+    with ThreadPoolExecutor(cores) as threads:
+        for pairs_of_one in threads.map(read_by, readers):
+            yield from pairs_of_one
 
 
 def main(words: list[str]) -> int:
