@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from quantkit.activations import regrouped
 from quantkit.dtypes import torch_dtype
 from quantkit.errors import NumericsError
-from quantkit.evaluation import Progress, loaded
+from quantkit.evaluation import Progress, finite, loaded
 from quantkit.job import Job
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
@@ -169,7 +168,7 @@ def to_stored(name: str, tensor: Tensor) -> Tensor:
         NumericsError: a value beyond float16.
     """
     stored = tensor.to(torch_dtype(STORED), copy=True)
-    if stored.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stored)).tolist())):
+    if not finite(stored):
         raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
     return stored
 
