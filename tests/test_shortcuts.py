@@ -27,7 +27,7 @@ from quantkit.model.streaming import (
     run_to,
 )
 from quantkit.passage import Passage, forget, inputs_of, shortcuts_of
-from quantkit.products import linear as linear_product
+from quantkit.products import fast_linears
 from tests.tiny import as_float, random_ids, save_tiny
 
 LINEARS = ["self_attn.o_proj", "mlp.down_proj"]
@@ -182,7 +182,7 @@ def test_what_a_linear_returns_is_given_as_it_was(
         passage = Passage(model, 0, Stream(hidden.clone(), "ram", 1), 4)
         read = list(inputs_of(passage, linear, hidden.device, last=True))
         returned = list(inputs_of(passage, linear, hidden.device, last=True, returned=True))
-        weight = model.layers[0].get_parameter(f"{linear}.weight")
-        made = linear_product(torch.cat(read), weight, exact=False)
+        with fast_linears(hidden, exact=False):
+            made = model.layers[0].get_submodule(linear)(torch.cat(read))
         torch.testing.assert_close(torch.cat(returned), made)
         assert torch.equal(passage.stream.states, hidden)
