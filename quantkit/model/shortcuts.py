@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from quantkit.model.streaming import StreamedModel, run_layer
 
@@ -24,13 +22,11 @@ class Shortcut:
     """A module of a layer that returns what one of its linears returns, untouched; names local to the layer.
 
     nothings: how many times None it returns beside that; None if it returns the tensor alone
-    unread: modules beside it (norms) whose output nothing else reads, so that with it they can be left out
     """
 
     module: str
     linear: str
     nothings: int | None
-    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,29 +43,25 @@ class Known:
 def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Sequence[str]) -> tuple[Shortcut, ...]:
     """Run layer `index` (materialised) on hidden states, and see which modules hand on what these linears return."""
     layer = model.layers[index]
-    modules = {name for linear in linears for name in _around(linear)}
-    beside = [name for name, module in layer.named_children() if not any(module.children()) and name not in modules]
-    seen = _Seen(beside)
-    handles = []
-    for name in {*modules, *beside, *linears}:
-        handles.append(layer.get_submodule(name).register_forward_pre_hook(seen.enters(name)))
-        handles.append(layer.get_submodule(name).register_forward_hook(seen.leaves(name)))
+    returned: dict[str, Any] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            returned[name] = output
+
+        return see
+
+    names = {name for linear in linears for name in (linear, *_around(linear))}
+    handles = [layer.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
-        with seen:
-            left = run_layer(model, index, hidden)
+        run_layer(model, index, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    returned = seen.returned
     found = [
         next(
             (
-                Shortcut(
-                    name,
-                    linear,
-                    _nothings(returned[name]),
-                    tuple(one for one in beside if returned.get(one) is not left and seen.only_read_in(name, one)),
-                )
+                Shortcut(name, linear, _nothings(returned[name]))
                 for name in _around(linear)
                 if returned.get(name) is not None and _first(returned[name]) is returned[linear]
             ),
@@ -78,47 +70,6 @@ def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Se
         for linear in linears
     ]
     return tuple(shortcut for shortcut in found if shortcut is not None)
-
-
-class _Seen(TorchFunctionMode):
-    """Within it, what modules return is seen, and in which of them the outputs of `watched` ones are read.
-
-    returned: by name; readers: for each of `watched`, the modules that were running at every read
-    """
-
-    def __init__(self, watched: Sequence[str]) -> None:
-        super().__init__()
-        self.returned: dict[str, Any] = {}
-        self.readers: dict[str, list[frozenset[str]]] = {name: [] for name in watched}
-        self._running: list[str] = []
-
-    def enters(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self._running.append(name)
-
-    def leaves(self, name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._running.remove(name)
-            self.returned[name] = output
-
-        return leave
-
-    def only_read_in(self, module: str, name: str) -> bool:
-        """Whether what `name` returned was read in this module, and nowhere else."""
-        readers = self.readers[name]
-        return bool(readers) and all(module in running for running in readers)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        read = [leaf for leaf in tree_leaves((args, dict(kwargs or {}))) if isinstance(leaf, Tensor)]
-        for name, readers in self.readers.items():
-            if any(tensor is self.returned.get(name) for tensor in read):
-                readers.append(frozenset(self._running))
-        return func(*args, **(kwargs or {}))
 
 
 def _around(linear: str) -> list[str]:
@@ -152,19 +103,13 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[None]:
 
         return forward
 
-    changed = {shortcut.module: answer(shortcut) for shortcut in known}
-    changed |= {name: _nothing_done for shortcut in known for name in shortcut.unread}
-    for name, forward in changed.items():
-        layer.get_submodule(name).forward = forward
+    for shortcut in known:
+        layer.get_submodule(shortcut.module).forward = answer(shortcut)
     try:
         yield
     finally:
-        for name in changed:
-            del layer.get_submodule(name).forward
-
-
-def _nothing_done(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x
+        for shortcut in known:
+            del layer.get_submodule(shortcut.module).forward
 
 
 @contextmanager
