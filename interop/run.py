@@ -155,7 +155,10 @@ def write_case(case: Case) -> Path:
 
 
 def our_logits(folder: Path, model: Path, ids: Tensor) -> Tensor:
-    """The original architecture in float32 on the weights that quantkit reads from the files."""
+    """The original architecture in float32 on the weights that quantkit reads from the files.
+
+    Not for threads: models are built with `nn.Module` changed for the whole process (accelerate's init_empty_weights).
+    """
     original = open_model(model)
     quantized = open_quantized(folder, original)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -181,29 +184,42 @@ def figures(reference: Tensor, logits: Tensor, ids: Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------- pairs
 
 
-def read_ours(
-    reader: Client, folders: Mapping[Case, Path], tokens: Tokens, own: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One client on checkpoints of one model: for each the error of its logits, or what it said; own: see `client`."""
+@dataclass(frozen=True)
+class Read:
+    """What a client made of checkpoints of ours (case -> folder): logits in `out`, beside what it said."""
+
+    reader: Client
+    folders: Mapping[Case, Path]
+    out: Path
+    answer: Mapping[str, Any]
+
+
+def read_ours(reader: Client, folders: Mapping[Case, Path], tokens: Tokens, own: bool = False) -> Read:
+    """Run one client on checkpoints of one model; own: see `client`."""
     model = next(iter(folders)).model
     out = WORK / "logits" / f"{reader.environment}-{reader.script.removesuffix('.py')}-{model}"
     out.mkdir(parents=True, exist_ok=True)
     answer = client(reader.environment, reader.script, tokens.evaluation, out, *map(str, folders.values()), own=own)
+    return Read(reader, folders, out, answer)
+
+
+def compared(read: Read, tokens: Tokens) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For each checkpoint the error of the client's logits, or what it said. Not for threads: see `our_logits`."""
     ids = load_file(tokens.evaluation)["input_ids"]
-    for case, folder in folders.items():
-        key = f"{case.name} < {reader.name}"
-        if folder.name in answer["said"]:
-            said = _line(answer["said"][folder.name])
+    for case, folder in read.folders.items():
+        key = f"{case.name} < {read.reader.name}"
+        if folder.name in read.answer["said"]:
+            said = _line(read.answer["said"][folder.name])
             yield key, _refused(said)
             continue
-        ours = our_logits(folder, MODELS[model], ids)
-        theirs = load_file(out / f"{folder.name}.safetensors")["logits"]
+        ours = our_logits(folder, MODELS[case.model], ids)
+        theirs = load_file(read.out / f"{folder.name}.safetensors")["logits"]
         ours = ours[:, : theirs.shape[1], : theirs.shape[2]]  # an engine may hold back the last position
         if not theirs.isfinite().all():
             yield key, {"said": "the logits are not finite"}
             continue
         error = float((ours - theirs).abs().max() / ours.abs().max())
-        yield key, {"error": error, "versions": answer["versions"]}
+        yield key, {"error": error, "versions": read.answer["versions"]}
 
 
 def _refused(said: str) -> dict[str, Any]:
@@ -280,7 +296,7 @@ def run(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         for model, tokens in models.items():
             cases = [case for case in CASES if case.model == model and reader.reads(case)]
             if cases := [case for case in cases if chosen(f"{case.name} < {reader.name}")]:
-                yield from read_ours(reader, {case: write_case(case) for case in cases}, tokens)
+                yield from compared(read_ours(reader, {case: write_case(case) for case in cases}, tokens), tokens)
     for foreign in WRITERS:
         if foreign.model in models and chosen(f"{foreign.name} > verify"):
             yield (f"{foreign.name} > verify", read_theirs(foreign, models[foreign.model]))
@@ -297,17 +313,18 @@ def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
     """The demo's checkpoints in the clients of QUICK: written, and then read, on all cores."""
     readers = [reader for reader in READERS if reader.name in QUICK]
     cases = [case for case in CASES if case.model == "demo" and any(reader.reads(case) for reader in readers)]
+    token_files("demo")  # once, and not by every process below
     tokens, cores = token_files("demo", SAMPLES_QUICK), os.cpu_count()
     with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         folders = dict(zip(cases, pool.map(write_case, cases), strict=True))
 
-    def read_by(reader: Client) -> list[tuple[str, dict[str, Any]]]:
+    def read_by(reader: Client) -> Read:
         read = {case: folder for case, folder in folders.items() if reader.reads(case)}
-        return list(read_ours(reader, read, tokens, own=reader.environment == OWN))
+        return read_ours(reader, read, tokens, own=reader.environment == OWN)
 
     with ThreadPoolExecutor(cores) as threads:
-        for pairs_of_one in threads.map(read_by, readers):
-            yield from pairs_of_one
+        for read in threads.map(read_by, readers):
+            yield from compared(read, tokens)
 
 
 def main(words: list[str]) -> int:

@@ -122,6 +122,22 @@ def load(
     return _token_set(ids, source, vocab_size, protocol, _notes(fallbacks))
 
 
+def noted(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
+    """The same, with a note of what was asked for and is otherwise in the file, whose windows are used as they are."""
+    asked = {"--samples": (samples, tokens.samples), "--seqlen": (seqlen, tokens.seqlen)}
+    notes = tuple(
+        f"{option} {wanted} was left out here: the file is used as it is, {tokens.samples} x {tokens.seqlen} tokens"
+        for option, (wanted, found) in asked.items()
+        if wanted not in (None, found)
+    )
+    return replace(tokens, notes=tokens.notes + notes)
+
+
+def notes_of(*sets: TokenSet | None) -> list[str]:
+    """The notes of token sets, each with where it is from."""
+    return [f"{tokens.source}: {note}" for tokens in sets if tokens is not None for note in tokens.notes]
+
+
 def load_eval(
     source: str,
     tokenizer: Tokenizer,

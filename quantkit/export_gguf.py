@@ -205,6 +205,8 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
         "model": fingerprint(model.checkpoint),
     }
     _say(console, out, f"{len(types)} linears as {kind}; calibration: {tokens.source}, {tokens.samples} windows")
+    for note in calibration.notes_of(tokens):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with open_journal(out, identity, fresh=request.fresh) as journal:
         unit = journal.finished.get("gguf")
         if unit is None or not journal.verify_unit(unit):
@@ -250,7 +252,7 @@ def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
     seqlen = request.seqlen or min(DEFAULT_SEQLEN, limit)
     if seqlen > limit:
         raise InputError(f"--seqlen {seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
-    return calibration.load(
+    tokens = calibration.load(
         request.calib or "mix",
         tokenizer_of(model.directory),
         samples=request.samples or DEFAULT_SAMPLES,
@@ -259,6 +261,7 @@ def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
         vocab_size=model.config.vocab_size,
         offline=request.offline,
     )
+    return calibration.noted(tokens, samples=request.samples, seqlen=request.seqlen)
 
 
 # ---------------------------------------------------------------- the folder

@@ -75,7 +75,11 @@ def inputs_of(
     wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
     # Where a linear's inputs are known its site is done, so it has its last weights: where its inputs were is room for
     # what it returns.
-    final = [shortcut for shortcut, found in passage.known.items() if again and not found.returned]
+    final = [
+        shortcut
+        for shortcut, found in passage.known.items()
+        if again and not found.returned and shortcut.linear != linear
+    ]
     kept: dict[Shortcut, Known] = {}
     read = [linear, *(shortcut.linear for shortcut in wanted)]
     made = [*(shortcut.linear for shortcut in final), *([linear] if returned else [])]

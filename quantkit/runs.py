@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit import __version__, calibration
-from quantkit.calibration import TokenSet
+from quantkit.calibration import TokenSet, notes_of
 from quantkit.card import render_card
 from quantkit.checkpoint.journal import BESIDE_WEIGHTS
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
@@ -228,7 +228,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        calibrated = replace(calibrated, notes=calibrated.notes + _left_out(request, calibrated))
+        calibrated = calibration.noted(calibrated, samples=request.samples, seqlen=request.seqlen)
     if request.verify:
         evaluated = calibration.load_eval(
             request.evaluation or calibration.DEFAULT_EVAL,
@@ -238,22 +238,13 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
+        evaluated = calibration.noted(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
         if tokens is not None and positions(model.config) and tokens.seqlen > limit:
             raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
     if evaluated is not None and evaluated.seqlen < 2:
         raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
-
-
-def _left_out(request: Request, tokens: TokenSet) -> tuple[str, ...]:
-    """What was asked for of windows that a file holds as they are."""
-    asked = {"--samples": (request.samples, tokens.samples), "--seqlen": (request.seqlen, tokens.seqlen)}
-    return tuple(
-        f"{option} {wanted} was left out: the file is used as it is, {tokens.samples} x {tokens.seqlen} tokens"
-        for option, (wanted, found) in asked.items()
-        if wanted not in (None, found)
-    )
 
 
 def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
@@ -400,7 +391,7 @@ def _document(
         "processes": len(outcome.peaks),
         "device": str(job.device),
         "versions": versions(),
-        "fallbacks": [*outcome.fallbacks, *_notes(job), *_beyond(outcome, request.ram)],
+        "fallbacks": [*outcome.fallbacks, *notes_of(job.calibration, job.evaluation), *_beyond(outcome, request.ram)],
         "engines": memory["engines"],
         "verification": _verification(job, outcome, memory, limits),
     }
@@ -432,10 +423,6 @@ def tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
         "protocol": tokens.protocol,
         "notes": list(tokens.notes),
     }
-
-
-def _notes(job: Job) -> list[str]:
-    return [f"{t.source}: {note}" for t in (job.calibration, job.evaluation) if t is not None for note in t.notes]
 
 
 def _beyond(outcome: Outcome, ram: int | None) -> list[str]:

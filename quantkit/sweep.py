@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quantkit import __version__
 from quantkit.activations import Stream
-from quantkit.calibration import TokenSet
+from quantkit.calibration import TokenSet, notes_of
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_chunks, write_json, write_shard, write_text
@@ -114,6 +114,9 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     for row in refused:
         console.print(f"left out: {row['name']}: {row['why_not']}", highlight=False, markup=False, soft_wrap=True)
     console.print(SHARED_INPUTS, highlight=False, soft_wrap=True)
+    notes = notes_of(calibrated, evaluated)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     streams = [(evaluated.samples, evaluated.seqlen)] * (1 + len(settings))
     layout = lay_out_job(settings[0].job, streams, vram=run.vram, ram=run.ram, place=run.place, keeps=False)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
@@ -144,7 +147,8 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
             "seconds": shared + sum(row["seconds"] for row in rows),
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": versions(),
-            "fallbacks": [] if find_spec("matplotlib") else ["sweep.png: matplotlib is not installed (extra: plots)"],
+            "fallbacks": notes
+            + ([] if find_spec("matplotlib") else ["sweep.png: matplotlib is not installed (extra: plots)"]),
         }
         write_json(out / "sweep.json", result)
         write_text(out / "sweep.csv", csv_of(result["settings"]))

@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from quantkit.cli import app, main
@@ -35,9 +36,14 @@ def run_words(method: str, model: Path, out: Path, ids: Path, *more: str) -> lis
 
 def quantkit(*words: str) -> Answer:
     """The command, in this process."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["quantkit", *words])
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as some commands set it; gone afterwards
         result = CliRunner().invoke(app, words, catch_exceptions=False)
+    logging.set_verbosity(verbosity)  # a command quiets transformers, for good
+    if bars:
+        logging.enable_progress_bar()
     return Answer(result.exit_code, result.stdout, result.stderr)
 
 

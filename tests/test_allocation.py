@@ -287,8 +287,10 @@ def test_a_table_serves_other_budgets(model: Path, tokens: Path, tmp_path: Path)
 def test_a_quarter_of_few_windows_measures(model: Path, tokens: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
-    allocate(asked(model, tokens, tmp_path, size, table=table, check=False, probe_samples=None), QUIET)
+    request = asked(model, tokens, tmp_path, size, table=table, check=False, probe_samples=None, samples=9)
+    document = allocate(request, QUIET)
     assert json.loads(table.read_text())["identity"]["probe_samples"] == 4
+    assert "--samples 9 was left out here" in document["fallbacks"][0]  # a file of windows is used as it is
 
 
 def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
             LINEARS[0]: True,
             LINEARS[1]: False,
         }
+        pairs = [list(inputs_of(p, LINEARS[1], hidden.device, returned=True)) for p in (keeping, forgetting)]
+        assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
         assert not forgetting.known
         assert torch.equal(stream.states, hidden)
         advance(model, 0, stream, known=keeping.known, exact=False)

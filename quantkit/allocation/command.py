@@ -15,7 +15,7 @@ from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_r
 from quantkit.allocation.recipe_file import document_of, recipe_text
 from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
-from quantkit.calibration import TokenSet
+from quantkit.calibration import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
 from quantkit.choices import choose_recipe, find_model
 from quantkit.errors import InputError
@@ -98,7 +98,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     elsewhere = None
     if evaluated is not None and evaluated.seqlen == probe.seqlen:
         elsewhere = evaluated.input_ids[: probe.samples]
-    for line in notes:
+    fallbacks = notes_of(calibrated, evaluated)
+    for line in (*notes, *fallbacks):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     work = Work(request, model, problem, calibration, probe, elsewhere, console)
 
@@ -106,7 +107,11 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     choice = choose(problem, table)
     if choice is None:
         raise InputError(f"--budget: nothing of the menu fits in {format_bytes(budget.nbytes)}")
-    told: dict[str, Any] = {"predicted_by_sum": total(table, choice), "text_ratio": 1.0}
+    told: dict[str, Any] = {
+        "predicted_by_sum": total(table, choice),
+        "text_ratio": 1.0,
+        "fallbacks": fallbacks,
+    }
     if request.check:
         choice, table, found = mend(work, table, choice)
         told |= found

@@ -94,7 +94,7 @@ def command_of(method: str) -> Callable[..., None]:
         damp: Damp = Options.damp,
         correct: Correct = Options.correct,
         refine: Refine = Options.refine,
-        rounding: RoundingOption = Rounding.gptq,
+        rounding: RoundingOption = Rounding(Options.rounding),
         inputs: InputsOption = Inputs.quantized,
         json: Json = False,
     ) -> None:
