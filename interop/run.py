@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -49,7 +49,7 @@ WORK = HOME / "work"
 QUIET = Console(quiet=True)
 TARGETS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")  # of `quantkit convert`
 SAMPLES, SEQLEN = 8, 128
-SAMPLES_QUICK = 2  # products of 16 bit are slow on most CPUs
+AT_ONCE = 10  # checkpoints that one process of a client reads, where several run at a time
 # The quick part: one client for each format. What OWN holds is also where quantkit runs: constraints.txt has its pins.
 QUICK = ("transformers + gptqmodel", "transformers + compressed-tensors", "transformers + gguf")
 OWN = "transformers"
@@ -69,14 +69,14 @@ class Tokens:
     calibration: Path
 
 
-def token_files(model: str, samples: int = SAMPLES) -> Tokens:
-    """Windows of the bundled evaluation text, so many of them to evaluate with."""
-    tokens = Tokens(WORK / f"{model}-eval-{samples}.safetensors", WORK / f"{model}-calib.safetensors")
-    if not (tokens.calibration.is_file() and tokens.evaluation.is_file()):
+def token_files(model: str) -> Tokens:
+    """Windows of the bundled evaluation text."""
+    tokens = Tokens(WORK / f"{model}-eval.safetensors", WORK / f"{model}-calib.safetensors")
+    if not tokens.calibration.is_file():
         tokenizer = AutoTokenizer.from_pretrained(MODELS[model])
         found = load_eval("eval", lambda: tokenizer, seqlen=SEQLEN, samples=6 * SAMPLES, vocab_size=len(tokenizer))
         ids = found.input_ids.long()
-        save_file({"input_ids": ids[:samples].contiguous()}, tokens.evaluation)
+        save_file({"input_ids": ids[:SAMPLES].contiguous()}, tokens.evaluation)
         save_file({"input_ids": ids[SAMPLES:].contiguous()}, tokens.calibration)
     return tokens
 
@@ -194,10 +194,10 @@ class Read:
     answer: Mapping[str, Any]
 
 
-def read_ours(reader: Client, folders: Mapping[Case, Path], tokens: Tokens, own: bool = False) -> Read:
-    """Run one client on checkpoints of one model; own: see `client`."""
+def read_ours(reader: Client, folders: Mapping[Case, Path], tokens: Tokens, own: bool = False, part: int = 0) -> Read:
+    """Run one client on checkpoints of one model; own: see `client`; part: a number, where several run at a time."""
     model = next(iter(folders)).model
-    out = WORK / "logits" / f"{reader.environment}-{reader.script.removesuffix('.py')}-{model}"
+    out = WORK / "logits" / f"{reader.environment}-{reader.script.removesuffix('.py')}-{model}-{part}"
     out.mkdir(parents=True, exist_ok=True)
     answer = client(reader.environment, reader.script, tokens.evaluation, out, *map(str, folders.values()), own=own)
     return Read(reader, folders, out, answer)
@@ -313,18 +313,18 @@ def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
     """The demo's checkpoints in the clients of QUICK: written, and then read, on all cores."""
     readers = [reader for reader in READERS if reader.name in QUICK]
     cases = [case for case in CASES if case.model == "demo" and any(reader.reads(case) for reader in readers)]
-    token_files("demo")  # once, and not by every process below
-    tokens, cores = token_files("demo", SAMPLES_QUICK), os.cpu_count()
+    tokens, cores = token_files("demo"), os.cpu_count()
     with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         folders = dict(zip(cases, pool.map(write_case, cases), strict=True))
+    read = [(reader, [case for case in cases if reader.reads(case)]) for reader in readers]
+    parts = [(reader, some[at : at + AT_ONCE], at) for reader, some in read for at in range(0, len(some), AT_ONCE)]
 
-    def read_by(reader: Client) -> Read:
-        read = {case: folder for case, folder in folders.items() if reader.reads(case)}
-        return read_ours(reader, read, tokens, own=reader.environment == OWN)
+    def read_part(reader: Client, some: Sequence[Case], part: int) -> Read:
+        return read_ours(reader, {case: folders[case] for case in some}, tokens, reader.environment == OWN, part)
 
     with ThreadPoolExecutor(cores) as threads:
-        for read in threads.map(read_by, readers):
-            yield from compared(read, tokens)
+        for found in threads.map(read_part, *zip(*parts, strict=True)):
+            yield from compared(found, tokens)
 
 
 def main(words: list[str]) -> int:
