@@ -314,6 +314,9 @@ def run_quick() -> Iterator[tuple[str, dict[str, Any]]]:
     readers = [reader for reader in READERS if reader.name in QUICK]
     cases = [case for case in CASES if case.model == "demo" and any(reader.reads(case) for reader in readers)]
     tokens, cores = token_files("demo"), os.cpu_count()
+    for reader in readers:
+        if reader.environment != OWN:
+            create(reader.environment)  # here, as several parts would all make it
     with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         folders = dict(zip(cases, pool.map(write_case, cases), strict=True))
     read = [(reader, [case for case in cases if reader.reads(case)]) for reader in readers]
