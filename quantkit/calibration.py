@@ -122,7 +122,7 @@ def load(
     return _token_set(ids, source, vocab_size, protocol, _notes(fallbacks))
 
 
-def noted(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
+def note_left_out(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
     """The same, with a note of what was asked for and is otherwise in the file, whose windows are used as they are."""
     asked = {"--samples": (samples, tokens.samples), "--seqlen": (seqlen, tokens.seqlen)}
     notes = tuple(

@@ -261,7 +261,7 @@ def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
         vocab_size=model.config.vocab_size,
         offline=request.offline,
     )
-    return calibration.noted(tokens, samples=request.samples, seqlen=request.seqlen)
+    return calibration.note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
 
 
 # ---------------------------------------------------------------- the folder

@@ -249,7 +249,7 @@ def _load_eval(
     length = request.seqlen or seqlen or min(DEFAULT_SEQLEN, limit)
     if length > limit:
         raise InputError(f"--seqlen {length}: the model has {limit} positions; use --seqlen {limit} or less")
-    return calibration.load_eval(
+    tokens = calibration.load_eval(
         source,
         tokenizer_of(original.directory),
         seqlen=length,
@@ -257,6 +257,7 @@ def _load_eval(
         vocab_size=original.config.vocab_size,
         offline=request.offline,
     )
+    return calibration.note_left_out(tokens, seqlen=request.seqlen)
 
 
 def _noted(tokens: TokenSet, note: str) -> TokenSet:

@@ -228,7 +228,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        calibrated = calibration.noted(calibrated, samples=request.samples, seqlen=request.seqlen)
+        calibrated = calibration.note_left_out(calibrated, samples=request.samples, seqlen=request.seqlen)
     if request.verify:
         evaluated = calibration.load_eval(
             request.evaluation or calibration.DEFAULT_EVAL,
@@ -238,7 +238,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        evaluated = calibration.noted(evaluated, seqlen=request.seqlen)
+        evaluated = calibration.note_left_out(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
         if tokens is not None and positions(model.config) and tokens.seqlen > limit:
             raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quantkit import calibration
-from quantkit.calibration import BUNDLED, MIX, TokenSet, load, load_eval, noted, notes_of, parse_hub, render
+from quantkit.calibration import BUNDLED, MIX, TokenSet, load, load_eval, note_left_out, notes_of, parse_hub, render
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
 
@@ -318,8 +318,8 @@ def test_token_file_is_used_as_it_is(tmp_path: Path) -> None:
     found = load(path, no_tokenizer, samples=99, seqlen=99, seed=0, vocab_size=12)
     assert torch.equal(found.input_ids, ids.long())
     assert load_eval(path, no_tokenizer, seqlen=99, vocab_size=12).sha256 == found.sha256
-    assert noted(found, samples=3, seqlen=4).notes == noted(found).notes == ()
-    assert notes_of(None, noted(found, samples=99)) == [
+    assert note_left_out(found, samples=3, seqlen=4).notes == note_left_out(found).notes == ()
+    assert notes_of(None, note_left_out(found, samples=99)) == [
         f"{path}: --samples 99 was left out here: the file is used as it is, 3 x 4 tokens"
     ]
 

@@ -429,6 +429,12 @@ def test_evaluations_that_cannot_be_had(out: Path) -> None:
     refuses(InputError, "128 positions", out, evaluation="eval", seqlen=256)
 
 
+def test_a_length_that_a_file_of_windows_leaves_out_is_told(out: Path) -> None:
+    evaluated = verify(out, seqlen=16)["verification"]["eval"]
+    assert evaluated["seqlen"] == 32
+    assert evaluated["notes"] == ["--seqlen 16 was left out here: the file is used as it is, 6 x 32 tokens"]
+
+
 def test_names_that_leave_the_folder_are_refused(out: Path) -> None:
     document = recorded(out)
     document["files"][0]["name"] = "../../etc/passwd"

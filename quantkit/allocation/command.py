@@ -99,7 +99,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     if evaluated is not None and evaluated.seqlen == probe.seqlen:
         elsewhere = evaluated.input_ids[: probe.samples]
     fallbacks = notes_of(calibrated, evaluated)
-    for line in (*notes, *fallbacks):
+    for line in (*notes, *(f"note: {note}" for note in fallbacks)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     work = Work(request, model, problem, calibration, probe, elsewhere, console)
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import allocate, convert, fit, look, push, quantize, sweep, verify
+from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
 from quantkit.cli.telling import PROBLEM, fail, processes
 
 app = typer.Typer(
@@ -26,14 +26,14 @@ app = typer.Typer(
 for _method, _help in quantize.METHODS.items():
     app.command(_method, help=_help)(quantize.command_of(_method))
 for _command in (
-    look.models,
+    models.models,
     fit.fit,
     verify.verify,
     convert.convert,
     sweep.sweep,
     allocate.allocate,
     push.push,
-    look.inspect,
+    inspect.inspect,
 ):
     app.command()(_command)
 

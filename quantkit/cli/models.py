@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command models."""
+
+from quantkit.cli.options import Json
+from quantkit.cli.telling import print_json, screen, told
+
+
+def models(json: Json = False) -> None:
+    """The recipes that ship, and what of each is in the local cache."""
+    with told():
+        from quantkit.library import catalogue, catalogue_table
+
+        rows = catalogue()
+        print_json(rows) if json else screen().print(catalogue_table(rows))
