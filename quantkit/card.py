@@ -23,11 +23,10 @@ PATH = "PATH_OR_REPO_ID"
 Result = Mapping[str, Any]
 
 
-def render_card(result: Result, forced: bool = False, repo_id: str | None = None) -> str:
+def render_card(result: Result, repo_id: str | None = None) -> str:
     """The card.
 
     result: the document; its optional "forced" holds the reasons why a push needed `--force`
-    forced: say that the push was forced
     repo_id: the name in the commands that run it; without it they hold a placeholder
     """
     reasons = result.get("forced") or []
@@ -36,7 +35,7 @@ def render_card(result: Result, forced: bool = False, repo_id: str | None = None
         front_matter=_front_matter(result),
         title=_title(result),
         summary=_summary(result),
-        forced=forced or bool(reasons),
+        forced=bool(reasons),
         forced_reasons=reasons if isinstance(reasons, (list, tuple)) else [],
         verification=verification and {"dtype": None, **verification},
         limits=_limits((verification or {}).get("limits") or {}),

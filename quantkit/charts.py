@@ -43,12 +43,12 @@ class Line:
     hover: Sequence[str] = field(default=())
 
 
-def linear_axis(high: float, label: str = "", write: Callable[[float], str] = "{:g}".format, count: int = 5) -> Axis:
-    """0 to at least `high`, with about `count` ticks at 1, 2, 2.5 or 5 times a power of ten."""
+def linear_axis(high: float, label: str = "") -> Axis:
+    """0 to at least `high`, with about five ticks at 1, 2, 2.5 or 5 times a power of ten."""
     high = high if high > 0 and math.isfinite(high) else 1.0
-    power = 10 ** math.floor(math.log10(high / count))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count >= high * (1 - 1e-9))
-    ticks = tuple((i * step, write(round(i * step, 12))) for i in range(math.ceil(high / step - 1e-9) + 1))
+    power = 10 ** math.floor(math.log10(high / 5))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * 5 >= high * (1 - 1e-9))
+    ticks = tuple((i * step, f"{round(i * step, 12):g}") for i in range(math.ceil(high / step - 1e-9) + 1))
     return Axis(0, ticks[-1][0], ticks, label)
 
 
@@ -201,7 +201,7 @@ def near_axis(low: float, high: float, label: str, write: Callable[[float], str]
     return Axis(
         first * step,
         last * step,
-        tuple((i * step, write(round(i * step, 12))) for i in range(first, last + 1)),
+        tuple((i * step, f"{round(i * step, 12):g}") for i in range(first, last + 1)),
         label,
     )
 

@@ -80,12 +80,11 @@ def advance(
     index: int,
     stream: Stream,
     *,
-    keep: bool = True,
     first: int = 0,
     known: Mapping[Shortcut, Known] | None = None,
     exact: bool = True,
 ) -> None:
-    """Run the materialised layer over a stream, in place; without `keep` the stream stays as it is.
+    """Run the materialised layer over a stream, in place.
 
     first: the sample to begin with; known: what is known of its linears, for all samples; exact: see
     `products.fast_linears`
@@ -98,8 +97,7 @@ def advance(
     for batch in stream.batches(first=first):
         with taken(layer, {shortcut: found.of(batch) for shortcut, found in (known or {}).items()}):
             output = run_finite(model, index, stream.states[batch].to(device), exact=exact)
-        if keep:
-            stream.states[batch] = output
+        stream.states[batch] = output
 
 
 def finite(tensor: Tensor) -> bool:
@@ -126,12 +124,8 @@ def run_finite(
     return output
 
 
-def observe(
-    model: StreamedModel, index: int, sites: Sequence[Site], stream: Stream, *, keep: bool = True
-) -> tuple[SiteStats, ...]:
+def observe(model: StreamedModel, index: int, sites: Sequence[Site], stream: Stream) -> tuple[SiteStats, ...]:
     """Advance a stream through the materialised layer, and sum up what each site reads on the way: one run for all.
-
-    Without `keep` the stream stays as it is.
 
     Raises:
         NumericsError: an output or a site's inputs are not finite.
@@ -160,7 +154,7 @@ def observe(
 
     handles = [linear.register_forward_pre_hook(watch(number)) for number, linear in enumerate(first)]
     try:
-        advance(model, index, stream, keep=keep)
+        advance(model, index, stream)
     finally:
         for handle in handles:
             handle.remove()

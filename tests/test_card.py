@@ -131,7 +131,6 @@ def test_the_code_for_transformers_is_python() -> None:
 
 def test_a_forced_push_says_so_with_the_reasons() -> None:
     assert "--force" not in render_card(example(2))
-    assert "pushed with `--force`" in render_card(example(2), forced=True)
     card = render_card(example(2, forced=["model.safetensors: the hash *differs*"]))
     assert "pushed with `--force`" in card
     assert "> - model.safetensors: the hash \\*differs\\*" in card
