@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command means where the user has not said it: the model's folder, the recipe, the scheme, the format."""
+"""What a command means where the user has not said it: the model's folder, the recipe, the scheme, the format, and
+what the result is to be served with.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
 from quantkit.library import model_of
-from quantkit.recipe import Recipe, read_recipe, shipped
+from quantkit.recipe import BudgetSpec, Recipe, read_recipe, shipped
 from quantkit.scheme import Scheme
 
 DEFAULT_BUDGET = 22 * 2**30  # bytes
@@ -78,17 +80,43 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
     return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
 
 
-def choose_context(asked: int | None, limit: Any) -> int:
-    """The context that must fit: as asked, or 8k, or all that a smaller model allows.
+def positions(config: Any) -> int | None:
+    """How many tokens of context the model allows, or None if its config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
-    limit: what the config says of it; anything but a positive number says nothing
+
+def choose_serving(
+    limit: int | None,
+    recipe: BudgetSpec | None = None,
+    *,
+    budget: int | None = None,
+    context: int | None = None,
+    kv: str | None = None,
+) -> dict[str, Any]:
+    """The keywords of `fit.fit`: bytes of the card, tokens of context that must fit, type of the KV cache.
+
+    As asked, or as the recipe says, or 22 GiB, 8k tokens (all that a smaller model allows) and fp16. limit: `positions`
+
+    Raises:
+        InputError: more context than the model allows.
+    """
+    said = recipe or BudgetSpec()
+    return {
+        "budget": budget or said.memory_bytes or DEFAULT_BUDGET,
+        "context": choose_context(context or said.context_tokens, limit),
+        "kv": kv or said.kv or "fp16",
+    }
+
+
+def choose_context(asked: int | None, limit: int | None) -> int:
+    """The context that must fit: as asked, or 8k, or all that a smaller model allows.
 
     Raises:
         InputError: more than the model allows.
     """
-    allowed = limit if isinstance(limit, int) and limit > 0 else None
     if asked is None:
-        return min(DEFAULT_CONTEXT, allowed or DEFAULT_CONTEXT)
-    if allowed is not None and asked > allowed:
-        raise InputError(f"--context {asked}: the model allows {allowed} tokens; use --context {allowed} or less")
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit is not None and asked > limit:
+        raise InputError(f"--context {asked}: the model allows {limit} tokens; use --context {limit} or less")
     return asked

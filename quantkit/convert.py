@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_index, write_json, write_text
-from quantkit.choices import DEFAULT_BUDGET, choose_context
+from quantkit.choices import choose_serving, positions
 from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, QuantkitError
 from quantkit.fit import fit_checkpoint
@@ -33,7 +33,7 @@ from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
 from quantkit.report.run import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
-from quantkit.runs import beside_weights, positions
+from quantkit.runs import beside_weights
 from quantkit.stored import quantization_of, writer
 from quantkit.verify import Limits, verification_block
 
@@ -46,7 +46,8 @@ NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verificati
 class ConvertRequest:
     """What the user asked for.
 
-    against: the 16-bit model to measure with, where something is rounded again; engine: one that must load the result
+    against: the 16-bit model to measure with, where something is rounded again, on `evaluation` (None: as recorded);
+    engine: one that must load the result
     """
 
     folder: Path
@@ -56,6 +57,9 @@ class ConvertRequest:
     requantize: bool = False
     fresh: bool = False
     against: str | None = None
+    evaluation: str | None = None
+    eval_samples: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offline: bool = False
     engine: str | None = None
 
@@ -275,9 +279,12 @@ def _fit(conversion: Conversion, before: Mapping[str, Any]) -> dict[str, Any]:
     said = (before.get("verification") or {}).get("fit") or {}
     return fit_checkpoint(
         conversion.out,
-        budget=said.get("budget_bytes") or DEFAULT_BUDGET,
-        context=choose_context(said.get("context"), positions(conversion.source.architecture.config)),
-        kv=said.get("kv") or "fp16",
+        **choose_serving(
+            positions(conversion.source.architecture.config),
+            budget=said.get("budget_bytes"),
+            context=said.get("context"),
+            kv=said.get("kv"),
+        ),
     )
 
 
@@ -305,16 +312,17 @@ def _measured(
     request: ConvertRequest, recorded: Mapping[str, Any] | None, result: dict[str, Any], out: Path, console: Console
 ) -> dict[str, Any]:
     """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
-    said = ((recorded or {}).get("verification") or {}).get("eval") or {}
+    said = ((recorded or {}).get("verification") or {}).get("eval") or {} if request.evaluation is None else {}
     try:
         return verify_files(
             VerifyRequest(
                 out=out,
                 command=request.command,
                 against=request.against,
-                evaluation=said.get("source"),
+                evaluation=request.evaluation or said.get("source"),
                 seqlen=said.get("seqlen"),
-                eval_samples=said.get("samples"),
+                eval_samples=request.eval_samples or said.get("samples"),
+                device=request.device,
                 offline=request.offline or request.against is None,
             ),
             console,

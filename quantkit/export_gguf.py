@@ -22,7 +22,7 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_json, write_text
-from quantkit.choices import find_model, hub_id
+from quantkit.choices import find_model, hub_id, positions
 from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.gguf import TYPES
@@ -38,7 +38,7 @@ from quantkit.plan import DISK_MARGIN
 from quantkit.progress import display
 from quantkit.report.run import render_report
 from quantkit.reverify import VerifyRequest, changed_files, verify_files
-from quantkit.runs import DEFAULT_SAMPLES, DEFAULT_SEQLEN, beside_weights, positions, tokenizer_of, tokens_record
+from quantkit.runs import DEFAULT_SAMPLES, DEFAULT_SEQLEN, beside_weights, tokenizer_of, tokens_record
 from quantkit.stored import quantization_of, writer
 
 DEFAULT_TYPE = "q4_k"
@@ -67,8 +67,6 @@ class ExportRequest:
     seed: int = 0
     evaluation: str | None = None
     eval_samples: int | None = None
-    budget: int | None = None
-    context: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     fresh: bool = False
     offline: bool = False
@@ -102,6 +100,14 @@ def _is_quantized(folder: Path) -> bool:
 
 def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tuple[dict[str, Any], Path]:
     began = time.monotonic()
+    calibrating = {
+        "--calib": request.calib,
+        "--samples": request.samples,
+        "--seqlen": request.seqlen,
+        "--rounding nearest": request.nearest,
+    }
+    for option in (option for option, said in calibrating.items() if said):
+        raise InputError(f"{option}: {folder} is quantized and keeps its integers; leave it out")
     recorded = read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
     if recorded and (changed := changed_files(folder, recorded)):
         raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
@@ -340,8 +346,6 @@ def _finish(
             evaluation=request.evaluation or tokens.get("source"),
             seqlen=tokens.get("seqlen"),
             eval_samples=request.eval_samples or tokens.get("samples"),
-            budget=request.budget,
-            context=request.context,
             device=request.device,
             offline=request.offline,
         )

@@ -49,6 +49,7 @@ KV_BYTES = {"fp16": 2, "fp8": 1}
 
 PREFILL_TOKENS = 2048
 CALIBRATION_SEQLEN = 2048  # of a run's defaults
+CALIBRATION_TOKENS = 128 * CALIBRATION_SEQLEN
 ENGINE_BYTES = 512 * MIB
 COMMUNICATION_BYTES = 256 * MIB
 
@@ -111,7 +112,6 @@ def fit(
     context: int,
     kv: str = "fp16",
     tensor_parallel: int = 1,
-    calibration_tokens: int = 128 * 2048,
     engine: str | None = None,
 ) -> dict[str, Any]:
     """Memory of a checkpoint that does not exist yet, as a JSON-able document.
@@ -134,7 +134,7 @@ def fit(
     head = tuple(linear for linear in plan.quantized if linear.layer == OUTSIDE)
     stored = Stored(plan.loaded, plan.beside_bytes or plan.file_bytes, plan.linears, plan.format.name, head=head)
     result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
-    return result | _quantizing(model, plan, calibration_tokens)
+    return result | _quantizing(model, plan)
 
 
 def fit_checkpoint(
@@ -418,12 +418,12 @@ def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards:
 # ---------------------------------------------------------------- quantizing
 
 
-def _quantizing(model: Shapes, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+def _quantizing(model: Shapes, plan: Plan) -> dict[str, Any]:
     """What the run itself will need at its defaults, for the method that needs most: see `needs`.
 
     On a CPU all is in RAM, in float32; on a GPU the layer lies in its memory, in 16 bit (device_bytes, with one sample
     at a time). Hidden states lie where they fit, and on the disk if nowhere: hidden_states_bytes for each stream of
-    calibration_tokens in float32; they are part of neither.
+    CALIBRATION_TOKENS in float32; they are part of neither.
     """
     head = next((linear for linear in plan.quantized if linear.unit == "head"), None)
     work = Work(
@@ -440,8 +440,8 @@ def _quantizing(model: Shapes, plan: Plan, calibration_tokens: int) -> dict[str,
         "disk_bytes": plan.file_bytes + plan.beside_bytes + DISK_MARGIN,
         "ram_bytes": needs(model, work).ram,
         "device_bytes": needs(model, replace(work, on_gpu=True, itemsize=2)).device,
-        "hidden_states_bytes": 4 * calibration_tokens * model.config.hidden_size,
-        "quantizing": {"calibration_tokens": calibration_tokens, "seqlen": CALIBRATION_SEQLEN},
+        "hidden_states_bytes": 4 * CALIBRATION_TOKENS * model.config.hidden_size,
+        "quantizing": {"calibration_tokens": CALIBRATION_TOKENS, "seqlen": CALIBRATION_SEQLEN},
     }
 
 

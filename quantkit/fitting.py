@@ -3,17 +3,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from quantkit.checkpoint.writer import write_text
-from quantkit.choices import choose_context, choose_format, choose_recipe, choose_scheme, find_model
+from quantkit.choices import choose_format, choose_recipe, choose_scheme, choose_serving, find_model, positions
 from quantkit.document import RESULT, read_result
 from quantkit.errors import OutputError
 from quantkit.fit import fit, fit_checkpoint, fit_stored, shapes_in
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import OUTSIDE, make_plan
-from quantkit.recipe import explained, resolver, shipped
+from quantkit.recipe import BudgetSpec, explained, resolver, shipped
 from quantkit.stored import quantization_of
 
 EXPECTED = "expected the folder of a model"
@@ -29,9 +30,9 @@ class FitRequest:
     symmetric: bool | None
     format: str | None
     recipe: Path | None
-    budget: int
+    budget: int | None
     context: int | None
-    kv: str
+    kv: str | None
     tensor_parallel: int
     offline: bool
     engine: str | None = None
@@ -48,8 +49,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
         return {"name": folder.resolve().name, "scheme": "as stored"} | _fit_gguf(request, folder)
     if quantization_of(raw):
-        context = choose_context(request.context, raw.get("max_position_embeddings"))
-        result = fit_checkpoint(folder, context=context, **_asked(request))
+        result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**raw))))
         return {"name": folder.resolve().name, "scheme": "as stored"} | result
     model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)
@@ -59,18 +59,13 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     resolve = resolver(recipe, scheme)
     with explained(recipe):
         plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
-    context = choose_context(request.context, getattr(model.config, "max_position_embeddings", None))
-    result = fit(model, plan, context=context, **_asked(request))
+    result = fit(model, plan, **_asked(request, positions(model.config), recipe.budget))
     return {"name": request.model, "scheme": f"{scheme}, stored as {fmt.name}"} | result
 
 
-def _asked(request: FitRequest) -> dict[str, Any]:
-    return {
-        "budget": request.budget,
-        "kv": request.kv,
-        "tensor_parallel": request.tensor_parallel,
-        "engine": request.engine,
-    }
+def _asked(request: FitRequest, limit: int | None, recipe: BudgetSpec | None = None) -> dict[str, Any]:
+    serving = choose_serving(limit, recipe, budget=request.budget, context=request.context, kv=request.kv)
+    return serving | {"tensor_parallel": request.tensor_parallel, "engine": request.engine}
 
 
 def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
@@ -86,8 +81,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
             f"{folder}: several .gguf files, or one that {RESULT} does not know; expected the one it made"
         )
     model = build(load_config(find_model(str(recorded["model"]), offline=request.offline)))
-    context = choose_context(request.context, getattr(model.config, "max_position_embeddings", None))
-    return fit_stored(model, open_gguf_model(path, model).stored(), context=context, **_asked(request))
+    return fit_stored(model, open_gguf_model(path, model).stored(), **_asked(request, positions(model.config)))
 
 
 def fit_page(result: dict[str, Any], path: Path) -> None:

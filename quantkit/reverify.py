@@ -25,7 +25,7 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
 from quantkit.checkpoint.writer import write_json, write_text
-from quantkit.choices import DEFAULT_BUDGET, choose_context, find_model
+from quantkit.choices import choose_serving, find_model, positions
 from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
 from quantkit.evaluation import run_dtype
@@ -38,7 +38,7 @@ from quantkit.needs import Work
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.report.run import render_report
-from quantkit.runs import DEFAULT_SEQLEN, positions, tokenizer_of, tokens_record
+from quantkit.runs import DEFAULT_SEQLEN, tokenizer_of, tokens_record
 from quantkit.verify import Limits, verification_block
 
 NOT_MEASURED: dict[str, Any] = {
@@ -272,13 +272,16 @@ def _memory(
 ) -> dict[str, Any]:
     """What `fit` says of the files; what it said of the run itself is kept."""
     before = ((recorded or {}).get("verification") or {}).get("fit") or {}
-    budget = request.budget or before.get("budget_bytes") or DEFAULT_BUDGET
-    context = choose_context(request.context or before.get("context"), positions(original.config))
-    kv = request.kv or before.get("kv") or "fp16"
+    serving = choose_serving(
+        positions(original.config),
+        budget=request.budget or before.get("budget_bytes"),
+        context=request.context or before.get("context"),
+        kv=request.kv or before.get("kv"),
+    )
     if isinstance(quantized, GGUFModel):
-        now = fit_stored(original, quantized.stored(), budget=budget, context=context, kv=kv)
+        now = fit_stored(original, quantized.stored(), **serving)
     else:
-        now = fit_checkpoint(request.out, budget=budget, context=context, kv=kv)
+        now = fit_checkpoint(request.out, **serving)
     # The run knew what a config does not tell: that the zero points of an AWQ file are all in the middle.
     same = all(now[key] == before.get(key) for key in ("weights", "total_bytes", "budget_bytes", "context", "kv"))
     return before if same else before | now

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet, notes_of
@@ -18,14 +18,14 @@ from quantkit.card import render_card
 from quantkit.checkpoint.journal import BESIDE_WEIGHTS
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.choices import (
-    DEFAULT_BUDGET,
     DEFAULT_FORMATS,
-    choose_context,
     choose_format,
     choose_recipe,
     choose_scheme,
+    choose_serving,
     find_model,
     hub_id,
+    positions,
 )
 from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, OutputError
@@ -38,6 +38,7 @@ from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.job import Job
 from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import keep, laid_out, lay_out_job
+from quantkit.model.shapes import Shapes
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline import Outcome, run
 from quantkit.plan import OUTSIDE, make_plan, resolved
@@ -130,7 +131,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         )
     if request.options.tune and any(x.method == "rtn" for x in plan.quantized):
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
-    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model.config))
+    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
     calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.quantized})
     for tokens in (calibrated, evaluated):
         if tokens is not None and tokens.samples < ranks.size:
@@ -140,7 +141,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         model,
         plan,
         request.method,
-        request.options,
+        Options() if calibrated is None else request.options,
         calibrated,
         evaluated,
         out,
@@ -154,6 +155,8 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     job = laid_out(job, layout)
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
     told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
+    if calibrated is None and (unused := calibrating(request)):
+        told.append(f"{', '.join(unused)}: nothing is calibrated here; left out")
     _announce(console, request, recipe, job, told)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
@@ -170,6 +173,20 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     return ranks.agree(finished[0] if finished else None), out
 
 
+def calibrating(request: Request) -> list[str]:
+    """The options that were given and that only calibration uses."""
+    given = {
+        "--calib": request.calib is not None,
+        "--samples": request.samples is not None,
+        "--inputs": request.inputs != "quantized",
+        "--no-act-order": request.options.act_order != Options.act_order,
+        "--damp": request.options.damp != Options.damp,
+        "--correct": request.options.correct != Options.correct,
+        "--refine": request.options.refine != Options.refine,
+    }
+    return [option for option, said in given.items() if said]
+
+
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     """outputs/<model>-<method>-w<bits>-g<group>[-<format>]."""
     usual = fmt.name == DEFAULT_FORMATS[request.method]
@@ -184,25 +201,16 @@ def _label(model: str) -> str:
     return name.rpartition("/")[2]
 
 
+def serving(request: Request, recipe: Recipe, model: Shapes) -> dict[str, Any]:
+    """What the result is to be served with; see `choices.choose_serving`."""
+    return choose_serving(
+        positions(model.config), recipe.budget, budget=request.budget, context=request.context, kv=request.kv
+    )
+
+
 def config_options(options: Options) -> dict[str, Any]:
     """What only some formats write down of how a method worked."""
     return {"damp_percent": options.damp, "desc_act": False, "static_groups": options.act_order}
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """How many tokens of context the model allows, or None if its config does not say."""
-    return getattr(config, "max_position_embeddings", None)
-
-
-def serving(request: Request, recipe: Recipe, config: PretrainedConfig) -> dict[str, Any]:
-    """The keywords of `fit.fit`: the budget, the context that must fit, and the KV cache.
-
-    As asked, or as the recipe says, or 22 GiB, 8k tokens (all that a smaller model allows) and fp16.
-    """
-    said = recipe.budget
-    context = choose_context(request.context or said.context_tokens, positions(config))
-    budget = request.budget or said.memory_bytes or DEFAULT_BUDGET
-    return {"budget": budget, "context": context, "kv": request.kv or said.kv or "fp16"}
 
 
 def tokens_of(

@@ -104,7 +104,7 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     run = request.run
     model = open_model(find_model(run.model, offline=run.offline))
     recipe = Recipe()
-    serve = serving(run, recipe, model.config)
+    serve = serving(run, recipe, model)
     calibrated, evaluated = tokens_of(run, recipe, model, model.directory, set(request.methods))
     assert evaluated is not None
     out = run.out or Path("outputs") / f"{Path(run.model).name}-sweep"

@@ -79,7 +79,7 @@ def asked(model: Path, tokens: Path, out: Path, budget: int, **changes: Any) -> 
 
 def posed(request: AllocateRequest) -> tuple[Problem, list[str]]:
     model = open_model(Path(request.run.model))
-    return pose(request.run, Recipe(), budget_of(request, Recipe(), model.config), model, sites_of(model))
+    return pose(request.run, Recipe(), budget_of(request, Recipe(), model), model, sites_of(model))
 
 
 def load_tokens(path: Path) -> TokenSet:

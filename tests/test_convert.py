@@ -526,3 +526,20 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "awq")
     to(tmp_path / "awq", "compressed-tensors", tmp_path / "ct")
     assert (tmp_path / "ct" / "tokenizer.json").read_bytes() == (tmp_path / "awq" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--to", "gptq_v2", "--samples", "8"],
+        ["--to", "gptq_v2", "--embeddings", "f16"],
+        ["--to", "gguf", "--calib", "mix"],
+        ["--to", "gguf", "--rounding", "nearest"],
+    ],
+)
+def test_options_that_mean_nothing_for_the_target_are_refused_by_name(tmp_path: Path, words: list[str]) -> None:
+    foreign(tmp_path / "awq")
+    refused = quantkit("convert", str(tmp_path / "awq"), *words, "--out", str(tmp_path / "out"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"quantkit: {words[2]}")
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from quantkit.model.streaming import Architecture, build
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import shipped
 from quantkit.scheme import Scheme
+from tests.running import done
 
 GIB = 2**30
 DEMO = Path(quantkit.__file__).parent / "demo"
@@ -127,6 +128,19 @@ def test_the_answer_makes_no_weights() -> None:
 
 
 # ---------------------------------------------------------------- memory
+
+
+def test_the_command_asks_for_what_the_recipe_says_as_a_run_does(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("budget: {memory: 20GiB, context: 4k, kv: fp8}\n")
+
+    def asked(*words: str) -> dict[str, Any]:
+        return dict(json.loads(done("fit", "deepseek-r1-32b", "--recipe", str(recipe), "--json", *words).stdout))
+
+    said = asked()
+    assert (said["budget_bytes"], said["context"], said["kv"]) == (20 * GIB, 4096, "fp8")
+    said = asked("--budget", "22GiB", "--kv", "fp16")
+    assert (said["budget_bytes"], said["context"], said["kv"]) == (22 * GIB, 4096, "fp16")
 
 
 def test_everything_counts_against_the_budget() -> None:

@@ -444,6 +444,15 @@ def test_windows_that_are_used_as_they_are_say_so(tmp_path: Path, qwen2: Path, i
     assert "--samples 2 was left out" in " ".join(answer.stderr.split())
 
 
+def test_without_calibration_its_options_are_told_and_change_no_run(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    words = ["--no-verify", "--damp", "0.5", "--no-act-order"]
+    answer = done(*run_words("rtn", qwen2, tmp_path / "out", ids, *words))
+    told = "--calib, --no-act-order, --damp: nothing is calibrated here; left out"
+    assert told in " ".join(answer.stderr.split())
+    assert told in json.loads((tmp_path / "out" / "quantkit.json").read_text())["fallbacks"]
+    done(*run_words("rtn", qwen2, tmp_path / "out", ids, "--no-verify"))  # the same run, not another one
+
+
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None:
     """Twenty more layers of 9 MB in float32 would show; one layer at a time does not."""
     peaks = []

@@ -23,6 +23,7 @@ from quantkit.fit import shapes_in
 from quantkit.job import Job
 from quantkit.memory import keep, lay_out_job
 from quantkit.model.families import FAMILIES
+from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.progress import display
@@ -89,7 +90,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     _refuse_early(request, recipe)
     directory = find_model(run.model, offline=run.offline)
     model = open_model(directory)
-    budget = budget_of(request, recipe, model.config)
+    budget = budget_of(request, recipe, model)
     problem, notes = pose(run, recipe, budget, model, sites_of(model))
     require_room(problem)
     calibrated, evaluated = tokens_of(run, recipe, model, directory, {run.method})
@@ -132,12 +133,12 @@ def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
     shapes = shapes_in(recipe.config)
     sites = FAMILIES.get(shapes.config.model_type)
     if sites is not None:
-        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes.config), shapes, sites)[0])
+        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes), shapes, sites)[0])
 
 
-def budget_of(request: AllocateRequest, recipe: Recipe, config: Any) -> Budget:
-    """The budget of a request for a model of this config."""
-    serve = serving(request.run, recipe, config)
+def budget_of(request: AllocateRequest, recipe: Recipe, model: Shapes) -> Budget:
+    """The budget of a request for this model."""
+    serve = serving(request.run, recipe, model)
     return Budget(request.weights_only, request.menu, request.engine, request.also, serve)
 
 

@@ -10,6 +10,8 @@ from quantkit.cli.options import (
     BlockName,
     Calib,
     Device,
+    Eval,
+    EvalSamples,
     For,
     Fresh,
     Json,
@@ -21,11 +23,22 @@ from quantkit.cli.options import (
     Seqlen,
     TargetName,
 )
-from quantkit.cli.telling import FAIL, command, print_json, quiet_libraries, screen, told
+from quantkit.cli.telling import FAIL, command, given, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
+
+GGUF_ONLY = {  # parameters and what they are called
+    "type": "--type",
+    "outside": "--embeddings",
+    "calib": "--calib",
+    "samples": "--samples",
+    "seqlen": "--seqlen",
+    "seed": "--seed",
+    "rounding": "--rounding",
+}
 
 
 def convert(
+    here: typer.Context,
     out: Annotated[
         Path, typer.Argument(help="A quantized checkpoint: AWQ, GPTQ or CT, whoever made it; to gguf also a MODEL.")
     ],
@@ -49,7 +62,11 @@ def convert(
     samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = 0,
-    rounding: Annotated[Rounding, typer.Option("--rounding", help="gguf of a MODEL: as of awq.")] = Rounding.gptq,
+    rounding: Annotated[
+        Rounding, typer.Option("--rounding", help="gguf of a MODEL: error-compensating, or to nearest.")
+    ] = Rounding.gptq,
+    eval: Eval = None,
+    eval_samples: EvalSamples = None,
     device: Device = "auto",
     fresh: Fresh = False,
     offline: Offline = False,
@@ -60,10 +77,11 @@ def convert(
         _to_gguf(locals())
         return
     with told(resumes=True):
-        if type is not None:
-            raise InputError(f"--type {type.value}: a type of gguf's blocks; use it with --to gguf")
+        for name in GGUF_ONLY.keys() & given(here):
+            raise InputError(f"{GGUF_ONLY[name]}: means something with --to gguf only; leave it out")
         from quantkit.convert import ConvertRequest
         from quantkit.convert import convert as convert_files
+        from quantkit.machine import choose_device
         from quantkit.summary import convert_summary
 
         quiet_libraries()
@@ -75,6 +93,9 @@ def convert(
             requantize=requantize,
             fresh=fresh,
             against=against,
+            evaluation=eval,
+            eval_samples=eval_samples,
+            device=choose_device(device),
             offline=offline,
             engine=engine.value if engine else None,
         )
@@ -109,6 +130,8 @@ def _to_gguf(said: dict[str, Any]) -> None:
             samples=said["samples"],
             seqlen=said["seqlen"],
             seed=said["seed"],
+            evaluation=said["eval"],
+            eval_samples=said["eval_samples"],
             device=choose_device(said["device"]),
             fresh=said["fresh"],
             offline=said["offline"],

@@ -43,6 +43,12 @@ def command(*, without: tuple[str, ...] = ()) -> str:
     return shlex.join([*several, "quantkit", *(word for word in sys.argv[1:] if word not in without)])
 
 
+def given(here: typer.Context) -> set[str]:
+    """The parameters that the command's words name, without those that have their defaults."""
+    sources = {name: here.get_parameter_source(name) for name in here.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def processes() -> int:
     """How many processes torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
