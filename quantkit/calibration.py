@@ -133,6 +133,20 @@ def note_left_out(tokens: TokenSet, *, samples: int | None = None, seqlen: int |
     return replace(tokens, notes=tokens.notes + notes)
 
 
+def record_of(tokens: TokenSet | None) -> dict[str, Any] | None:
+    """What quantkit.json says of a token set."""
+    if tokens is None:
+        return None
+    return {
+        "source": tokens.source,
+        "sha256": tokens.sha256,
+        "samples": tokens.samples,
+        "seqlen": tokens.seqlen,
+        "protocol": tokens.protocol,
+        "notes": list(tokens.notes),
+    }
+
+
 def notes_of(*sets: TokenSet | None) -> list[str]:
     """The notes of token sets, each with where it is from."""
     return [f"{tokens.source}: {note}" for tokens in sets if tokens is not None for note in tokens.notes]

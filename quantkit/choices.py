@@ -15,6 +15,7 @@ from quantkit.scheme import Scheme
 
 DEFAULT_BUDGET = 22 * 2**30  # bytes
 DEFAULT_CONTEXT = 8192  # tokens
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048  # windows of calibration, tokens of each
 DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
 SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
 
@@ -84,6 +85,19 @@ def positions(config: Any) -> int | None:
     """How many tokens of context the model allows, or None if its config does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def choose_seqlen(limit: int | None, *asked: int | None) -> int:
+    """Tokens of a window: the first that was asked for, or 2048, or all that a smaller model allows.
+
+    Raises:
+        InputError: more than the model has positions.
+    """
+    allowed = limit or DEFAULT_SEQLEN
+    seqlen = next((length for length in asked if length), min(DEFAULT_SEQLEN, allowed))
+    if seqlen > allowed:
+        raise InputError(f"--seqlen {seqlen}: the model has {allowed} positions; use --seqlen {allowed} or less")
+    return seqlen
 
 
 def choose_serving(

@@ -5,7 +5,6 @@ What is measured of a checkpoint belongs to its weights. Where the integers stay
 measurements are carried over; otherwise they are void, and made again where the 16-bit model is at hand.
 """
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,22 +17,20 @@ from rich.console import Console
 from rich.progress import track
 
 from quantkit import __version__
-from quantkit.card import render_card
-from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
+from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.checkpoint.writer import copy_file, require_disk, write_index, write_json, write_text
+from quantkit.checkpoint.writer import require_disk
 from quantkit.choices import choose_serving, positions
-from quantkit.document import RESULT, read_result
-from quantkit.errors import InputError, ModelError, QuantkitError
+from quantkit.document import RESULT
+from quantkit.errors import InputError, QuantkitError
 from quantkit.fit import fit_checkpoint
+from quantkit.folder import changed_files, file_records, result_of, sha256_of, write_beside, write_result
 from quantkit.formats import FORMATS
 from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.repack import Conversion, make_conversion, open_source, write_unit
-from quantkit.report.run import render_report
-from quantkit.reverify import VerifyRequest, changed_files, verify_files
-from quantkit.runs import beside_weights
+from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.stored import quantization_of, writer
 from quantkit.verify import Limits, verification_block
 
@@ -80,7 +77,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     if request.to not in TARGETS:
         raise InputError(f"--to: expected {', '.join(TARGETS)}, got {request.to!r}")
     folder = request.folder
-    recorded = _recorded(folder)
+    recorded = result_of(folder)
     source = open_source(folder)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
     if out.resolve() == folder.resolve():
@@ -104,13 +101,6 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     if not conversion.lossless and conversion.format is not None:
         result = _measured(request, recorded, result, out, console)
     return result, out
-
-
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """quantkit.json of a folder of ours; None for a checkpoint of another tool."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; expected a quantized checkpoint")
-    return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
 
 
 def _require_engine(engine: str, conversion: Conversion) -> None:
@@ -161,32 +151,19 @@ def _finish(
     units: tuple[Unit, ...],
     began: float,
 ) -> dict[str, Any]:
-    """Write what engines and people read beside the shards. quantkit.json comes last: it says that all is there."""
+    """Write what engines and people read beside the shards."""
     out, source = conversion.out, conversion.source
     files = {unit.file: unit.sha256 for unit in units}
     tensors = {name: (shard.file, spec.nbytes) for shard in conversion.shards for name, spec in shard.tensors.items()}
     total = sum(size for _, size in tensors.values())
-    index = write_index(out, {name: file for name, (file, _) in tensors.items()}, total)
-    files["model.safetensors.index.json"] = index
-    files["config.json"] = write_json(out / "config.json", _config(conversion))
-    if conversion.format is not None:
-        for name, content in conversion.format.extra_files(conversion.quantization_config).items():
-            files[name] = write_json(out / name, content)
-    for path in beside_weights(source.checkpoint.directory):
-        files[path.name] = copy_file(path, out / path.name)
+    weight_map = {name: file for name, (file, _) in tensors.items()}
+    directory = source.checkpoint.directory
+    files |= write_beside(out, directory, weight_map, total, _config(conversion), conversion.format)
     result = _document(request, conversion, recorded, hashes, units, total)
     result["seconds"] = time.monotonic() - began
-    result["files"] = [
-        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
-    ]
-    _write(out, result)
+    result["files"] = file_records(out, files)
+    write_result(out, result)
     return result
-
-
-def _write(out: Path, result: Mapping[str, Any]) -> None:
-    write_text(out / "report.html", render_report(result))
-    write_text(out / "README.md", render_card(result))
-    write_json(out / RESULT, result)
 
 
 def _config(conversion: Conversion) -> dict[str, Any]:
@@ -240,7 +217,7 @@ def _document(
             "from_format": source.format.name,
             "made_by": made_by,
             "source": dict(hashes),
-            "source_result_sha256": _sha256(request.folder / RESULT),
+            "source_result_sha256": sha256_of(request.folder / RESULT) if (request.folder / RESULT).is_file() else None,
             "lossless": conversion.lossless,
             "equal": sum(record["equal"] for record in records),
             "rounded": len(errors),
@@ -331,9 +308,5 @@ def _measured(
         if request.against is not None:
             raise
         result["fallbacks"].append(f"what the rounding costs was not measured: {error}")
-        _write(out, result)
+        write_result(out, result)
         return result
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantkit.errors import NumericsError
+
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 ITEMSIZE = {  # bytes of one value
     "bool": 1,
@@ -43,3 +46,25 @@ def torch_dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
     return found
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: told from the two at the ends, so that nothing is made beside a large tensor."""
+    import torch
+
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def to_stored(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that is not quantized, as checkpoints of ours store it: in float16, and one of its own, for where it
+    was read may be used again before it is written.
+
+    Raises:
+        NumericsError: a value beyond float16.
+    """
+    import torch
+
+    stored = tensor.to(torch.float16, copy=True)
+    if not finite(stored):
+        raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
+    return stored

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantkit.activations import Stream, open_stream
 from quantkit.calibration import TokenSet
-from quantkit.dtypes import dtype_name, torch_dtype
+from quantkit.dtypes import dtype_name, finite, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, taken
@@ -98,11 +98,6 @@ def advance(
         with taken(layer, {shortcut: found.of(batch) for shortcut, found in (known or {}).items()}):
             output = run_finite(model, index, stream.states[batch].to(device), exact=exact)
         stream.states[batch] = output
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: told from the two at the ends, so that nothing is made beside a large tensor."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def run_finite(

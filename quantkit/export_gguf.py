@@ -5,7 +5,6 @@ A quantized checkpoint keeps its integers (`gguf.export`). A 16-bit model is rou
 calibration (`gguf.rounding`). Either way the file is then opened again and measured against the 16-bit model.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -18,13 +17,13 @@ from rich.console import Console
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet
-from quantkit.card import render_card
-from quantkit.checkpoint.journal import JOURNAL, Unit, open_journal
+from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.checkpoint.writer import copy_file, require_disk, write_json, write_text
-from quantkit.choices import find_model, hub_id, positions
-from quantkit.document import RESULT, read_result
+from quantkit.checkpoint.writer import copy_file, require_disk, write_json
+from quantkit.choices import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
+from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError, SchemeError
+from quantkit.folder import beside_weights, changed_files, file_records, result_of, sha256_of, write_result
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.export import export, layout, open_source, types_of
@@ -36,10 +35,9 @@ from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.plan import DISK_MARGIN
 from quantkit.progress import display
-from quantkit.report.run import render_report
-from quantkit.reverify import VerifyRequest, changed_files, verify_files
-from quantkit.runs import DEFAULT_SAMPLES, DEFAULT_SEQLEN, beside_weights, tokenizer_of, tokens_record
+from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.stored import quantization_of, writer
+from quantkit.tokenizer import tokenizer_of
 
 DEFAULT_TYPE = "q4_k"
 NOTES = ("LICENSE*", "NOTICE*")  # what goes with the weights; the rest is in the file
@@ -108,7 +106,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
     }
     for option in (option for option, said in calibrating.items() if said):
         raise InputError(f"{option}: {folder} is quantized and keeps its integers; leave it out")
-    recorded = read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
+    recorded = result_of(folder)
     if recorded and (changed := changed_files(folder, recorded)):
         raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
     label = folder.resolve().name
@@ -229,7 +227,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
             copy_file(path, out / path.name)
     written = open_gguf_model(out / unit.file, model)
     document = _document(request, None, written, unit, out, request.source)
-    document |= {"layers": unit.record["layers"], "calibration": tokens_record(tokens)}
+    document |= {"layers": unit.record["layers"], "calibration": calibration.record_of(tokens)}
     document |= {"method": "rtn" if request.nearest else "gptq", "seconds": time.monotonic() - began}
     return _finish(request, document, None, out, console), out
 
@@ -254,10 +252,7 @@ def _types(model: StreamedModel, kind: str) -> dict[str, str]:
 
 
 def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
-    limit = positions(model.config) or DEFAULT_SEQLEN
-    seqlen = request.seqlen or min(DEFAULT_SEQLEN, limit)
-    if seqlen > limit:
-        raise InputError(f"--seqlen {seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    seqlen = choose_seqlen(positions(model.config), request.seqlen)
     tokens = calibration.load(
         request.calib or "mix",
         tokenizer_of(model.directory),
@@ -286,7 +281,7 @@ def _document(
     schemes = [linear.scheme for linear in written.linears if linear.scheme is not None]
     scheme = max(schemes, key=schemes.count)
     before = dict(recorded or {})
-    listed = [path, *(p for pattern in NOTES for p in sorted(out.glob(pattern)))]
+    beside = [found for pattern in NOTES for found in out.glob(pattern)]
     kept = {key: before[key] for key in ("model", "base_model", "method", "calibration", "options") if key in before}
     result = {
         "quantkit_version": __version__,
@@ -312,15 +307,10 @@ def _document(
             "versions": versions(),
             "fallbacks": list(before.get("fallbacks") or []),
             "engines": {},
-            "files": [_file(p, unit) for p in listed],
+            "files": file_records(out, {path.name: sha256_of(path) for path in beside} | {unit.file: unit.sha256}),
             "verification": None,
         }
     )
-
-
-def _file(path: Path, unit: Unit) -> dict[str, Any]:
-    sha256 = unit.sha256 if path.name == unit.file else hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def _finish(
@@ -355,9 +345,7 @@ def _finish(
             if request.against is not None:
                 raise
             document["fallbacks"].append(f"not measured again: {error}")
-    write_text(out / "report.html", render_report(document))
-    write_text(out / "README.md", render_card(document))
-    write_json(out / RESULT, document)
+    write_result(out, document)
     return document
 
 

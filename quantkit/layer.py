@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.activations import regrouped
-from quantkit.dtypes import torch_dtype
+from quantkit.dtypes import to_stored
 from quantkit.errors import NumericsError
-from quantkit.evaluation import Progress, finite, loaded
+from quantkit.evaluation import Progress, loaded
 from quantkit.job import Job
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.passage import Passage, forget, inputs_of
-from quantkit.plan import STORED, LinearPlan
+from quantkit.plan import LinearPlan
 from quantkit.portions import samples_per_sum
 from quantkit.products import fast_bfloat16
 from quantkit.quantize.gptq import Factor
@@ -158,19 +158,6 @@ def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Ten
                 rows = fold.scale if tensors[name].dim() == 1 else fold.scale.unsqueeze(1)
                 tensors[name] = tensors[name].float() / rows
     return tensors
-
-
-def to_stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized, as the output stores it: one of its own, for where it was read may be used again
-    before it is written.
-
-    Raises:
-        NumericsError: a value beyond float16.
-    """
-    stored = tensor.to(torch_dtype(STORED), copy=True)
-    if not finite(stored):
-        raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
-    return stored
 
 
 def _site_input(

@@ -29,7 +29,7 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
-from quantkit.dtypes import dtype_name
+from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
 from quantkit.evaluation import (
     Progress,
@@ -44,7 +44,7 @@ from quantkit.evaluation import (
 )
 from quantkit.head import head_stats, quantize_head
 from quantkit.job import Job
-from quantkit.layer import LayerResult, quantize_layer, records_of, to_stored
+from quantkit.layer import LayerResult, quantize_layer, records_of
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Shortcut

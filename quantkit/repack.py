@@ -23,8 +23,8 @@ from torch import Tensor
 from quantkit.checkpoint.journal import Unit
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, open_file, shorten
 from quantkit.checkpoint.writer import shard_name, write_pieces
-from quantkit.dtypes import dtype_name, torch_dtype
-from quantkit.errors import ModelError, NumericsError, OutputError, QuantkitError, SchemeError
+from quantkit.dtypes import dtype_name, to_stored, torch_dtype
+from quantkit.errors import ModelError, OutputError, QuantkitError, SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.awq import AWQ
 from quantkit.formats.base import SCALES
@@ -411,7 +411,7 @@ def write_unit(conversion: Conversion, shard: ShardPlan) -> Unit:
         if target is None or key == "bias":
             yield from _copied(conversion.source.checkpoint, name, shard.tensors[name].dtype)
         elif conversion.format is None:
-            yield from (_in_float16(name, rows) for rows in _float_rows(conversion.source.read(target.before)))
+            yield from (to_stored(name, rows) for rows in _float_rows(conversion.source.read(target.before)))
         else:
             if name not in packed:
                 found = conversion.format.pack(_converted(conversion, target))
@@ -428,14 +428,7 @@ def write_unit(conversion: Conversion, shard: ShardPlan) -> Unit:
 
 def _copied(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[Tensor]:
     for piece in checkpoint.pieces(name):
-        yield piece if dtype_name(piece.dtype) == dtype else _in_float16(name, piece)
-
-
-def _in_float16(name: str, values: Tensor) -> Tensor:
-    stored = values.half()
-    if not bool(stored.isfinite().all()):
-        raise NumericsError(f"{name}: largest value {float(values.abs().max()):.3g} is beyond float16 (65504)")
-    return stored
+        yield piece if dtype_name(piece.dtype) == dtype else to_stored(name, piece)
 
 
 def _float_rows(quantized: QuantizedTensor) -> Iterator[Tensor]:

@@ -6,7 +6,6 @@ one that the run wrote the verdict is FAIL, whatever the figures. A checkpoint o
 alike, and left as it is.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -21,15 +20,14 @@ from rich.console import Console
 
 from quantkit import __version__, calibration
 from quantkit.calibration import BUNDLED, DEFAULT_EVAL, TokenSet
-from quantkit.card import render_card
 from quantkit.checkpoint.journal import JOURNAL, locked
-from quantkit.checkpoint.reader import fingerprint, is_plain_name, shorten
-from quantkit.checkpoint.writer import write_json, write_text
-from quantkit.choices import choose_serving, find_model, positions
+from quantkit.checkpoint.reader import fingerprint, shorten
+from quantkit.choices import choose_seqlen, choose_serving, find_model, positions
 from quantkit.document import RESULT, read_result
-from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError
+from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
 from quantkit.evaluation import run_dtype
 from quantkit.fit import fit_checkpoint, fit_stored
+from quantkit.folder import changed_files, write_result
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.machine import peak_rss_bytes, versions
 from quantkit.memory import Layout, Streams, keep, lay_out
@@ -37,8 +35,7 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.needs import Work
 from quantkit.progress import display
 from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
-from quantkit.report.run import render_report
-from quantkit.runs import DEFAULT_SEQLEN, tokenizer_of, tokens_record
+from quantkit.tokenizer import tokenizer_of
 from quantkit.verify import Limits, verification_block
 
 NOT_MEASURED: dict[str, Any] = {
@@ -151,38 +148,6 @@ def _open(out: Path, original: StreamedModel, recorded: Mapping[str, Any] | None
     return open_quantized(out, original) if gguf is None else open_gguf_model(gguf, original)
 
 
-def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
-    """One line for each file of quantkit.json that is missing or has another sha256, and for weights that it lacks.
-
-    Raises:
-        OutputError: quantkit.json lists what cannot be a file of the folder.
-    """
-    if recorded is None:
-        return []
-    reasons, known = [], set()
-    listed = recorded.get("files")
-    for entry in listed if isinstance(listed, list) else []:
-        name = str(entry.get("name") if isinstance(entry, dict) else entry)
-        if not is_plain_name(name):
-            raise OutputError(f"{out / RESULT}: files: {ascii(name)[:80]} is not the name of a file")
-        known.add(name)
-        path = out / name
-        if not path.is_file():
-            reasons.append(f"{name} is missing")
-        elif path.stat().st_size != entry.get("bytes") or _sha256(path) != entry.get("sha256"):
-            reasons.append(f"{name} is not the file that the run wrote: its sha256 is another than in {RESULT}")
-    unknown = sorted(path.name for path in out.glob("*.safetensors") if path.name not in known)
-    return reasons + [f"{name} is not among the files of {RESULT}" for name in unknown]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def _original(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> StreamedModel:
     if request.against is not None:
         return open_model(find_model(request.against, offline=request.offline))
@@ -245,10 +210,7 @@ def _tokens(request: VerifyRequest, recorded: Mapping[str, Any] | None, original
 def _load_eval(
     request: VerifyRequest, original: StreamedModel, source: str, seqlen: int | None, samples: int | None
 ) -> TokenSet:
-    limit = positions(original.config) or DEFAULT_SEQLEN
-    length = request.seqlen or seqlen or min(DEFAULT_SEQLEN, limit)
-    if length > limit:
-        raise InputError(f"--seqlen {length}: the model has {limit} positions; use --seqlen {limit} or less")
+    length = choose_seqlen(positions(original.config), request.seqlen, seqlen)
     tokens = calibration.load_eval(
         source,
         tokenizer_of(original.directory),
@@ -302,7 +264,7 @@ def _verification(
     rise = [r for r in (request.max_ppl_increase, before.get("max_ppl_increase")) if r is not None]
     kl = [k for k in (request.max_kl, before.get("max_kl")) if k is not None]
     limits = Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
-    return verification_block(measured, tokens_record(tokens), limits, memory, reasons)
+    return verification_block(measured, calibration.record_of(tokens), limits, memory, reasons)
 
 
 def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) -> dict[str, Any]:
@@ -311,9 +273,7 @@ def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) ->
     if verification["fit"] is not None:
         result["engines"] = verification["fit"]["engines"]
     if os.access(out, os.W_OK):
-        write_text(out / "report.html", render_report(result))
-        write_text(out / "README.md", render_card(result))
-        write_json(out / RESULT, result)
+        write_result(out, result)
     return result
 
 

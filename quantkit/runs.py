@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """One command from request to finished folder: resolve, plan, load tokens, run, write what is beside the shards."""
 
-import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet, notes_of
-from quantkit.card import render_card
-from quantkit.checkpoint.journal import BESIDE_WEIGHTS
-from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.choices import (
     DEFAULT_FORMATS,
+    DEFAULT_SAMPLES,
     choose_format,
     choose_recipe,
     choose_scheme,
+    choose_seqlen,
     choose_serving,
     find_model,
     hub_id,
     positions,
 )
-from quantkit.document import RESULT, read_result
+from quantkit.document import read_result
 from quantkit.errors import InputError, OutputError
 from quantkit.fit import fit
+from quantkit.folder import file_records, quantized_config, write_beside, write_result
 from quantkit.formats import Format
 from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
@@ -46,14 +44,11 @@ from quantkit.progress import display
 from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
-from quantkit.report.run import render_report
 from quantkit.scheme import Scheme
 from quantkit.summary import recipe_table
+from quantkit.tokenizer import tokenizer_of
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
-
-DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048
-VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -217,11 +212,8 @@ def tokens_of(
     request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str | None]
 ) -> tuple[TokenSet | None, TokenSet | None]:
     """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
-    limit = positions(model.config) or DEFAULT_SEQLEN
-    said = recipe.calibration
-    seqlen = request.seqlen or said.seqlen or min(DEFAULT_SEQLEN, limit)
-    if seqlen > limit:
-        raise InputError(f"--seqlen {seqlen}: the model has {limit} positions; use --seqlen {limit} or less")
+    said, limit = recipe.calibration, positions(model.config)
+    seqlen = choose_seqlen(limit, request.seqlen, said.seqlen)
     samples = request.samples or said.samples or DEFAULT_SAMPLES
     vocabulary = model.config.vocab_size
     tokenizer = tokenizer_of(directory)
@@ -248,35 +240,11 @@ def tokens_of(
         )
         evaluated = calibration.note_left_out(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
-        if tokens is not None and positions(model.config) and tokens.seqlen > limit:
+        if tokens is not None and limit and tokens.seqlen > limit:
             raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
     if evaluated is not None and evaluated.seqlen < 2:
         raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
-
-
-def tokenizer_of(directory: Path) -> Callable[[], PreTrainedTokenizerBase]:
-    """A function that loads the tokenizer of a model directory; it raises InputError if there is none."""
-
-    def load() -> PreTrainedTokenizerBase:
-        if not any(path.is_file() for pattern in VOCABULARIES for path in directory.glob(pattern)):
-            # transformers would make an empty one up for some architectures
-            raise InputError(
-                f"{directory}: no tokenizer (tokenizer.json or a vocabulary); "
-                "copy it there, or give --calib and --eval as .safetensors files of token ids"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise InputError(
-                f"{directory}: no tokenizer that transformers can load ({reason}); "
-                "give --calib and --eval as .safetensors files of token ids"
-            ) from error
-        assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        return tokenizer
-
-    return load
 
 
 def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told: Sequence[str]) -> None:
@@ -303,16 +271,12 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
 
 
 def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Write what engines and people read beside the shards. quantkit.json comes last: it says that all is there."""
+    """Write what engines and people read beside the shards."""
     out, plan = job.out, job.plan
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
-    files["model.safetensors.index.json"] = write_index(out, weight_map, plan.tensor_bytes)
-    files["config.json"] = write_json(out / "config.json", quantized_config(directory, plan.quantization_config))
-    for name, content in plan.format.extra_files(plan.quantization_config).items():
-        files[name] = write_json(out / name, content)
-    for path in beside_weights(directory):
-        files[path.name] = copy_file(path, out / path.name)
+    config = quantized_config(directory, plan.quantization_config)
+    files |= write_beside(out, directory, weight_map, plan.tensor_bytes, config, plan.format)
     if plan.format is GGUF:
         exported = export(out, out / f"{out.resolve().name}.gguf", name=_label(result["model"]))
         files[exported.path.name] = exported.sha256
@@ -323,14 +287,10 @@ def _finish(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any])
             "types": sorted(set(exported.types.values())),
             "equal": exported.equal,
         }
-    result["files"] = [
-        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
-    ]
+    result["files"] = file_records(out, files)
     if result["verification"] is None:
         result["verification"] = _still_valid(out, result["files"])
-    write_text(out / "report.html", render_report(result))
-    write_text(out / "README.md", render_card(result))
-    write_json(out / RESULT, result)
+    write_result(out, result)
     return result
 
 
@@ -342,31 +302,6 @@ def _still_valid(out: Path, files: list[dict[str, Any]]) -> dict[str, Any] | Non
         return None
     verification: dict[str, Any] | None = recorded["verification"]
     return verification if recorded.get("files") == files else None
-
-
-def beside_weights(directory: Path) -> list[Path]:
-    """The tokenizer and its like in a model folder. A link counts only within the folder, or its hub cache's blobs."""
-    found = {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
-    allowed = (directory.resolve(), directory.resolve().parent.parent / "blobs")
-    return sorted(path for path in found if any(path.resolve().is_relative_to(place) for place in allowed))
-
-
-def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 reads of `rope_parameters`, which only 5 knows: without it, it would use other rotations."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    usual = rope.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"]} | ({} if usual else {"rope_scaling": scaling})
-
-
-def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config.json with the quantization added, and float16 as the dtype that the file now has."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config.pop("dtype", None)
-    config = older_rope_keys(config) | config
-    return config | {"torch_dtype": "float16", "quantization_config": dict(quantization_config)}
 
 
 def _document(
@@ -389,7 +324,7 @@ def _document(
         "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
         "options": vars(request.options) | {"seed": request.seed, "inputs": request.inputs},
         "recipe": resolved(plan, request.method),
-        "calibration": tokens_record(job.calibration),
+        "calibration": calibration.record_of(job.calibration),
         "layers": [record for unit in outcome.units for record in unit.record["linears"]],
         "bits_per_weight": plan.bits_per_weight,
         "total_bytes": plan.file_bytes,
@@ -416,21 +351,7 @@ def _limits(request: Request, recipe: Recipe) -> Limits:
 def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
     if outcome.measured is None:
         return None
-    return verification_block(outcome.measured, tokens_record(job.evaluation), limits, memory)
-
-
-def tokens_record(tokens: TokenSet | None) -> dict[str, Any] | None:
-    """What quantkit.json says of a token set."""
-    if tokens is None:
-        return None
-    return {
-        "source": tokens.source,
-        "sha256": tokens.sha256,
-        "samples": tokens.samples,
-        "seqlen": tokens.seqlen,
-        "protocol": tokens.protocol,
-        "notes": list(tokens.notes),
-    }
+    return verification_block(outcome.measured, calibration.record_of(job.evaluation), limits, memory)
 
 
 def _beyond(outcome: Outcome, ram: int | None) -> list[str]:

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from quantkit import __version__
 from quantkit.activations import Stream
-from quantkit.calibration import TokenSet, notes_of
+from quantkit.calibration import TokenSet, notes_of, record_of
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_chunks, write_json, write_shard, write_text
 from quantkit.choices import DEFAULT_FORMATS, choose_format, choose_scheme, find_model
+from quantkit.dtypes import to_stored
 from quantkit.errors import InputError, SchemeError
 from quantkit.evaluation import (
     Progress,
@@ -45,7 +46,7 @@ from quantkit.evaluation import (
 )
 from quantkit.fit import fit
 from quantkit.job import Job
-from quantkit.layer import quantize_observed, to_stored
+from quantkit.layer import quantize_observed
 from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
 from quantkit.memory import Layout, keep, lay_out_job
 from quantkit.model.families import Site
@@ -66,7 +67,7 @@ from quantkit.progress import display
 from quantkit.quantize import gptq
 from quantkit.recipe import Recipe
 from quantkit.report.sweep import render_sweep
-from quantkit.runs import Request, config_options, serving, tokens_of, tokens_record
+from quantkit.runs import Request, config_options, serving, tokens_of
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes
 
@@ -137,8 +138,8 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
             "model": run.model,
             "inputs": "original",
             "note": SHARED_INPUTS,
-            "calibration": tokens_record(calibrated),
-            "evaluation": tokens_record(evaluated),
+            "calibration": record_of(calibrated),
+            "evaluation": record_of(evaluated),
             **serve,
             "weights_16bit": fit(model, settings[0].job.plan, **serve)["weights_16bit"],
             "perplexity_fp16": rows[0]["perplexity_fp16"],

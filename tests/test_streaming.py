@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
+from quantkit.dtypes import to_stored
 from quantkit.errors import ModelError, NumericsError
-from quantkit.layer import to_stored
 from quantkit.model import streaming
 from quantkit.model.streaming import (
     StreamedModel,

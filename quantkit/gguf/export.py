@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
-from quantkit.errors import ModelError, NumericsError, OutputError, SchemeError
+from quantkit.dtypes import to_stored
+from quantkit.errors import ModelError, OutputError, SchemeError
 from quantkit.formats import Format
 from quantkit.formats.gguf import (
     INTEGER_TYPES,
@@ -336,10 +337,7 @@ def encode_rows(name: str, rows: Tensor, kind: str) -> Tensor:
     if kind == "f32":
         return rows.float()
     if kind == "f16":
-        stored = rows.to(torch.float16)
-        if not bool(torch.isfinite(stored).all()):
-            raise NumericsError(f"{name}: largest value {float(rows.abs().max()):.3g} is beyond float16 (65504)")
-        return stored
+        return to_stored(name, rows)
     if kind in kquants.KINDS:
         return pack_superblocks(kquants.quantize(rows, kind), kind)
     scheme = Scheme(8 if kind == "q8_0" else 4, 32, kind != "q4_1")
