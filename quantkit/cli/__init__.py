@@ -26,14 +26,14 @@ app = typer.Typer(
 for _method, _help in quantize.METHODS.items():
     app.command(_method, help=_help)(quantize.command_of(_method))
 for _command in (
-    models.models,
     fit.fit,
     verify.verify,
-    convert.convert,
     sweep.sweep,
     allocate.allocate,
-    push.push,
+    convert.convert,
     inspect.inspect,
+    push.push,
+    models.models,
 ):
     app.command()(_command)
 

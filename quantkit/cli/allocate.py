@@ -87,7 +87,7 @@ def allocate(
     max_kl: MaxKl = None,
     json: Json = False,
 ) -> None:
-    """Choose bits and groups by part so that all fits and the expected KL is least; writes a recipe with the reasons.
+    """Choose bits and groups under a memory budget. The least expected KL that fits; writes a recipe with the reasons.
 
     Costs one pass over the model to measure, and one as a run makes it to check. With L layers, a swap is L / 2 more
     layer runs on the probes in each.

@@ -40,7 +40,10 @@ GGUF_ONLY = {  # parameters and what they are called
 def convert(
     here: typer.Context,
     out: Annotated[
-        Path, typer.Argument(help="A quantized checkpoint: AWQ, GPTQ or CT, whoever made it; to gguf also a MODEL.")
+        Path,
+        typer.Argument(
+            metavar="OUT|MODEL", help="A quantized checkpoint: AWQ, GPTQ or CT, whoever made it; to gguf also a MODEL."
+        ),
     ],
     to: Annotated[TargetName, typer.Option("--to", help="The format of the result; fp16: not quantized.")],
     target: Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/OUT-FORMAT]")] = None,
@@ -72,7 +75,7 @@ def convert(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """The same integers in another format; exit 3 if a new measurement says FAIL."""
+    """Convert a checkpoint to another format. Integers stay as they are, or the loss is measured; exit 3 on FAIL."""
     if to is TargetName.gguf:
         _to_gguf(locals())
         return

@@ -24,7 +24,9 @@ from quantkit.cli.telling import print_json, screen, told
 
 
 def fit(
-    model: Annotated[str, typer.Argument(help="A recipe name, folder or hub id, or a folder that is quantized.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|OUT", help="A recipe name, folder or hub id, or a folder that is quantized.")
+    ],
     w_bit: WBit = None,
     group: Group = None,
     sym: Sym = None,
@@ -39,7 +41,9 @@ def fit(
     offline: Offline = False,
     json: Json = False,
 ) -> None:
-    """Bytes before compute: weights, KV cache, workspace, the longest context that fits, which engines load it."""
+    """Predict memory, context and engines. Reads no weights: bytes of weights, KV cache and workspace, the longest
+    context that fits, and which engines load it.
+    """
     with told():
         from quantkit.fit import table
         from quantkit.fitting import FitRequest, fit_page, fit_request

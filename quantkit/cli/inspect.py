@@ -12,10 +12,12 @@ from quantkit.cli.telling import print_json, screen, told
 
 
 def inspect(
-    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")
+    ],
     json: Json = False,
 ) -> None:
-    """What is inside: bits, group, method, bytes and error per layer; totals; who made it."""
+    """Show what a checkpoint holds. Bits, group, method, bytes and error per layer; totals; who made it."""
     with told():
         from quantkit.inspection import inspect_folder, inspect_table
 

@@ -6,7 +6,7 @@ from quantkit.cli.telling import print_json, screen, told
 
 
 def models(json: Json = False) -> None:
-    """The recipes that ship, and what of each is in the local cache."""
+    """List the recipes that ship. Says what of each is in the local cache."""
     with told():
         from quantkit.library import catalogue, catalogue_table
 

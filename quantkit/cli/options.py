@@ -62,7 +62,10 @@ class Rounding(StrEnum):
     gptq, nearest = "gptq", "nearest"
 
 
-Model = Annotated[str, typer.Argument(help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name).")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name)."),
+]
 WBit = Annotated[Bits | None, typer.Option("--w-bit", help="Bits of a weight.  [default: 4]")]
 Group = Annotated[
     int | None, typer.Option("--group", help="Columns that share a scale; -1: whole rows.  [default: 128]")
@@ -105,10 +108,14 @@ MaxPpl = Annotated[
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's limit on the KL divergence, in nats.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
-ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="Round columns with much energy first.")]
+ActOrder = Annotated[
+    bool, typer.Option("--act-order/--no-act-order", help="Take columns in the order of falling diag(H).")
+]
 For = Annotated[
     Engine | None,
-    typer.Option("--for", help="An engine that must load it; else every reason why not, before any work."),
+    typer.Option(
+        "--for", help="An engine that must load it: else the run is refused before any work, with every reason."
+    ),
 ]
 Vram = Annotated[
     str | None, typer.Option("--vram", help="The most GPU memory the run may take.  [default: what is free]")
@@ -116,11 +123,12 @@ Vram = Annotated[
 Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may take.  [default: what is free]")]
 HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
 Correct = Annotated[
-    float, typer.Option("--correct", min=0.0, max=1.0, help="Share of earlier layers' errors that is made up for.")
+    float,
+    typer.Option(
+        "--correct", min=0.0, max=1.0, help="Share of the inputs' drift from the original's to make up for; 0: none."
+    ),
 ]
-Refine = Annotated[
-    int, typer.Option("--refine", min=0, max=100, help="How often scales and codes are gone over after rounding.")
-]
+Refine = Annotated[int, typer.Option("--refine", min=0, max=100, help="Passes over scales and codes after GPTQ.")]
 InputsOption = Annotated[
     Inputs,
     typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),

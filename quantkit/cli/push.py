@@ -12,15 +12,15 @@ from quantkit.cli.telling import print_json, screen, told
 
 
 def push(
-    out: Annotated[Path, typer.Argument(help="A folder that quantkit wrote.")],
-    repo_id: Annotated[str, typer.Argument(help="The repository: org/name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that quantkit wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository: org/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="A branch.  [default: main]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List files and sizes; touch no network.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Without a passing verification; the card says so.")] = False,
     json: Json = False,
 ) -> None:
-    """Upload to the Hugging Face Hub: only with a passing verification of these very files, unless --force."""
+    """Upload a verified checkpoint to the Hub. Only with a verification of these very files, unless --force."""
     with told():
         from quantkit.card import PATH, render_card
         from quantkit.document import RESULT, read_result

@@ -53,9 +53,9 @@ from quantkit.cli.telling import FAIL, print_json, quiet_libraries, tell, told
 from quantkit.quantize.options import Options
 
 METHODS = {
-    "awq": "Scale the channels that matter, then round with error compensation.",
-    "gptq": "Round column by column, letting later columns make up for the error of earlier ones.",
-    "rtn": "Round every weight to the nearest code, without calibration.",
+    "awq": "Quantize with AWQ. Scales the channels that matter, then rounds with error compensation.",
+    "gptq": "Quantize with GPTQ. Rounds column by column; later columns make up for the error of earlier ones.",
+    "rtn": "Quantize by rounding to the nearest code. Needs no calibration.",
 }
 
 

@@ -64,7 +64,7 @@ def sweep(
     damp: Damp = Options.damp,
     json: Json = False,
 ) -> None:
-    """Measure every method x bits x group in one pass over the model: a table, JSON, CSV, and KL against size.
+    """Compare many settings in one pass. Measures every method x bits x group: a table, JSON, CSV, KL against size.
 
     All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
     """

@@ -11,7 +11,9 @@ from quantkit.cli.telling import FAIL, command, print_json, quiet_libraries, scr
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")
+    ],
     against: Annotated[
         str | None, typer.Option("--against", help="The 16-bit MODEL it was made from.  [default: as recorded]")
     ] = None,
@@ -35,7 +37,7 @@ def verify(
     max_kl: MaxKl = None,
     json: Json = False,
 ) -> None:
-    """Measure a checkpoint against its FP16 model again, from the files alone; exit 3 on a verdict of FAIL."""
+    """Measure a checkpoint against its original. From the files alone; exit 3 on a verdict of FAIL."""
     with told():
         from quantkit.machine import choose_device
         from quantkit.reverify import VerifyRequest, verify_files
