@@ -41,12 +41,12 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from safetensors.torch import load_file
 
     from quantkit.calibration import TokenSet
-    from quantkit.choices import choose_scheme
+    from quantkit.commands.defaults import choose_scheme
     from quantkit.formats import FORMATS
-    from quantkit.job import Job
-    from quantkit.memory import laid_out, lay_out_job
     from quantkit.model.streaming import open_model
-    from quantkit.pipeline import run
+    from quantkit.pipeline.job import Job
+    from quantkit.pipeline.memory import laid_out, lay_out_job
+    from quantkit.pipeline.run import run
     from quantkit.plan import make_plan
     from quantkit.progress import display
     from quantkit.quantize.options import Options

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from quantkit.commands.quantize import Request, quantize
 from quantkit.machine import versions
-from quantkit.runs import Request, quantize
 
 
 def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, float]:

@@ -24,17 +24,17 @@ import torch
 
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.writer import write_json, write_shard
-from quantkit.choices import choose_scheme
+from quantkit.commands.defaults import choose_scheme
 from quantkit.formats import FORMATS
-from quantkit.job import Job
-from quantkit.layer import kinds
 from quantkit.machine import choose_device, versions
-from quantkit.memory import keep, laid_out, lay_out_job
 from quantkit.model.config import config_from_dict
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import build, open_model
-from quantkit.pipeline import run
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.layer import kinds
+from quantkit.pipeline.memory import keep, laid_out, lay_out_job
+from quantkit.pipeline.run import run
 from quantkit.plan import make_plan
 from quantkit.quantize.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
 from quantkit.quantize.options import Options

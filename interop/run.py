@@ -36,13 +36,13 @@ from interop.environments import HOME, create, python
 from interop.pairs import CASES, MODELS, READERS, RESULTS, WRITERS, Case, Client, Foreign
 from interop.tables import unexpected, write_tables
 from quantkit.calibration import load_eval
-from quantkit.convert import ConvertRequest, convert
+from quantkit.commands.convert import ConvertRequest, convert
+from quantkit.commands.export_gguf import ExportRequest, to_gguf
+from quantkit.commands.inspect import inspect_folder
+from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import QuantkitError
-from quantkit.export_gguf import ExportRequest, to_gguf
-from quantkit.inspection import inspect_folder
 from quantkit.model.streaming import open_model
-from quantkit.remeasure import open_quantized
-from quantkit.runs import Request, quantize
+from quantkit.pipeline.remeasure import open_quantized
 
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"

@@ -39,7 +39,7 @@ from quantkit.formats.reading import READERS
 from quantkit.jsonfile import read_object
 from quantkit.loaders import SIXTEEN_BIT, Heads, engines, heads_of, is_cut_by_input, kept_heads, require_engine, shard
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.needs import HIDDEN_COPIES, Work, needs
+from quantkit.pipeline.needs import HIDDEN_COPIES, Work, needs
 from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan
 from quantkit.stored import quantization_of, sixteen_bit_linears, stored_linears
 from quantkit.units import format_bytes

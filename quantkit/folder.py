@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.card import render_card
 from quantkit.checkpoint.journal import BESIDE_WEIGHTS, JOURNAL
 from quantkit.checkpoint.reader import is_plain_name
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.document import RESULT, read_result
 from quantkit.errors import ModelError, OutputError
 from quantkit.formats import Format
+from quantkit.report.card import render_card
 from quantkit.report.run import render_report
 
 

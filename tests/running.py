@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 from quantkit.cli import app, main
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-PRELOADED = ["quantkit.runs", "quantkit.convert", "transformers.models.qwen2.modeling_qwen2", "tests.running"]
+MODELLING = "transformers.models.qwen2.modeling_qwen2"
+PRELOADED = [
+    "quantkit.commands.quantize",
+    "quantkit.commands.convert",
+    "transformers.models.qwen2.modeling_qwen2",
+    "tests.running",
+]
 
 
 @dataclass(frozen=True)

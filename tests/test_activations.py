@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import activations
-from quantkit.activations import Stream, choose_place, micro_batch, open_stream, regrouped
+from quantkit.pipeline import activations
+from quantkit.pipeline.activations import Stream, choose_place, micro_batch, open_stream, regrouped
 from quantkit.portions import TOKENS_AT_ONCE_GPU
 
 CPU = torch.device("cpu")

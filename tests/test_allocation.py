@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantkit import pipeline
 from quantkit.allocation.command import AllocateRequest, allocate, budget_of, split
 from quantkit.allocation.knapsack import solve
 from quantkit.allocation.menu import HEAD, entry_name, parse_menu
@@ -24,14 +23,15 @@ from quantkit.allocation.problem import Problem, pose
 from quantkit.allocation.sensitivity import Measured, Swap, measure_choice, measure_menu
 from quantkit.allocation.table import choose, corrected, table_of
 from quantkit.calibration import TokenSet, load
+from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import InputError
-from quantkit.job import Job
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
+from quantkit.pipeline import run as pipeline
+from quantkit.pipeline.job import Job
 from quantkit.progress import Display
 from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe, read_recipe, resolver
-from quantkit.runs import Request, quantize
 from quantkit.scheme import Scheme
 from tests.conftest import make_qwen2
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from quantkit.card import render_card
+from quantkit.report.card import render_card
 from tests.result_document import example
 
 NASTY = "a: \"b\" 'c'\n---\n# h <script>x</script> | `d` [e](f) ```\n```"

@@ -16,12 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantkit.convert import ConvertRequest, convert
+from quantkit.commands.convert import ConvertRequest, convert
+from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError, SchemeError
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.reading import unpack
-from quantkit.reverify import VerifyRequest, verify_files
-from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.running import command, done, quantkit, run_process, started

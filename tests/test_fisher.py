@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration import TokenSet
-from quantkit.fisher import output_directions, weighted_square
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -21,7 +20,8 @@ from quantkit.model.streaming import (
     read_outside,
     run_layer,
 )
-from quantkit.resample import SHARE, resample
+from quantkit.pipeline.fisher import output_directions, weighted_square
+from quantkit.pipeline.resample import SHARE, resample
 from tests.tiny import as_float, random_ids, save_tiny
 
 CPU = torch.device("cpu")

@@ -28,10 +28,13 @@ import quantkit
 from quantkit import calibration
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import open_journal
+from quantkit.commands.export_gguf import ExportRequest, to_gguf
+from quantkit.commands.fit import FitRequest, fit_request
+from quantkit.commands.inspect import inspect_folder, inspect_table
+from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, SchemeError
-from quantkit.export_gguf import ExportRequest, to_gguf
 from quantkit.fit import fit_checkpoint
-from quantkit.fitting import FitRequest, fit_request
 from quantkit.formats.gguf import (
     K_TYPES,
     TYPES,
@@ -50,13 +53,10 @@ from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
-from quantkit.inspection import inspect_folder, inspect_table
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
+from quantkit.pipeline.remeasure import open_quantized
 from quantkit.quantize import gptq, kquants
-from quantkit.remeasure import open_quantized
-from quantkit.reverify import VerifyRequest, verify_files
-from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, Superblocks, dequantize, dequantize_superblocks
 from quantkit.stats import output_error
 from tests.conftest import make_qwen2

@@ -12,16 +12,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantkit import head as heads
-from quantkit import pipeline
+from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
-from quantkit.head import quantize_head
+from quantkit.pipeline import head as heads
+from quantkit.pipeline import run as pipeline
+from quantkit.pipeline.head import quantize_head
 from quantkit.products import mirror_
 from quantkit.quantize.methods import METHODS, SiteInput
 from quantkit.quantize.options import Options
 from quantkit.recipe import read_recipe
-from quantkit.reverify import VerifyRequest, verify_files
-from quantkit.runs import Request, quantize
 from quantkit.scheme import Scheme
 from quantkit.stats import add_inputs, empty_stats
 from tests.conftest import make_qwen2

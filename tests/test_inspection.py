@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from quantkit.commands.inspect import inspect_folder, inspect_table
 from quantkit.errors import ModelError, OutputError
-from quantkit.inspection import inspect_folder, inspect_table
 from quantkit.scheme import Scheme
 from tests.test_convert import edit, foreign, run, shuffled, tensors, to
 
@@ -76,5 +76,5 @@ def test_what_is_no_checkpoint(tmp_path: Path, qwen2: Path) -> None:
 
 
 def test_inspecting_safetensors_imports_no_torch() -> None:
-    code = "import sys, quantkit.inspection; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantkit.commands.inspect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

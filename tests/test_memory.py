@@ -14,10 +14,10 @@ import torch
 from quantkit.errors import InputError
 from quantkit.fit import fit
 from quantkit.formats import FORMATS
-from quantkit.memory import Layout, Streams, lay_out
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.needs import Work, needs
+from quantkit.pipeline.memory import Layout, Streams, lay_out
+from quantkit.pipeline.needs import Work, needs
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme

@@ -22,9 +22,9 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantkit import pipeline
 from quantkit.cli.telling import told
 from quantkit.formats import FORMATS
+from quantkit.pipeline import run as pipeline
 from quantkit.scheme import Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.running import ENVIRONMENT, command, done, quantkit, run_process, run_words, started

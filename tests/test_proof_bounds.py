@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.runs import Request, quantize
+from quantkit.commands.quantize import Request, quantize
 
 
 def reads(monkeypatch: pytest.MonkeyPatch, model: Path, **request: Any) -> Counter[str]:

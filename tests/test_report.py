@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit import charts, wording
-from quantkit.fitting import FitRequest, fit_request
+from quantkit.commands.fit import FitRequest, fit_request
+from quantkit.report import charts, wording
 from quantkit.report.fit import render_fit
 from quantkit.report.run import render_report
 from tests.result_document import GIB, example
@@ -194,7 +194,7 @@ def test_a_budget_that_nothing_fits_is_said() -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, quantkit.report.run, quantkit.card; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantkit.report.run, quantkit.report.card; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

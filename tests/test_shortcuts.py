@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream
-from quantkit.evaluation import advance
 from quantkit.model.families import FAMILIES
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
@@ -26,7 +24,9 @@ from quantkit.model.streaming import (
     run_layer,
     run_to,
 )
-from quantkit.passage import Passage, forget, inputs_of, shortcuts_of
+from quantkit.pipeline.activations import Stream
+from quantkit.pipeline.evaluation import advance
+from quantkit.pipeline.passage import Passage, forget, inputs_of, shortcuts_of
 from quantkit.products import fast_linears
 from tests.tiny import as_float, random_ids, save_tiny
 

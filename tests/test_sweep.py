@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from quantkit import sweep as sweeping
+from quantkit.commands import sweep as sweeping
+from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
-from quantkit.evaluation import advance
-from quantkit.runs import Request, quantize
-from quantkit.sweep import SweepRequest, sweep
+from quantkit.pipeline.evaluation import advance
 from tests.conftest import make_qwen2
 
 QUIET = Console(quiet=True)

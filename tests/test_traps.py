@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import EngineError, SchemeError
 from quantkit.fit import fit_checkpoint
 from quantkit.formats import FORMATS, QuantizedLayer
@@ -27,7 +28,6 @@ from quantkit.loaders import LOADERS, heads_of, reasons, require_engine, why_not
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
-from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import TINY, make_qwen2
 from tests.running import quantkit

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import tuning
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import OutputError
-from quantkit.fisher import spilled_bytes
 from quantkit.formats import FORMATS
-from quantkit.job import Job
 from quantkit.model.streaming import open_model
-from quantkit.pipeline import run
+from quantkit.pipeline import tuning
+from quantkit.pipeline.fisher import spilled_bytes
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.run import run
 from quantkit.plan import make_plan
 from quantkit.quantize.options import Options
 from quantkit.scheme import Scheme

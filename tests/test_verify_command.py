@@ -18,10 +18,10 @@ from torch import Tensor
 
 from quantkit.checkpoint.journal import locked
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
+from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
 from quantkit.formats import FORMATS
-from quantkit.reverify import VerifyRequest, verify_files
-from quantkit.runs import Request, quantize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.running import command, quantkit, run_process
@@ -541,7 +541,8 @@ def test_nothing_is_left_by_a_verification_that_is_killed(out: Path, tmp_path: P
     before = sorted(path.name for path in out.iterdir())
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from quantkit import activations, remeasure\nfrom quantkit.reverify import VerifyRequest, verify_files\n"
+        "from quantkit.pipeline import activations, remeasure\n"
+        "from quantkit.commands.verify import VerifyRequest, verify_files\n"
         "activations.SPARE = 0.0\n"  # hidden states go to files
         "remeasure.relative_error = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "request = VerifyRequest(out=Path(sys.argv[1]), command='', offline=True)\n"

@@ -26,7 +26,7 @@ WITHIN = """
 import json, os, resource, sys
 from pathlib import Path
 from rich.console import Console
-from quantkit.reverify import VerifyRequest, verify_files
+from quantkit.commands.verify import VerifyRequest, verify_files
 
 small, large, ids, spare = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 

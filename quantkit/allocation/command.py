@@ -17,19 +17,19 @@ from quantkit.allocation.sensitivity import Measured, measure_choice, measure_me
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
-from quantkit.choices import choose_recipe, find_model
+from quantkit.commands.defaults import choose_recipe, find_model
+from quantkit.commands.quantize import Request, quantize, serving, tokens_of
 from quantkit.errors import InputError
 from quantkit.fit import shapes_in
-from quantkit.job import Job
-from quantkit.memory import keep, lay_out_job
 from quantkit.model.families import FAMILIES
 from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.memory import keep, lay_out_job
 from quantkit.progress import display
 from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe
-from quantkit.runs import Request, quantize, serving, tokens_of
 from quantkit.units import format_bytes
 
 PROBE_SAMPLES = 16

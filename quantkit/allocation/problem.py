@@ -19,7 +19,8 @@ from quantkit.allocation.menu import (
     entry_name,
     parse_menu,
 )
-from quantkit.choices import choose_format
+from quantkit.commands.defaults import choose_format
+from quantkit.commands.quantize import Request, config_options
 from quantkit.errors import InputError, SchemeError
 from quantkit.fit import fit
 from quantkit.formats import Format
@@ -29,7 +30,6 @@ from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan
 from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe
-from quantkit.runs import Request, config_options
 from quantkit.scheme import Scheme
 from quantkit.stored import sixteen_bit_linears
 from quantkit.units import format_bytes

@@ -10,8 +10,8 @@ from quantkit.allocation.menu import HEAD, Entry, Part, entry_name
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.table import Table, total
 from quantkit.calibration import TokenSet
+from quantkit.commands.quantize import Request
 from quantkit.plan import number_ranges
-from quantkit.runs import Request
 
 
 def document_of(problem: Problem, choice: Choice, table: Table, ratio: float) -> dict[str, Any]:

@@ -22,22 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream
 from quantkit.allocation.menu import HEAD, Entry, Part
 from quantkit.calibration import TokenSet
-from quantkit.evaluation import (
-    Progress,
-    advance,
-    compare_all,
-    embed_tokens,
-    ending_names,
-    loaded,
-    observe,
-    open_states,
-)
-from quantkit.head import head_stats, quantize_head
-from quantkit.job import Job
-from quantkit.layer import as_written, folded, quantize_layer
 from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
@@ -50,7 +36,21 @@ from quantkit.model.streaming import (
     read_layer,
     read_outside,
 )
-from quantkit.passage import Passage
+from quantkit.pipeline.activations import Stream
+from quantkit.pipeline.evaluation import (
+    Progress,
+    advance,
+    compare_all,
+    embed_tokens,
+    ending_names,
+    loaded,
+    observe,
+    open_states,
+)
+from quantkit.pipeline.head import head_stats, quantize_head
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.layer import as_written, folded, quantize_layer
+from quantkit.pipeline.passage import Passage
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, SiteInput
 from quantkit.scheme import Scheme, dequantize

@@ -95,7 +95,7 @@ def allocate(
     said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
     with told(resumes=run):
         from quantkit.allocation.command import AllocateRequest, allocate
-        from quantkit.summary import allocate_summary
+        from quantkit.report.summary import allocate_summary
 
         quiet_libraries()
         request = AllocateRequest(

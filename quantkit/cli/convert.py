@@ -82,10 +82,10 @@ def convert(
     with told(resumes=True):
         for name in GGUF_ONLY.keys() & given(here):
             raise InputError(f"{GGUF_ONLY[name]}: means something with --to gguf only; leave it out")
-        from quantkit.convert import ConvertRequest
-        from quantkit.convert import convert as convert_files
+        from quantkit.commands.convert import ConvertRequest
+        from quantkit.commands.convert import convert as convert_files
         from quantkit.machine import choose_device
-        from quantkit.summary import convert_summary
+        from quantkit.report.summary import convert_summary
 
         quiet_libraries()
         request = ConvertRequest(
@@ -112,9 +112,9 @@ def convert(
 
 def _to_gguf(said: dict[str, Any]) -> None:
     with told(resumes=True):
-        from quantkit.export_gguf import ExportRequest, to_gguf
+        from quantkit.commands.export_gguf import ExportRequest, to_gguf
         from quantkit.machine import choose_device
-        from quantkit.summary import convert_summary, summary
+        from quantkit.report.summary import convert_summary, summary
 
         quiet_libraries()
         engine = said["engine"].value if said["engine"] else "llamacpp"

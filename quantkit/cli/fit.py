@@ -45,8 +45,8 @@ def fit(
     context that fits, and which engines load it.
     """
     with told():
+        from quantkit.commands.fit import FitRequest, fit_page, fit_request
         from quantkit.fit import table
-        from quantkit.fitting import FitRequest, fit_page, fit_request
         from quantkit.units import parse_bytes, parse_tokens
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be

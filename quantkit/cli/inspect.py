@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds. Bits, group, method, bytes and error per layer; totals; who made it."""
     with told():
-        from quantkit.inspection import inspect_folder, inspect_table
+        from quantkit.commands.inspect import inspect_folder, inspect_table
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         result = inspect_folder(out)

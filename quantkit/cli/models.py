@@ -8,7 +8,7 @@ from quantkit.cli.telling import print_json, screen, told
 def models(json: Json = False) -> None:
     """List the recipes that ship. Says what of each is in the local cache."""
     with told():
-        from quantkit.library import catalogue, catalogue_table
+        from quantkit.commands.models import catalogue, catalogue_table
 
         rows = catalogue()
         print_json(rows) if json else screen().print(catalogue_table(rows))

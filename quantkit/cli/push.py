@@ -22,10 +22,10 @@ def push(
 ) -> None:
     """Upload a verified checkpoint to the Hub. Only with a verification of these very files, unless --force."""
     with told():
-        from quantkit.card import PATH, render_card
         from quantkit.document import RESULT, read_result
         from quantkit.hub.push import push as upload
-        from quantkit.summary import push_document, push_summary
+        from quantkit.report.card import PATH, render_card
+        from quantkit.report.summary import push_document, push_summary
 
         if (out / RESULT).is_file():
             read_result(out)  # a damaged one is told before anything goes up

@@ -105,9 +105,9 @@ def command_of(method: str) -> Callable[..., None]:
 
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
     with told(resumes=True), ExitStack() as together:
+        from quantkit.commands.quantize import quantize
         from quantkit.ranks import joined
-        from quantkit.runs import quantize
-        from quantkit.summary import summary
+        from quantkit.report.summary import summary
 
         ranks = together.enter_context(joined(tell))
         quiet_libraries()

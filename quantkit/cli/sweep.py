@@ -70,8 +70,8 @@ def sweep(
     """
     said = locals() | {"w_bit": None, "group": None}  # lists of them here
     with told(resumes=True):
-        from quantkit.summary import sweep_summary
-        from quantkit.sweep import SweepRequest, sweep
+        from quantkit.commands.sweep import SweepRequest, sweep
+        from quantkit.report.summary import sweep_summary
 
         quiet_libraries()
         methods = listed(method, "--method")

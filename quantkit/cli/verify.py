@@ -39,9 +39,9 @@ def verify(
 ) -> None:
     """Measure a checkpoint against its original. From the files alone; exit 3 on a verdict of FAIL."""
     with told():
+        from quantkit.commands.verify import VerifyRequest, verify_files
         from quantkit.machine import choose_device
-        from quantkit.reverify import VerifyRequest, verify_files
-        from quantkit.summary import verify_summary
+        from quantkit.report.summary import verify_summary
         from quantkit.units import parse_bytes, parse_tokens
         from quantkit.verify import parse_percent
 

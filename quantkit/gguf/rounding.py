@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, regrouped
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
-from quantkit.evaluation import Progress, advance, embed_tokens, loaded, open_states, run_dtype
 from quantkit.formats.gguf import TYPES, dequantize_blocks, pack, pack_superblocks, settle
 from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
@@ -39,6 +37,8 @@ from quantkit.model.streaming import (
     read_outside,
     run_to,
 )
+from quantkit.pipeline.activations import Stream, regrouped
+from quantkit.pipeline.evaluation import Progress, advance, embed_tokens, loaded, open_states, run_dtype
 from quantkit.portions import samples_per_sum
 from quantkit.quantize import gptq, kquants, rtn
 from quantkit.quantize.refine import refine

@@ -3,9 +3,9 @@
 
 from collections.abc import Mapping
 
-from quantkit import wording
-from quantkit.rendering import template
+from quantkit.report import wording
 from quantkit.report.parts import Result, Table, memory
+from quantkit.report.rendering import template
 
 
 def render_fit(fit: Result, model: str, subtitle: str) -> str:

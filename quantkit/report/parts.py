@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from quantkit import charts, wording
+from quantkit.report import charts, wording
 
 TOTAL = "total"  # the row of a table that is set in bold
 Result = Mapping[str, Any]

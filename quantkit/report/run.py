@@ -8,9 +8,9 @@ is left out or said to be missing. Everything taken from it is escaped by jinja2
 import math
 from collections.abc import Sequence
 
-from quantkit import charts, wording
-from quantkit.rendering import template
+from quantkit.report import charts, wording
 from quantkit.report.parts import Card, Chart, Result, Table, memory
+from quantkit.report.rendering import template
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

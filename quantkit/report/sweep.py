@@ -3,9 +3,9 @@
 
 from collections.abc import Sequence
 
-from quantkit import charts, wording
-from quantkit.rendering import template
+from quantkit.report import charts, wording
 from quantkit.report.parts import Chart, Result, Table
+from quantkit.report.rendering import template
 
 MIB, GIB = 2**20, 2**30
 

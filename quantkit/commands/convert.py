@@ -20,7 +20,9 @@ from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
-from quantkit.choices import choose_serving, positions
+from quantkit.commands.defaults import choose_serving, positions
+from quantkit.commands.repack import Conversion, make_conversion, open_source, write_unit
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError
 from quantkit.fit import fit_checkpoint
@@ -29,8 +31,6 @@ from quantkit.formats import FORMATS
 from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
 from quantkit.plan import DISK_MARGIN, OUTSIDE
-from quantkit.repack import Conversion, make_conversion, open_source, write_unit
-from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.stored import quantization_of, writer
 from quantkit.verify import Limits, verification_block
 

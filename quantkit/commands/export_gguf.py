@@ -20,7 +20,8 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_json
-from quantkit.choices import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
+from quantkit.commands.defaults import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
+from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.folder import beside_weights, changed_files, file_records, result_of, sha256_of, write_result
@@ -35,7 +36,6 @@ from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.plan import DISK_MARGIN
 from quantkit.progress import display
-from quantkit.reverify import VerifyRequest, verify_files
 from quantkit.stored import quantization_of, writer
 from quantkit.tokenizer import tokenizer_of
 
@@ -48,7 +48,7 @@ class ExportRequest:
     """What the user asked for. None: not said.
 
     type: of the linears; outside: of the embedding and the head; against: the 16-bit model to measure a quantized
-    checkpoint with; nearest: round without error compensation; the rest as in `runs.Request`
+    checkpoint with; nearest: round without error compensation; the rest as in `commands.quantize.Request`
     """
 
     source: str

@@ -19,16 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, few_positions
 from quantkit.calibration import TokenSet
 from quantkit.errors import NumericsError
-from quantkit.evaluation import (
-    Progress,
-    embed_tokens,
-    ending_names,
-    loaded,
-    open_states,
-)
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
@@ -40,6 +32,14 @@ from quantkit.model.streaming import (
     read_layer,
     read_outside,
     run_layer,
+)
+from quantkit.pipeline.activations import Stream, few_positions
+from quantkit.pipeline.evaluation import (
+    Progress,
+    embed_tokens,
+    ending_names,
+    loaded,
+    open_states,
 )
 from quantkit.portions import TOKENS_A_STEP
 from quantkit.products import accumulate_, linear

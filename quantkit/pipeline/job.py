@@ -11,9 +11,9 @@ import torch
 from quantkit import __version__
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.evaluation import run_dtype
 from quantkit.machine import device_name
 from quantkit.model.streaming import StreamedModel
+from quantkit.pipeline.evaluation import run_dtype
 from quantkit.plan import LinearPlan, Plan
 from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks

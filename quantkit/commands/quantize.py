@@ -12,7 +12,7 @@ from rich.console import Console
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet, notes_of
-from quantkit.choices import (
+from quantkit.commands.defaults import (
     DEFAULT_FORMATS,
     DEFAULT_SAMPLES,
     choose_format,
@@ -33,19 +33,19 @@ from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.export import export
 from quantkit.gguf.tokenizer import tokenizer_metadata
-from quantkit.job import Job
 from quantkit.machine import peak_rss_bytes, versions
-from quantkit.memory import keep, laid_out, lay_out_job
 from quantkit.model.shapes import Shapes
 from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.pipeline import Outcome, run
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.memory import keep, laid_out, lay_out_job
+from quantkit.pipeline.run import Outcome, run
 from quantkit.plan import OUTSIDE, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
+from quantkit.report.summary import recipe_table
 from quantkit.scheme import Scheme
-from quantkit.summary import recipe_table
 from quantkit.tokenizer import tokenizer_of
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
@@ -197,7 +197,7 @@ def _label(model: str) -> str:
 
 
 def serving(request: Request, recipe: Recipe, model: Shapes) -> dict[str, Any]:
-    """What the result is to be served with; see `choices.choose_serving`."""
+    """What the result is to be served with; see `defaults.choose_serving`."""
     return choose_serving(
         positions(model.config), recipe.budget, budget=request.budget, context=request.context, kv=request.kv
     )

@@ -12,16 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, few_positions
 from quantkit.calibration import TokenSet
-from quantkit.evaluation import (
-    Progress,
-    advance,
-    embed_tokens,
-    ending_names,
-    loaded,
-    open_states,
-)
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
@@ -32,6 +23,15 @@ from quantkit.model.streaming import (
     outside_loaded,
     read_layer,
     read_outside,
+)
+from quantkit.pipeline.activations import Stream, few_positions
+from quantkit.pipeline.evaluation import (
+    Progress,
+    advance,
+    embed_tokens,
+    ending_names,
+    loaded,
+    open_states,
 )
 
 SHARE = 0.4  # of the tokens of a copy are replaced

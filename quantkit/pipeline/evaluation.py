@@ -13,13 +13,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import Stream, open_stream
 from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, finite, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, taken
 from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
+from quantkit.pipeline.activations import Stream, open_stream
 from quantkit.portions import samples_per_sum
 from quantkit.products import mirror_
 from quantkit.ranks import ALONE, Ranks

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream
-from quantkit.evaluation import run_finite
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import StreamedModel, run_to
+from quantkit.pipeline.activations import Stream
+from quantkit.pipeline.evaluation import run_finite
 
 
 @dataclass

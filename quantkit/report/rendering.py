@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 def template(name: str, *, escape: bool, **filters: Callable[[object], str]) -> Template:
     """A template of the package; escape: everything put into it is escaped as HTML."""
     environment = Environment(
-        loader=PackageLoader("quantkit"),
+        loader=PackageLoader("quantkit.report"),
         autoescape=escape,
         undefined=StrictUndefined,
         trim_blocks=True,

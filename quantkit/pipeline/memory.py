@@ -15,9 +15,9 @@ import psutil
 import torch
 
 from quantkit.errors import InputError
-from quantkit.job import Job
 from quantkit.model.shapes import Shapes
-from quantkit.needs import CUDA_BYTES, Work, needs, sites
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.needs import CUDA_BYTES, Work, needs, sites
 from quantkit.portions import TOKENS_AT_ONCE_GPU
 from quantkit.units import format_bytes
 

@@ -15,21 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, choose_place
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.errors import ModelError
-from quantkit.evaluation import (
-    Progress,
-    advance,
-    compare,
-    embed_tokens,
-    ending_names,
-    loaded,
-    open_states,
-    relative_error,
-    run_dtype,
-)
 from quantkit.formats import Format
 from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
@@ -41,6 +29,18 @@ from quantkit.model.streaming import (
     outside_loaded,
     read_layer,
     read_outside,
+)
+from quantkit.pipeline.activations import Stream, choose_place
+from quantkit.pipeline.evaluation import (
+    Progress,
+    advance,
+    compare,
+    embed_tokens,
+    ending_names,
+    loaded,
+    open_states,
+    relative_error,
+    run_dtype,
 )
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.stored import (

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.source import resolve
+from quantkit.commands.models import model_of
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
-from quantkit.library import model_of
 from quantkit.recipe import BudgetSpec, Recipe, read_recipe, shipped
 from quantkit.scheme import Scheme
 

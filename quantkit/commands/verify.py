@@ -22,19 +22,19 @@ from quantkit import __version__, calibration
 from quantkit.calibration import BUNDLED, DEFAULT_EVAL, TokenSet
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, shorten
-from quantkit.choices import choose_seqlen, choose_serving, find_model, positions
+from quantkit.commands.defaults import choose_seqlen, choose_serving, find_model, positions
 from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
-from quantkit.evaluation import run_dtype
 from quantkit.fit import fit_checkpoint, fit_stored
 from quantkit.folder import changed_files, write_result
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.machine import peak_rss_bytes, versions
-from quantkit.memory import Layout, Streams, keep, lay_out
 from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.needs import Work
+from quantkit.pipeline.evaluation import run_dtype
+from quantkit.pipeline.memory import Layout, Streams, keep, lay_out
+from quantkit.pipeline.needs import Work
+from quantkit.pipeline.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.progress import display
-from quantkit.remeasure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.tokenizer import tokenizer_of
 from quantkit.verify import Limits, verification_block
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import regrouped
 from quantkit.dtypes import to_stored
 from quantkit.errors import NumericsError
-from quantkit.evaluation import Progress, loaded
-from quantkit.job import Job
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
-from quantkit.passage import Passage, forget, inputs_of
+from quantkit.pipeline.activations import regrouped
+from quantkit.pipeline.evaluation import Progress, loaded
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.passage import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
 from quantkit.portions import samples_per_sum
 from quantkit.products import fast_bfloat16

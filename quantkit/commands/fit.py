@@ -7,7 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from quantkit.checkpoint.writer import write_text
-from quantkit.choices import choose_format, choose_recipe, choose_scheme, choose_serving, find_model, positions
+from quantkit.commands.defaults import (
+    choose_format,
+    choose_recipe,
+    choose_scheme,
+    choose_serving,
+    find_model,
+    positions,
+)
 from quantkit.document import RESULT, read_result
 from quantkit.errors import OutputError
 from quantkit.fit import fit, fit_checkpoint, fit_stored, shapes_in

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from quantkit import wording
-from quantkit.rendering import template
+from quantkit.report import wording
+from quantkit.report.rendering import template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, regrouped
-from quantkit.evaluation import ending_names, loaded
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
+from quantkit.pipeline.activations import Stream, regrouped
+from quantkit.pipeline.evaluation import ending_names, loaded
 from quantkit.portions import HEAD_ROWS, samples_per_sum
 from quantkit.quantize import gptq
 from quantkit.quantize.methods import METHODS, SiteInput

@@ -23,28 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.activations import Stream, choose_place
-from quantkit.background import copied, read_ahead, writer
 from quantkit.calibration import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
 from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
-from quantkit.evaluation import (
-    Progress,
-    advance,
-    compare,
-    embed_tokens,
-    ending_names,
-    loaded,
-    observe,
-    open_states,
-    relative_error,
-)
-from quantkit.head import head_stats, quantize_head
-from quantkit.job import Job
-from quantkit.layer import LayerResult, quantize_layer, records_of
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Shortcut
@@ -59,11 +43,27 @@ from quantkit.model.streaming import (
     read_layer,
     read_outside,
 )
-from quantkit.passage import Passage, shortcuts_of
+from quantkit.pipeline.activations import Stream, choose_place
+from quantkit.pipeline.background import copied, read_ahead, writer
+from quantkit.pipeline.evaluation import (
+    Progress,
+    advance,
+    compare,
+    embed_tokens,
+    ending_names,
+    loaded,
+    observe,
+    open_states,
+    relative_error,
+)
+from quantkit.pipeline.head import head_stats, quantize_head
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.layer import LayerResult, quantize_layer, records_of
+from quantkit.pipeline.passage import Passage, shortcuts_of
+from quantkit.pipeline.tuning import TUNING, learn_sizes, prepare, tune_layer
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
 from quantkit.stored import dequantized
-from quantkit.tuning import TUNING, learn_sizes, prepare, tune_layer
 
 
 @dataclass(frozen=True)
