@@ -122,6 +122,16 @@ def load(
     return _token_set(ids, source, vocab_size, protocol, _notes(fallbacks))
 
 
+def require_positions(tokens: TokenSet, limit: int | None) -> None:
+    """Windows must not be longer than the model has positions (None: not known).
+
+    Raises:
+        InputError: they are.
+    """
+    if limit and tokens.seqlen > limit:
+        raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
+
+
 def note_left_out(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
     """The same, with a note of what was asked for and is otherwise in the file, whose windows are used as they are."""
     asked = {"--samples": (samples, tokens.samples), "--seqlen": (seqlen, tokens.seqlen)}

@@ -132,7 +132,7 @@ def fit(
         EngineError: the engine would not load it.
     """
     head = tuple(linear for linear in plan.quantized if linear.layer == OUTSIDE)
-    stored = Stored(plan.loaded, plan.beside_bytes or plan.file_bytes, plan.linears, plan.format.name, head=head)
+    stored = Stored(plan.loaded, plan.served_bytes, plan.linears, plan.format.name, head=head)
     result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
     return result | _quantizing(model, plan)
 

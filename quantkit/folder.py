@@ -14,7 +14,7 @@ from quantkit.checkpoint.journal import BESIDE_WEIGHTS, JOURNAL
 from quantkit.checkpoint.reader import is_plain_name
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.document import RESULT, read_result
-from quantkit.errors import ModelError, OutputError
+from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
 from quantkit.report.card import render_card
 from quantkit.report.run import render_report
@@ -29,6 +29,16 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a quantized checkpoint")
     return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
+
+
+def require_another(out: Path, source: Path) -> None:
+    """Refuse to write over what is read: starting over would remove it.
+
+    Raises:
+        InputError: both are one folder.
+    """
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out {out}: is the model or checkpoint itself; choose another folder")
 
 
 def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
@@ -107,9 +117,22 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
 
 def beside_weights(directory: Path) -> list[Path]:
     """The tokenizer and its like in a model folder. A link counts only within the folder, or its hub cache's blobs."""
-    found = {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in _matching(directory) if _lies_within(directory, path))
+
+
+def links_left_out(directory: Path) -> list[str]:
+    """A note for each of these files that is a link to somewhere else: it might be pushed, whatever it is."""
+    elsewhere = sorted(path.name for path in _matching(directory) if not _lies_within(directory, path))
+    return [f"{name} is a link out of {directory} and was not copied; put the file itself there" for name in elsewhere]
+
+
+def _matching(directory: Path) -> set[Path]:
+    return {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
+
+
+def _lies_within(directory: Path, path: Path) -> bool:
     allowed = (directory.resolve(), directory.resolve().parent.parent / "blobs")
-    return sorted(path for path in found if any(path.resolve().is_relative_to(place) for place in allowed))
+    return any(path.resolve().is_relative_to(place) for place in allowed)
 
 
 def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class Plan:
         return 0 if self.format.block_bytes is None else sum(self.loaded.values())
 
     @property
+    def served_bytes(self) -> int:
+        """Bytes of the files that an engine loads; of a .gguf without its header."""
+        return self.beside_bytes or self.file_bytes
+
+    @property
     def bits_per_weight(self) -> float:
         """Every bit of the quantized linears that is loaded (codes, scales, zeros, indices) over their weights."""
         weights = sum(linear.out_features * linear.in_features for linear in self.quantized)

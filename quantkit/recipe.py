@@ -232,7 +232,8 @@ def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | N
             if rule.applies(name, layer):
                 fields = ("bits", "group_size", "symmetric")
                 chosen |= {key: value for key in fields if (value := getattr(rule, key)) is not None}
-                kept = rule.keep is not None
+                if rule.keep is not None or layer < 0 or any(getattr(rule, key) is not None for key in fields):
+                    kept = rule.keep is not None  # a rule that only names a method leaves what is kept as it is
         return None if kept else Scheme(**chosen)
 
     return resolve

@@ -104,6 +104,9 @@ def parameters(model: Shapes) -> dict[str, tuple[int, ...]]:
 
 def changes_nothing(model: Shapes, checkpoint: Checkpoint, linears: Iterable[LinearPlan], name: str) -> bool:
     """Whether a tensor that the architecture has no place for can be left out: what is derived, tied, or zero."""
+    embedding = f"{model.input_name}.weight"
+    if name == f"{model.head_name}.weight" and model.tied and embedding in checkpoint.entries:
+        return checkpoint.same(name, embedding)
     if name.endswith(DERIVED) or (model.tied and name.startswith(f"{model.head_name}.")):
         return True
     owner, _, key = name.rpartition(".")  # some tools write a bias of zeros for linears that have none

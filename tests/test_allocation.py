@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from quantkit.allocation import command as allocating
 from quantkit.allocation.command import AllocateRequest, allocate, budget_of, split
 from quantkit.allocation.knapsack import solve
 from quantkit.allocation.menu import HEAD, entry_name, parse_menu
@@ -27,6 +28,7 @@ from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import InputError
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
+from quantkit.pipeline import memory
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.job import Job
 from quantkit.progress import Display
@@ -431,3 +433,33 @@ def test_a_failing_verdict_is_repaired_within_the_budget(model: Path, tokens: Pa
     assert result["run"]["verification"]["verdict"] == "pass"
     assert result["run"]["verification"]["kl_divergence"] <= limit
     assert result["total_bytes"] == result["run"]["total_bytes"] <= budget
+    for start in (request, misled):  # what cannot be reached is tried for, and the best of all attempts stays
+        out = tmp_path / "unreachable"
+        asked_for = replace(start.run, max_kl=1e-9, out=out, fresh=True)
+        run = allocate(replace(start, quantize=True, run=asked_for), QUIET)["run"]
+        found = json.loads((out / "quantkit.json").read_text())["verification"]["kl_divergence"]
+        assert run["verification"]["kl_divergence"] == found
+        assert found <= min([found, *(repair["kl_divergence"] for repair in run["repairs"])])
+
+
+def test_a_budget_that_16_bit_fits_leaves_nothing_to_decide(model: Path, tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the model in 16 bit takes .*; give less, or a --menu without 16bit"):
+        allocate(asked(model, tokens, tmp_path, 10**9), QUIET)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_kept_table_serves_micro_batches_of_any_size(
+    model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose micro-batches are of several samples."""
+    laid_out = memory.lay_out_job
+    monkeypatch.setattr(allocating, "lay_out_job", lambda *a, **k: replace(laid_out(*a, **k), batch=3))
+    size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    request = asked(model, tokens, tmp_path, size, table=tmp_path / "table.json", check=True)
+    first = allocate(request, QUIET)
+    assert allocate(request, QUIET) == first
+
+
+def test_gguf_is_allocated_by_the_memory_that_it_takes(model: Path, tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--weights-only: a \.gguf holds the tokenizer too"):
+        posed(asked(model, tokens, tmp_path, 10**9, format="gguf"))

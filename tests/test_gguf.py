@@ -60,7 +60,7 @@ from quantkit.quantize import gptq, kquants
 from quantkit.scheme import QuantizedTensor, Scheme, Superblocks, dequantize, dequantize_superblocks
 from quantkit.stats import output_error
 from tests.conftest import make_qwen2
-from tests.test_convert import foreign, shuffled
+from tests.test_convert import foreign, rewrite, shuffled
 
 DEMO = Path(quantkit.__file__).parent / "demo"
 QUIET = Console(quiet=True)
@@ -380,6 +380,48 @@ def test_scattered_groups_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match=r"act-order.*--requantize"):
         export(tmp_path / "gptq", tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_bfloat16_scales_that_float16_holds(tmp_path: Path) -> None:
+    """As llm-compressor writes them for a bfloat16 model."""
+    held = foreign(tmp_path / "ct", "compressed-tensors", Scheme(4, 32, True), vocab_size=4104)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path / "ct" / name)
+
+    def round_scales(state: dict[str, torch.Tensor], factor: float) -> None:
+        for name in held:
+            state[f"{name}.weight_scale"] = (state[f"{name}.weight_scale"].float() * factor).bfloat16()
+
+    rewrite(tmp_path / "ct", lambda state: round_scales(state, 1.0))
+    exported = export(tmp_path / "ct", tmp_path / "a.gguf")
+    assert (exported.equal, exported.rounded) == (len(held), {})
+    rewrite(tmp_path / "ct", lambda state: round_scales(state, 2.0**-14))  # float16 loses bits of these
+    with pytest.raises(SchemeError, match="scales in bfloat16 that gguf's float16 does not hold"):
+        export(tmp_path / "ct", tmp_path / "b.gguf")
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_checkpoint_without_a_quantized_linear_is_refused(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "model", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    nothing = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}, "ignore": []}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": nothing}))
+    with pytest.raises(ModelError, match="every linear is stored in 16 bit"):
+        export(folder, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_run_sees_the_scales_that_it_writes_wherever_its_states_are(tmp_path: Path, method: str) -> None:
+    """q4_1's scales move a little; what is calibrated afterwards, and kept or computed again, must have them moved."""
+    folder, ids = tiny(tmp_path / "model", "qwen2"), tmp_path / "ids.safetensors"
+    save_file({"input_ids": IDS}, ids)
+    shards = []
+    for place in ("ram", "file"):
+        asked = Request(method=method, model=str(folder), command=method, format="gguf", symmetric=False, offline=True,
+                        out=tmp_path / place, calib=str(ids), verify=False, place=place)  # fmt: skip
+        quantize(asked, QUIET)
+        shards.append([path.read_bytes() for path in sorted((tmp_path / place).glob("*.safetensors"))])
+    assert shards[0] == shards[1]
 
 
 def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.commands.quantize import Request, quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
+from quantkit.formats import FORMATS
 from quantkit.pipeline import head as heads
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.head import quantize_head
@@ -150,7 +151,7 @@ def test_rows_are_rounded_as_if_together(options: Options, monkeypatch: pytest.M
     mirror_(stats.gram)
     scheme = Scheme(4, 16, True)
     monkeypatch.setattr(heads, "HEAD_ROWS", 16)
-    found, record = quantize_head(weight, scheme, options, stats, 0)
+    found, record = quantize_head(weight, scheme, options, stats, FORMATS["compressed-tensors"])
     expected = METHODS["gptq"](SiteInput({"w": weight}, {"w": scheme}, stats, None), options)
     assert torch.equal(found.codes, expected.quantized["w"].codes)
     assert torch.equal(found.scales, expected.quantized["w"].scales)

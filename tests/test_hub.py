@@ -19,7 +19,7 @@ from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from quantkit.errors import InputError, OutputError
-from quantkit.hub.files import check, files_to_push, with_note
+from quantkit.hub.files import WEIGHTS, check, files_to_push, with_note
 from quantkit.hub.push import PushResult, push, require_names
 from quantkit.units import format_bytes
 from tests.fake_hub import FakeHub
@@ -38,7 +38,7 @@ def sha256(content: bytes) -> str:
 
 def write_result(out: Path, **changes: Any) -> None:
     """quantkit.json as a run leaves it: the hash of each file, and a passing verification."""
-    paths = [path for path in sorted(out.iterdir()) if path.suffix == ".safetensors" or path.name == "config.json"]
+    paths = [path for path in sorted(out.iterdir()) if path.suffix in WEIGHTS or path.name == "config.json"]
     files = [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in paths]
     result = {"model": "mini", "files": files, "verification": {"verdict": "pass", "reasons": []}, **changes}
     (out / "quantkit.json").write_text(json.dumps(result))
@@ -263,6 +263,14 @@ def test_an_incomplete_checkpoint_is_refused_even_by_force(out: Path, tmp_path: 
         shard.mkdir()
     with pytest.raises(OutputError, match=f"{shard.name} is part of the checkpoint but not a file in it"):
         check(out, files_to_push(out), force=force)
+
+
+def test_a_gguf_needs_nothing_beside_it(out: Path) -> None:
+    for path in out.iterdir():
+        path.unlink()
+    (out / "model.gguf").write_bytes(b"GGUF")
+    write_result(out)
+    assert "model.gguf" in contents(out)
 
 
 def test_a_single_file_without_an_index(out: Path) -> None:

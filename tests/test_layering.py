@@ -56,7 +56,7 @@ ALLOWED: dict[str, str] = {
         "errors products portions dtypes scheme stats quantize pipeline.activations model plan pipeline.evaluation"
         " pipeline.passage pipeline.job"
     ),
-    "pipeline.head": "ranks portions scheme stats quantize pipeline.activations model pipeline.evaluation",
+    "pipeline.head": "ranks portions scheme stats quantize formats pipeline.activations model pipeline.evaluation",
     "pipeline.tuning": (
         "portions scheme quantize checkpoint calibration pipeline.activations model pipeline.evaluation"
         " pipeline.resample pipeline.fisher pipeline.job pipeline.layer"

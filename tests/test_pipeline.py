@@ -453,6 +453,37 @@ def test_without_calibration_its_options_are_told_and_change_no_run(tmp_path: Pa
     done(*run_words("rtn", qwen2, tmp_path / "out", ids, "--no-verify"))  # the same run, not another one
 
 
+def test_the_models_own_folder_is_never_written_to(tmp_path: Path, ids: Path) -> None:
+    """A folder with a journal, as another run or conversion leaves it: --fresh would clear it."""
+    model = make_qwen2(tmp_path / "model")
+    (model / "journal.jsonl").touch()
+    before = contents(model)
+    refused = quantkit(*run_words("rtn", model, model, ids, "--fresh"))
+    assert refused.returncode == 1
+    assert "is the model or checkpoint itself" in refused.stderr
+    assert contents(model) == before
+
+
+def test_links_out_of_the_folder_are_told(tmp_path: Path, ids: Path) -> None:
+    model, elsewhere = make_qwen2(tmp_path / "model"), tmp_path / "elsewhere.json"
+    elsewhere.write_text("{}")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    (model / "generation_config.json").symlink_to(elsewhere)
+    done(*run_words("rtn", model, tmp_path / "out", ids, "--no-verify"))
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    told = json.loads((tmp_path / "out" / "quantkit.json").read_text())["fallbacks"]
+    assert any(note.startswith("generation_config.json is a link out of") for note in told)
+
+
+def test_tuning_that_changes_nothing_is_told(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    few = tmp_path / "few.safetensors"
+    save_file({"input_ids": load_file(ids)["input_ids"][:1].clone()}, few)
+    words = ["--quality", "best", "--calib", str(few), "--no-verify"]
+    done(*run_words("gptq", qwen2, tmp_path / "out", ids, *words))
+    told = json.loads((tmp_path / "out" / "quantkit.json").read_text())["fallbacks"]
+    assert any("14 of 14 linears were no better for tuning" in note for note in told)
+
+
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None:
     """Twenty more layers of 9 MB in float32 would show; one layer at a time does not."""
     peaks = []

@@ -83,6 +83,7 @@ def test_keep_leaves_a_linear_in_16_bit_until_a_later_rule_quantizes_it(tmp_path
     assert resolved(tmp_path, keep, "model.layers.50.mlp.down_proj") == DEFAULT
     assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", DOWN) == Scheme(8, 128, False)
     assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", UP) is None
+    assert resolved(tmp_path, keep + "- {kind: down_proj, method: awq}", DOWN) is None  # which says nothing of bits
 
 
 def test_whole_rows(tmp_path: Path) -> None:

@@ -270,6 +270,19 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+def test_a_stored_head_is_the_embedding_that_it_is_tied_to(tmp_path: Path) -> None:
+    """transformers 5 would take the head where it differs, and others the embedding."""
+    folder = save_tiny(tmp_path / "tied", "qwen2", tie_word_embeddings=True)
+    stored = load_file(folder / "model.safetensors")
+    head = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert open_model(folder).ignored == ("lm_head.weight",)
+    head[-1, -1] += 1
+    save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings"):
+        open_model(folder)
+
+
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises(ModelError, match=r"model\.norm\.weight has shape \[7\], config\.json asks for \[48\]"):

@@ -66,6 +66,13 @@ def out(tmp_path: Path, finished: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+def test_windows_longer_than_the_model_are_refused(out: Path, tmp_path: Path) -> None:
+    limit = json.loads((out / "config.json").read_text())["max_position_embeddings"]
+    save_file({"input_ids": torch.zeros(2, limit + 1, dtype=torch.int64)}, tmp_path / "long.safetensors")
+    with pytest.raises(InputError, match=f"windows of {limit + 1} tokens, but the model has {limit} positions"):
+        verify(out, evaluation=str(tmp_path / "long.safetensors"))
+
+
 # ---------------------------------------------------------------- the run's own figures
 
 

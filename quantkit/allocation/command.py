@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def _run_and_repair(
 ) -> dict[str, Any]:
     """Quantize with the recipe; while the verdict fails, measure where the allocation stands and solve again.
 
-    Layers before the first that changes are taken from the run before.
+    Layers before the first that changes are taken from the run before. A repair is believed only when it was measured:
+    the best of all attempts is what stays.
     """
     request = work.request
     recipe = request.recipe
@@ -267,19 +269,30 @@ def _run_and_repair(
         out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{recipe.stem}",
     )
     repairs: list[dict[str, Any]] = []
+    attempts: list[tuple[float, Table, Choice]] = []
     while True:
         result, folder = quantize(run, work.console)
+        run = replace(run, fresh=False)
         found = result["verification"]
         if found is None or found["verdict"] == "pass" or len(repairs) == MAX_REPAIRS:
             break
-        table = corrected(table, check(work, choice, probed(work, choice)), choice)
+        attempts.append((found["kl_divergence"], table, choice))
+        stands = check(work, choice, probed(work, choice))
+        table = corrected(table, stands, choice)
         better = choose(work.problem, table) or choice
         changed = sum(choice[part] != entry for part, entry in better.items())
-        if changed == 0:
+        if changed == 0 or check(work, better, []).kl >= stands.kl:
             break
         repairs.append({"reasons": found["reasons"], "kl_divergence": found["kl_divergence"], "changed": changed})
-        work.console.print(f"the verdict is FAIL; {changed} parts changed", highlight=False)
+        said = f"the verdict is FAIL, at a KL of {found['kl_divergence']:.5f}; {changed} parts changed"
+        work.console.print(said, highlight=False)
         choice = better
         document = write(table, choice)
+    if attempts and found["verdict"] == "fail" and min(attempts, key=itemgetter(0))[0] < found["kl_divergence"]:
+        kl, table, choice = min(attempts, key=itemgetter(0))
+        work.console.print(f"an earlier allocation was better, at a KL of {kl:.5f}: back to it", highlight=False)
+        document = write(table, choice)
+        result, folder = quantize(run, work.console)
+        found = result["verification"]
     ran = {"out": str(folder), "repairs": repairs, "verification": found, "total_bytes": result["total_bytes"]}
     return document | {"run": ran}

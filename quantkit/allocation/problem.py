@@ -84,7 +84,7 @@ class Problem:
 
     def size(self, plan: Plan) -> int:
         """The exact bytes of a plan that count against the budget."""
-        return plan.file_bytes if self.budget.weights_only else int(self.fit(plan)["total_bytes"])
+        return plan.served_bytes if self.budget.weights_only else int(self.fit(plan)["total_bytes"])
 
     def fit(self, plan: Plan, **changes: Any) -> dict[str, Any]:
         """The memory that a plan takes when it is served; see `fit.fit`."""
@@ -110,6 +110,8 @@ def pose(
     engine = budget.engine or "vllm"
     if engine not in ENGINES:
         raise InputError(f"--engine: expected {', '.join(ENGINES)}, got {engine!r}")
+    if fmt.block_bytes is not None and budget.weights_only:
+        raise InputError("--weights-only: a .gguf holds the tokenizer too, whose bytes no plan knows; leave it out")
     parts = parts_of(model, sites, budget.also)
     entries = parse_menu(budget.menu or DEFAULT_MENU, symmetric)
     menu, notes = entries_by_part(parts, entries, fmt, engine, heads_of(model.config))
@@ -141,14 +143,21 @@ def parts_of(model: Shapes, sites: Sequence[Site], also: Sequence[str]) -> dict[
 
 
 def require_room(problem: Problem) -> None:
-    """Refuse a budget that even the smallest entries do not fit in.
+    """Refuse a budget that even the smallest entries do not fit in, or that leaves nothing to decide.
 
     Raises:
         InputError: by how much it is too small, and what would fit.
     """
-    plan = problem.plan(problem.smallest())
+    smallest = problem.smallest()
+    plan = problem.plan(smallest)
     needed, budget = problem.size(plan), problem.budget
     if needed <= budget.nbytes:
+        whole = needed + sum(problem.cost(part, None) - problem.cost(part, entry) for part, entry in smallest.items())
+        if whole <= budget.nbytes and all(None in entries for entries in problem.menu.values()):
+            raise InputError(
+                f"--budget {format_bytes(budget.nbytes)}: the model in 16 bit takes {format_bytes(whole)}, so there is "
+                "nothing to quantize; give less, or a --menu without 16bit"
+            )
         return
     least = ", ".join(sorted({entry_name(entry) for entry in problem.smallest().values()}))
     kv = f"{budget.serve['context']:,} tokens of {budget.serve['kv']} KV cache"

@@ -21,13 +21,13 @@ def document_of(problem: Problem, choice: Choice, table: Table, ratio: float) ->
     for entry in dict.fromkeys(entry for row in problem.menu.values() for entry in row):
         if entry is not None and all(entry in row for part, row in problem.menu.items() if part != HEAD):
             alike = {part: None if part == HEAD else entry for part in problem.parts}
-            size = problem.plan(alike).file_bytes
+            size = problem.plan(alike).served_bytes
             kl = total(table, alike) * ratio
             uniform.append({"entry": entry_name(entry), "total_bytes": size, "predicted_kl": kl})
     memory = problem.fit(plan)
     return {
         "predicted_kl": total(table, choice) * ratio,
-        "total_bytes": plan.file_bytes,
+        "total_bytes": plan.served_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "budget_bytes": problem.budget.nbytes,
         "counted_bytes": problem.size(plan),

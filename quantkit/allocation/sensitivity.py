@@ -30,6 +30,7 @@ from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
     assign,
     drop,
+    embed,
     embedding_names,
     move_buffers,
     outside_loaded,
@@ -122,9 +123,7 @@ def measure_menu(
         stats = head_stats(model, calibration, None, job.device, job.dtype)
         for entry in menu[HEAD]:
             if entry is not None:
-                rounded, record = quantize_head(
-                    outside[name], entry, job.options, stats, job.plan.format.min_zero(entry)
-                )
+                rounded, record = quantize_head(outside[name], entry, job.options, stats, job.plan.format)
                 losses[HEAD][entry] = record["loss"]
                 if (HEAD, entry) in swaps:
                     instead = outside | {name: dequantize(rounded, job.dtype)}
@@ -177,9 +176,7 @@ def measure_choice(
         progress.stage("round lm_head")
         name = f"{head.name}.weight"
         stats = head_stats(model, calibration, wanted, job.device, job.dtype)
-        rounded, _ = quantize_head(
-            outside[name], head.scheme, job.options, stats, job.plan.format.min_zero(head.scheme)
-        )
+        rounded, _ = quantize_head(outside[name], head.scheme, job.options, stats, job.plan.format)
         whole = outside | {name: dequantize(rounded, job.dtype)}
     first, rest = slice(0, probe.samples), slice(probe.samples, both.samples)
     reference, base = _cut(original, first), _cut(standing, first)
@@ -211,6 +208,14 @@ def _embedded(job: Job, tokens: TokenSet, name: str) -> Stream:
     return stream
 
 
+def _learn_sizes(job: Job, tokens: TokenSet, batch: int) -> None:
+    """Let the model show what its layers are called with in the last micro-batch of a stream, if that is smaller."""
+    if rest := tokens.samples % batch:
+        names = embedding_names(job.model)
+        with outside_loaded(job.model, loaded(read_outside(job.model, names), job.device, job.dtype)):
+            embed(job.model, tokens.input_ids[:rest].to(job.device))
+
+
 def _calibration(job: Job, name: str) -> Stream:
     assert job.calibration is not None
     return _embedded(job, job.calibration, name)
@@ -238,6 +243,7 @@ def _follow(
         standing = _opened(job, tokens, "base")
         standing.states.copy_(original.states)
     seen = replace(tokens, input_ids=tokens.input_ids[:swapped])
+    _learn_sizes(job, seen, original.batch)
     progress.start(len(model.layers), tokens.input_ids.numel(), {"probes": original.place})
     alive: dict[Swap, Stream] = {}
     for index, layer in enumerate(model.layers):
@@ -309,7 +315,7 @@ def _rounded(
         outcome = METHODS[job.method](site_input, options)
         found, error = {}, 0.0
         for name, quantized in outcome.quantized.items():
-            computed = dequantize(quantized)
+            computed = dequantize(job.plan.format.settle(quantized))
             if outcome.scale is not None and channel is not None:
                 computed /= outcome.scale[channel]
             error += float(output_error(computed - weights[name].float(), stats.gram).sum())

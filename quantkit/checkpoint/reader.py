@@ -91,6 +91,15 @@ class Checkpoint:
             part = replace(entry, shape=shape, offset=entry.offset + begin, nbytes=size)
             yield Checkpoint(self.directory, {name: part}).read(name)
 
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values."""
+        if (self.entries[first].dtype, self.entries[first].shape) != (
+            self.entries[second].dtype,
+            self.entries[second].shape,
+        ):
+            return False
+        return all(bool((a == b).all()) for a, b in zip(self.pieces(first), self.pieces(second), strict=True))
+
     def read_many(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Several tensors by name; see `read`."""
         return {name: self.read(name, device) for name in names}

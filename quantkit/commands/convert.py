@@ -26,7 +26,16 @@ from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError
 from quantkit.fit import fit_checkpoint
-from quantkit.folder import changed_files, file_records, result_of, sha256_of, write_beside, write_result
+from quantkit.folder import (
+    changed_files,
+    file_records,
+    links_left_out,
+    require_another,
+    result_of,
+    sha256_of,
+    write_beside,
+    write_result,
+)
 from quantkit.formats import FORMATS
 from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.machine import device_name, peak_rss_bytes, versions
@@ -80,8 +89,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     recorded = result_of(folder)
     source = open_source(folder)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out}: is the checkpoint itself; choose another folder")
+    require_another(out, folder)
     conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
     if request.engine is not None:
         _require_engine(request.engine, conversion)
@@ -248,6 +256,7 @@ def _notes(conversion: Conversion, made_by: str) -> list[str]:
     rounded = [target for target in conversion.targets if target.obstacle is not None]
     if rounded:
         notes.append(f"{len(rounded)} linears were rounded again ({rounded[0].linear.name}: {rounded[0].obstacle})")
+    notes += links_left_out(source.checkpoint.directory)
     return notes + [f"tensor {name} changes nothing and was left out" for name in source.left_out]
 
 

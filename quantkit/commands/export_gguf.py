@@ -24,7 +24,15 @@ from quantkit.commands.defaults import DEFAULT_SAMPLES, choose_seqlen, find_mode
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError, SchemeError
-from quantkit.folder import beside_weights, changed_files, file_records, result_of, sha256_of, write_result
+from quantkit.folder import (
+    beside_weights,
+    changed_files,
+    file_records,
+    require_another,
+    result_of,
+    sha256_of,
+    write_result,
+)
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.export import export, layout, open_source, types_of
@@ -111,6 +119,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
     label = folder.resolve().name
     out = request.out or Path("outputs") / f"{label}-gguf"
+    require_another(out, folder)
     source = open_source(folder)
     identity = {
         "quantkit": __version__,
@@ -192,6 +201,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
     check_architecture(model.config)
     label = (request.source if not Path(request.source).exists() else directory.resolve().name).rpartition("/")[2]
     out = request.out or Path("outputs") / f"{label}-gguf-{kind}"
+    require_another(out, directory)
     types = _types(model, kind)
     made = layout(model, json.loads((directory / "config.json").read_text()), directory, types, request.outside, label)
     tokens = _calibration(request, model)

@@ -27,7 +27,7 @@ from quantkit.commands.defaults import (
 from quantkit.document import read_result
 from quantkit.errors import InputError, OutputError
 from quantkit.fit import fit
-from quantkit.folder import file_records, quantized_config, write_beside, write_result
+from quantkit.folder import file_records, links_left_out, quantized_config, require_another, write_beside, write_result
 from quantkit.formats import Format
 from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
@@ -132,6 +132,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         if tokens is not None and tokens.samples < ranks.size:
             raise InputError(f"{tokens.source}: {tokens.samples} windows for {ranks.size} processes; start fewer")
     out = request.out or default_out(request, scheme, fmt)
+    require_another(out, directory)
     job = Job(
         model,
         plan,
@@ -152,6 +153,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
     if calibrated is None and (unused := calibrating(request)):
         told.append(f"{', '.join(unused)}: nothing is calibrated here; left out")
+    told += links_left_out(directory)
     _announce(console, request, recipe, job, told)
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
@@ -240,8 +242,8 @@ def tokens_of(
         )
         evaluated = calibration.note_left_out(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
-        if tokens is not None and limit and tokens.seqlen > limit:
-            raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
+        if tokens is not None:
+            calibration.require_positions(tokens, limit)
     if evaluated is not None and evaluated.seqlen < 2:
         raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
@@ -256,7 +258,7 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
     shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
     lines = [
         f"{request.method} {request.model} -> {job.out}  ({plan.format.name}; {shown})",
-        f"output {format_bytes(plan.beside_bytes or plan.file_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
+        f"output {format_bytes(plan.served_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
         f"weight" + (f"; the same integers beside it in {format_bytes(plan.file_bytes)}" if plan.beside_bytes else ""),
     ]
     if job.ranks.size > 1:

@@ -192,7 +192,7 @@ def settings_of(
                 memory = fit(model, plan, **serve)
                 document |= {
                     "why_not": None,
-                    "total_bytes": plan.file_bytes,
+                    "total_bytes": plan.served_bytes,
                     "bits_per_weight": plan.bits_per_weight,
                     "fits": memory["fits"],
                     "memory_bytes": memory["total_bytes"],

@@ -210,7 +210,8 @@ def _tokens(request: VerifyRequest, recorded: Mapping[str, Any] | None, original
 def _load_eval(
     request: VerifyRequest, original: StreamedModel, source: str, seqlen: int | None, samples: int | None
 ) -> TokenSet:
-    length = choose_seqlen(positions(original.config), request.seqlen, seqlen)
+    limit = positions(original.config)
+    length = choose_seqlen(limit, request.seqlen, seqlen)
     tokens = calibration.load_eval(
         source,
         tokenizer_of(original.directory),
@@ -219,6 +220,7 @@ def _load_eval(
         vocab_size=original.config.vocab_size,
         offline=request.offline,
     )
+    calibration.require_positions(tokens, limit)
     return calibration.note_left_out(tokens, seqlen=request.seqlen)
 
 

@@ -54,6 +54,11 @@ class ConfigBuilder(Protocol):
     ) -> dict[str, Any]: ...
 
 
+def as_it_is(quantized: QuantizedTensor) -> QuantizedTensor:
+    """For formats that hold every tensor of their schemes."""
+    return quantized
+
+
 @dataclass(frozen=True)
 class Format:
     """A way to store quantized linears. Tensor keys are local to the linear: "qweight", not "model.layers.0...".
@@ -63,6 +68,8 @@ class Format:
     specs:       (scheme, out_features, in_features) -> exactly the tensors that `pack` returns; SchemeError if why_not
     why_not:     (scheme, out_features, in_features) -> None, or one line: what cannot be held, and what would hold it
     min_zero:    the smallest zero point that every reader of the format decodes alike
+    settle:      QuantizedTensor -> the nearest that the format holds to the last bit, where that is not every one;
+                 called once, when the integers are made, so that all that is calibrated after sees what is written
     pack:        QuantizedTensor -> tensors; SchemeError if the format cannot hold it
     unpack:      (tensors, scheme, (out_features, in_features)) -> QuantizedTensor; other keys, such as "bias", are
                  ignored; ModelError if a tensor is missing or of another shape or kind
@@ -82,6 +89,7 @@ class Format:
     config: ConfigBuilder
     extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
     block_bytes: Callable[[Scheme, int, int], int] | None = None
+    settle: Callable[[QuantizedTensor], QuantizedTensor] = as_it_is
 
 
 def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -182,7 +182,7 @@ GGUF = replace(
     COMPRESSED_TENSORS,
     name="gguf",
     why_not=_run_why_not,
-    pack=lambda quantized: COMPRESSED_TENSORS.pack(settle(quantized)),
+    settle=settle,
     block_bytes=lambda scheme, rows, columns: rows * TYPES[usual_type(scheme)].row_bytes(columns),
 )
 

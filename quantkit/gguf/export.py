@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
-from quantkit.dtypes import to_stored
+from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import ModelError, OutputError, SchemeError
 from quantkit.formats import Format
 from quantkit.formats.gguf import (
@@ -116,6 +116,8 @@ def open_source(directory: Path) -> Source:
     check_architecture(architecture.config)
     checkpoint = open_checkpoint(directory)
     fmt, linears = stored_linears(architecture, checkpoint, quantization)
+    if all(linear.scheme is None for linear in linears):
+        raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")
     return Source(directory, architecture, raw, checkpoint, fmt, {x.name: x for x in linears if x.scheme is not None})
 
 
@@ -231,12 +233,16 @@ def _type_of(linear: LinearPlan, wanted: str | None, requantize: bool) -> str:
 
 
 def _require_exact(source: Source, types: Mapping[str, str]) -> None:
-    """Before a byte is written: no groups of scattered columns, no q4_1 whose -zero * scale float16 does not hold."""
+    """Before a byte is written: no groups of scattered columns, no scales and no q4_1 whose -zero * scale float16 does
+    not hold.
+    """
     assert source.format is not None
     for linear in source.linears.values():
         assert linear.scheme is not None
-        indexed = "g_idx" in source.format.specs(linear.scheme, linear.out_features, linear.in_features)
-        if not indexed and types[linear.name] != "q4_1":
+        specs = source.format.specs(linear.scheme, linear.out_features, linear.in_features)
+        stored = [source.checkpoint.entries[name].dtype for name in packed_names(source.format, linear)]
+        half = not {"bfloat16", "float32"} & set(stored)  # scales: they may not be what float16 holds
+        if "g_idx" not in specs and half and types[linear.name] != "q4_1":
             continue
         quantized = _read_quantized(source, linear)
         if quantized.g_idx is not None:
@@ -276,9 +282,13 @@ def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
         found = unpack(source.format, packed, linear.scheme, (linear.out_features, linear.in_features))
     except ModelError as error:
         raise ModelError(f"{linear.name}: {error}") from error
-    if found.scales.dtype != torch.float16:
-        raise SchemeError(f"{linear.name}: scales in {found.scales.dtype}; gguf stores float16")
-    return found
+    scales = found.scales.to(torch.float16)
+    if not torch.equal(scales.float(), found.scales.float()):
+        raise SchemeError(
+            f"{linear.name}: scales in {dtype_name(found.scales.dtype)} that gguf's float16 does not hold; "
+            "`quantkit convert --to gptq_v2 --requantize` rounds them first"
+        )
+    return replace(found, scales=scales)
 
 
 def _pieces(source: Source, parameter: str, info: TensorInfo, exported: Exported) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from quantkit.hub.failures import safe_line
 from quantkit.jsonfile import read_object
 
 RESULT, CARD, JOURNAL = "quantkit.json", "README.md", "journal.jsonl"
-REQUIRED = ("config.json",)
+REQUIRED = ("config.json",)  # beside safetensors: a .gguf says itself what it is
 OPTIONAL = tuple(
     f"{RESULT} {CARD} report.html generation_config.json quantize_config.json tokenizer.json tokenizer_config.json "
     "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt spiece.model "
@@ -115,7 +115,9 @@ def _names(out: Path) -> tuple[list[str], list[str]]:
         weights = []
     else:
         weights = [SINGLE]
-    return sorted({*REQUIRED, *weights, *listed}), list(OPTIONAL)
+    needed = {*weights, *listed}
+    required = REQUIRED if any(name.endswith(".safetensors") for name in needed) else ()
+    return sorted({*required, *needed}), [*OPTIONAL, *REQUIRED]
 
 
 def _manifest(result: Mapping[str, Any]) -> dict[str, tuple[int, str]]:

@@ -93,6 +93,7 @@ def open_model(directory: Path) -> StreamedModel:
     architecture = build(load_config(directory))
     checkpoint = open_checkpoint(directory)
     ignored = _compare(architecture, checkpoint)
+    _require_tied(architecture, checkpoint)
     untried = StreamedModel(
         **vars(architecture), directory=directory, checkpoint=checkpoint, returns_tuple=False, ignored=ignored
     )
@@ -160,6 +161,17 @@ def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, .
                 f"{checkpoint.directory}: tensor {name} has shape {found}, config.json asks for {list(shape)}"
             )
     return tuple(sorted(set(checkpoint.entries) - set(wanted)))
+
+
+def _require_tied(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """A head that is stored although config.json ties it must be the embedding: engines disagree about which counts."""
+    head, embedding = f"{architecture.head_name}.weight", f"{architecture.input_name}.weight"
+    stored = {head, embedding} <= checkpoint.entries.keys()
+    if architecture.tied and stored and not checkpoint.same(head, embedding):
+        raise ModelError(
+            f"{checkpoint.directory}: {head} is not {embedding}, as config.json says (tie_word_embeddings); "
+            'set "tie_word_embeddings": false there, or remove the tensor'
+        )
 
 
 # ---------------------------------------------------------------- parameters: in from disk, out of memory

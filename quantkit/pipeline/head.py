@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.formats import Format
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
 from quantkit.pipeline.activations import Stream, regrouped
 from quantkit.pipeline.evaluation import ending_names, loaded
@@ -58,14 +59,14 @@ def quantize_head(
     scheme: Scheme,
     options: Options,
     stats: SiteStats | None,
-    min_zero: int,
+    fmt: Format,
     ranks: Ranks = ALONE,
 ) -> tuple[QuantizedTensor, dict[str, Any]]:
     """Round a head [vocab, hidden]; the result, and what happened, as `methods` record it.
 
-    stats: of what it reads; None rounds to nearest; ranks: that share the rows
+    stats: of what it reads; None rounds to nearest; fmt: that is to hold it; ranks: that share the rows
     """
-    factor = None
+    factor, min_zero = None, fmt.min_zero(scheme)
     if stats is not None and options.rounding == "gptq":
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
     round_rows = METHODS["rtn" if stats is None else "gptq"]
@@ -77,4 +78,4 @@ def quantize_head(
         energy += float(squares.sum())
         lost += float(squares.sum()) * found.records["rows"]["loss"]
     raised = {"damp_raised_to": factor.damp} if factor is not None and factor.damp != options.damp else {}
-    return join_rows(parts), {"loss": lost / energy if energy > 0 else 0.0, **raised}
+    return fmt.settle(join_rows(parts)), {"loss": lost / energy if energy > 0 else 0.0, **raised}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,10 +92,12 @@ def quantize_layer(
             outcome = METHODS[method](inputs, job.options)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
+        settle = job.plan.format.settle
+        outcome = replace(outcome, quantized={local: settle(q) for local, q in outcome.quantized.items()})
         if outcome.scale is not None and channel is not None:
             schemes = {name: linears[name].scheme for name in site.linears}
             fold = Fold(site, outcome.scale, channel.to(job.device))
-            _fold(layer, fold, schemes, result)
+            _fold(layer, fold, schemes, result, settle)
             result.folds.append(fold)
             if calibration is not None:
                 forget(calibration, sites, site)
@@ -215,10 +217,11 @@ def _fold(
     fold: Fold,
     schemes: Mapping[str, Scheme | None],
     result: LayerResult,
+    settle: Callable[[QuantizedTensor], QuantizedTensor],
 ) -> None:
     """Divide the producer's outputs by the scale, and multiply the 16-bit linears of the site by it.
 
-    A producer that is quantized already keeps its codes: its rows' scales are divided.
+    A producer that is quantized already keeps its codes: its rows' scales are divided. settle: of the format
     """
     site, scale, channel = fold.site, fold.scale, fold.channel
     producer = site.producer
@@ -237,7 +240,7 @@ def _fold(
         changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
     else:
         scales = to_float16(done.scales.float() / scale.unsqueeze(1))
-        result.quantized[producer] = replace(done, scales=scales)
+        result.quantized[producer] = settle(replace(done, scales=scales))
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
     to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
     kept = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}

@@ -281,6 +281,12 @@ def _fallbacks(job: Job, journal: Journal, streams: _Streams) -> tuple[str, ...]
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
     fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
+    tuned = [r for unit in journal.finished.values() for r in unit.record["linears"] if "tuning" in r]
+    if left := [r for r in tuned if not r["tuning"]["kept"]]:
+        fallbacks.append(
+            f"--quality best: {len(left)} of {len(tuned)} linears were no better for tuning, by the samples kept back "
+            "to judge, and stayed as they were; more --samples help"
+        )
     return tuple(fallbacks)
 
 
@@ -323,9 +329,8 @@ def _quantize_head(
         stats = head_stats(job.model, calibration, wanted, job.device, job.dtype, samples, job.ranks)
     weight = f"{head.name}.weight"
     source = read_outside(job.model, [*(name for name in shard.tensors if name in job.model.outside()), weight])
-    min_zero = job.plan.format.min_zero(head.scheme)
     whole = source.pop(weight).to(job.device)
-    rounded, record = quantize_head(whole, head.scheme, job.options, stats, min_zero, job.ranks)
+    rounded, record = quantize_head(whole, head.scheme, job.options, stats, job.plan.format, job.ranks)
     tensors = {name: to_stored(name, tensor) for name, tensor in source.items()}
     tensors |= {f"{head.name}.{key}": tensor for key, tensor in job.plan.format.pack(rounded).items()}
     _require_planned(shard, tensors)

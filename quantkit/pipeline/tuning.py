@@ -117,6 +117,7 @@ def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, w
         return sum(float(judge(weights)) for judge in judges) / len(judges)
 
     tuned = tune(result.quantized, result.offsets, seen, job.dtype) if seen else result.quantized
+    tuned = {name: job.plan.format.settle(quantized) for name, quantized in tuned.items()}
     before, after = judged(result.quantized), judged(tuned)
     records = {record["name"].removeprefix(f"{job.model.layer_name(index)}."): record for record in result.records}
     for name, quantized in tuned.items():
