@@ -272,13 +272,12 @@ def require_engine(
     cards: int = 1,
     act_order: bool = False,
 ) -> None:
-    """Refuse what `--for ENGINE` would not load; see `reasons`. The command line writes llama.cpp without the dot.
+    """Refuse what `--for ENGINE` would not load; see `reasons`.
 
     Raises:
         EngineError: one line a reason.
     """
-    name = {"llamacpp": "llama.cpp"}.get(engine, engine)
-    if found := reasons(name, format_name, linears, heads, cards=cards, act_order=act_order):
+    if found := reasons(engine, format_name, linears, heads, cards=cards, act_order=act_order):
         raise EngineError("\n".join(found))
 
 

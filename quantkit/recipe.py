@@ -14,8 +14,9 @@ budget: {memory: 22GiB, context: 16k, kv: fp16}
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,19 @@ class Recipe(BaseModel):
         return self._rule_lines
 
 
+def over(recipe: Recipe, under: Recipe) -> Recipe:
+    """A recipe with what it leaves out taken from another: all but `default` and `rules`, which belong together."""
+    found: dict[str, Any] = {}
+    for name in Recipe.model_fields.keys() - {"default", "rules"}:
+        mine, theirs = getattr(recipe, name), getattr(under, name)
+        if name not in recipe.model_fields_set:
+            found[name] = theirs
+        elif isinstance(mine, BaseModel):
+            left_out = type(mine).model_fields.keys() - mine.model_fields_set
+            found[name] = mine.model_copy(update={key: getattr(theirs, key) for key in left_out})
+    return recipe.model_copy(update=found)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read and validate a recipe file.
 
@@ -195,12 +209,30 @@ def read_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
         line = _line(yaml.compose(text, yaml.SafeLoader), first["loc"])
-        raise InputError(
-            f"recipe {path}, line {line}: {place}: {first['msg']}, got {repr(first['input'])[:80]}"
-        ) from error
+        said = f"{first['msg']}, got {repr(first['input'])[:80]}"
+        if first["type"] == "extra_forbidden":
+            said = f"no such key{_meant(str(first['loc'][-1]), _keys(first['loc']))}"
+        raise InputError(f"recipe {path}, line {line}: {place}: {said}") from error
     root = yaml.compose(text, yaml.SafeLoader)
     recipe._rule_lines = tuple(_line(root, ("rules", index)) for index in range(len(recipe.rules)))
     return recipe
+
+
+def _keys(place: Sequence[str | int]) -> Sequence[str]:
+    """The keys that there are at a place of a recipe."""
+    parts: dict[str | int, type[BaseModel]] = {
+        "rules": Rule,
+        "default": SchemeSpec,
+        "calibration": CalibrationSpec,
+        "budget": BudgetSpec,
+        "limits": LimitsSpec,
+    }
+    return list((parts.get(place[0], Recipe) if len(place) > 1 else Recipe).model_fields)
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def _line(node: yaml.Node | None, place: Iterable[str | int]) -> int:
@@ -266,7 +298,7 @@ def _decided_by(recipe: Recipe, name: str) -> str:
     number = re.search(r"\.([0-9]+)\.", name)
     layer = int(number[1]) if number else -1
     found = [
-        f"rule {index + 1}, line {recipe.rule_lines[index]}" if recipe.rule_lines else f"rule {index + 1}"
+        _place(recipe, index)
         for index, rule in enumerate(recipe.rules)
         if rule.applies(name, layer)
         and rule.model_dump(exclude_none=True, include={"bits", "group_size", "symmetric", "keep"})
@@ -277,12 +309,18 @@ def _decided_by(recipe: Recipe, name: str) -> str:
 def unmatched(recipe: Recipe, linears: Iterable[tuple[str, int]]) -> list[str]:
     """One line for each rule that applies to none of the linears (full name, layer number): most likely a typo."""
     names = list(linears)
-    return [
-        f"recipe rule {number} ({', '.join(f'{k}: {v}' for k, v in rule.model_dump(exclude_none=True).items())}) "
-        "matches no linear"
-        for number, rule in enumerate(recipe.rules, start=1)
-        if not any(rule.applies(name, layer) for name, layer in names)
-    ]
+    kinds = sorted({name.rpartition(".")[2] for name, _ in names})
+    found = []
+    for index, rule in enumerate(recipe.rules):
+        if not any(rule.applies(name, layer) for name, layer in names):
+            said = ", ".join(f"{key}: {value}" for key, value in rule.model_dump(exclude_none=True).items())
+            meant = _meant(rule.kind, kinds) if rule.kind is not None and rule.kind not in kinds else ""
+            found.append(f"recipe {_place(recipe, index)} ({said}) matches no linear{meant}")
+    return found
+
+
+def _place(recipe: Recipe, index: int) -> str:
+    return f"rule {index + 1}, line {recipe.rule_lines[index]}" if recipe.rule_lines else f"rule {index + 1}"
 
 
 def check_fused(schemes: dict[str, Scheme | None]) -> None:

@@ -5,7 +5,7 @@ Both models see the same token ids. Position t predicts token t + 1, so a window
 tokens, and with p and q the next-token distributions of the FP16 and the quantized model:
 
     perplexity       exp of the mean of -log q(token) over the predicted tokens
-    kl_divergence    mean of sum_v p(v) (log p(v) - log q(v)), in nats
+    kl_divergence    mean of sum_v p(v) (log p(v) - log q(v)), in nats; kl_standard_error: as if tokens were independent
     top1_agreement   the share of positions where argmax p = argmax q (ties go to the smaller token id)
 
 Left out on purpose: a sliding window. Windows don't overlap, as in the usual WikiText-2 protocol, so every token is
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InputError
+from quantkit.units import format_bytes
 
 # Bytes of one float32 temporary [positions, vocabulary], two of which live at a time. On a CPU they stay in the cache
 # (twice as fast as 64 MiB, measured); elsewhere they are large enough to hide the launches.
@@ -81,6 +82,7 @@ class Comparison:
             "perplexity": _exp(nll / tokens),
             "perplexity_fp16": _exp(nll_reference / tokens),
             "kl_divergence": float(kl.double().mean()),
+            "kl_standard_error": float(kl.double().std(correction=0)) / math.sqrt(tokens),
             "kl_percentiles": {name: float(kl[math.ceil(p * tokens) - 1]) for name, p in PERCENTILES.items()},
             "top1_agreement": agreed / tokens,
             "tokens": tokens,
@@ -139,7 +141,7 @@ class Limits:
     max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in (("max-ppl-increase", self.max_ppl_increase), ("max-kl", self.max_kl)):
+        for name, limit in (("--max-ppl-increase", self.max_ppl_increase), ("--max-kl", self.max_kl)):
             if limit is not None and not (math.isfinite(limit) and limit >= 0):
                 raise InputError(f"{name}: expected a number of 0 or more, got {limit}")
 
@@ -156,7 +158,7 @@ def parse_percent(text: str) -> float:
     except ValueError:
         value = math.nan
     if not sign or rest or not (math.isfinite(value) and value >= 0):
-        raise InputError(f"expected a percentage such as 5% or 0.5%, got {text!r}")
+        raise InputError(f"--max-ppl-increase: expected a percentage such as 5% or 0.5%, got {text!r}")
     return value / 100
 
 
@@ -186,8 +188,8 @@ def verdict(metrics: Mapping[str, Any], limits: Limits, fit: Mapping[str, Any] |
         total, budget = int(fit["total_bytes"]), int(fit["budget_bytes"])
         context = f" at a context of {fit['context']} tokens" if fit.get("context") is not None else ""
         reasons.append(
-            f"weights, KV cache and workspace take {total / 2**30:.2f} GiB{context}, "
-            f"{(total - budget) / 2**20:.0f} MiB more than the budget of {budget / 2**30:.2f} GiB"
+            f"weights, KV cache and workspace take {format_bytes(total)}{context}, "
+            f"{format_bytes(total - budget)} more than the budget of {format_bytes(budget)}"
         )
     return {"verdict": "fail" if reasons else "pass", "reasons": reasons}
 

@@ -449,7 +449,7 @@ def test_the_source_is_never_written_to(tmp_path: Path, qwen2: Path) -> None:
     run(qwen2, tmp_path / "awq")
     before = {path.name: path.read_bytes() for path in (tmp_path / "awq").iterdir()}
     for said in ({}, {"fresh": True}):
-        with pytest.raises(InputError, match="is the checkpoint itself"):
+        with pytest.raises(InputError, match="is the model or checkpoint itself"):
             to(tmp_path / "awq", "gptq_v2", tmp_path / "model" / ".." / "awq", **said)
     to(tmp_path / "awq", "gptq_v2", tmp_path / "gptq")
     assert {path.name: path.read_bytes() for path in (tmp_path / "awq").iterdir()} == before

@@ -32,7 +32,7 @@ ALLOWED: dict[str, str] = {
     "calibration": "errors resources",
     "pipeline.activations": "errors portions machine",
     "pipeline.background": "",
-    "verify": "errors",
+    "verify": "errors units",
     "recipe": "errors scheme units resources formats",
     "model": "errors products jsonfile checkpoint",
     "plan": "errors dtypes scheme formats checkpoint recipe model",

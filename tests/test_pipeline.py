@@ -254,6 +254,9 @@ def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> Non
     done(*run_words("awq", model, out, ids))
     assert killed >= 6
     assert contents(out) == expected
+    done(*run_words("awq", model, out, ids))  # nothing is left to do but to measure
+    notes = json.loads((out / "quantkit.json").read_text())["fallbacks"]
+    assert any(note.startswith("continued: 6 of 6 files were there") for note in notes)
 
 
 def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
@@ -294,7 +297,8 @@ def test_changed_request_is_refused_and_fresh_starts_over(tmp_path: Path, qwen2:
     assert contents(out) != before
 
 
-def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path, number: signal.Signals) -> None:
     model = make_qwen2(tmp_path / "model", layers=40)  # time enough for the signal
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -307,7 +311,7 @@ def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path) -> None:
     deadline = time.monotonic() + 600
     while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, told = process.communicate(timeout=600)
     assert process.returncode == 130, told
     assert f"quantkit awq {model}" in told
@@ -385,6 +389,8 @@ def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, 
         (["--vram", "22GiB"], "--vram"),
         (["--budget", "22GB"], "--budget"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+        (["--max-kl", "-1"], "--max-kl"),
+        (["--max-ppl-increase", "5"], "--max-ppl-increase"),
     ],
 )
 def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, changes: list[str], told: str) -> None:
@@ -393,6 +399,13 @@ def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, ch
     assert told in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_it_cannot_fit_is_told_before_the_work(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    failed = quantkit(*run_words("rtn", qwen2, tmp_path / "out", ids, "--budget", "1MiB"))
+    assert failed.returncode == 3
+    told = " ".join(failed.stderr.split())
+    assert told.index("of 1.00 MiB; the verdict will be FAIL") < told.index("more than the budget of 1.00 MiB")
 
 
 def test_wrong_usage_is_exit_2() -> None:

@@ -14,6 +14,7 @@ from quantkit.recipe import (
     check_fused,
     explained,
     method_resolver,
+    over,
     read_recipe,
     resolver,
     shipped,
@@ -107,7 +108,7 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rules:\n- {kind: a, bitz: 4}", ["rules.0.bitz", "4"]),
+        ("rules:\n- {kind: a, bitz: 4}", ["rules.0.bitz", "did you mean bits?"]),
         ("rules:\n- {bits: 4}\n- {bits: 9}", ["line 3", "rules.1.bits", "7 or 8", "got 9"]),
         ("rules:\n- {bits: '4'}", ["rules.0.bits", "'4'"]),
         ("rules:\n- {bits: true}", ["rules.0.bits"]),
@@ -133,7 +134,7 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
         ("!!python/object/apply:os.system ['true']", ["not YAML"]),
         ("date: 2024-13-45", ["not YAML"]),
         ("[" * 5000, ["not YAML"]),
-        ("x: " + "y" * 5000, ["x", "got 'yyy"]),
+        ("x: " + "y" * 5000, ["x", "expected one of model, "]),
     ],
 )
 def test_mistakes_are_told_in_one_line_with_their_place(text: str, words: list[str], tmp_path: Path) -> None:
@@ -245,13 +246,21 @@ def test_the_last_rule_that_names_a_method_decides(tmp_path: Path) -> None:
     assert method_resolver(Recipe(), "gptq")(UP, 5) == "gptq"
 
 
+def test_what_a_recipe_leaves_out_is_that_of_the_model(tmp_path: Path) -> None:
+    under = recipe(tmp_path, "default: {bits: 8}\ncalibration: {seqlen: 512}\nlimits: {max_ppl_increase: 0.1}")
+    said = over(recipe(tmp_path, "rules: [{kind: down_proj, bits: 3}]\ncalibration: {samples: 4}"), under)
+    assert (said.limits.max_ppl_increase, said.calibration.samples, said.calibration.seqlen) == (0.1, 4, 512)
+    assert resolver(said, DEFAULT)(UP, 5) == DEFAULT  # the default belongs to the rules
+    assert said.rule_lines == (1,)
+
+
 def test_rules_that_match_nothing_are_told(tmp_path: Path) -> None:
     said = recipe(
         tmp_path, "rules:\n- {kind: down_proj, bits: 8}\n- {kind: downproj, bits: 8}\n- {layers: '7', bits: 3}"
     )
     told = unmatched(said, [(DOWN, 5), (UP, 5)])
     assert len(told) == 2
-    assert told[0].startswith("recipe rule 2 (bits: 8, kind: downproj)")
+    assert told[0] == "recipe rule 2, line 3 (bits: 8, kind: downproj) matches no linear; did you mean down_proj?"
     assert told[1].startswith("recipe rule 3")
 
 

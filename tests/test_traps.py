@@ -269,15 +269,15 @@ def test_every_reason_is_a_line() -> None:
     assert any("40 attention heads" in line for line in lines)
     assert any("27648" in line or "1728 in_features" in line for line in lines)
     assert len(lines) == len(set(lines))
-    require_engine("llamacpp", "compressed-tensors", plan_of("compressed-tensors", W4), heads())
+    require_engine("llama.cpp", "compressed-tensors", plan_of("compressed-tensors", W4), heads())
 
 
 def test_each_engine_has_a_name_on_the_command_line() -> None:
-    from quantkit.cli.options import Engine
+    from quantkit.cli.options import Engine, Kernels
+    from quantkit.cli.requests import engine_name
 
-    for engine in Engine:
-        require_engine(engine.value, "16 bit", (), heads())
-    assert len(Engine) == len(LOADERS)
+    assert {engine_name(engine) for engine in Engine} == LOADERS.keys()
+    assert {engine_name(engine) for engine in Kernels} == LOADERS.keys() | {"any"}
 
 
 @pytest.mark.parametrize(

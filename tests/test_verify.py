@@ -189,7 +189,7 @@ def test_each_limit_fails_alone_and_says_its_figures() -> None:
     assert verdict(GOOD, Limits(max_kl=0.03))["verdict"] == "pass"
     heavy = verdict(GOOD, Limits(), {**FITS, "total_bytes": 23 * 2**30, "fits": False})
     assert heavy["verdict"] == "fail"
-    assert "23.00 GiB at a context of 8192 tokens, 1024 MiB more than the budget of 22.00 GiB" in heavy["reasons"][0]
+    assert "23.00 GiB at a context of 8192 tokens, 1.00 GiB more than the budget of 22.00 GiB" in heavy["reasons"][0]
 
 
 def test_reasons_add_up_and_no_budget_is_not_judged() -> None:

@@ -242,9 +242,14 @@ def _refuse_other_identity(folder: Path, old_line: bytes, first_line: bytes) -> 
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
+    kinds = ["a conversion" if "convert" in identity else "a run" for identity in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise OutputError(
+            f"{folder} holds {kinds[0]}, and this is {kinds[1]}; choose another --out, or --fresh replaces it"
+        )
     if changes:
         raise OutputError(
-            f"{folder} holds a run with other settings ({'; '.join(changes)}); "
+            f"{folder} holds {kinds[0]} with other settings ({'; '.join(changes)}); "
             "repeat those to continue it, start over with --fresh, or choose another --out"
         )
 
@@ -258,7 +263,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:28]}...{text[-9:]}"
+    return text if len(text) <= 40 else f"{text[:13]}..."
 
 
 def _remove_run(folder: Path, unit_lines: bytes) -> None:

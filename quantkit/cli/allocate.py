@@ -31,7 +31,7 @@ from quantkit.cli.options import (
     Sym,
     Vram,
 )
-from quantkit.cli.requests import listed, run_request
+from quantkit.cli.requests import engine_name, listed, run_request
 from quantkit.cli.telling import FAIL, print_json, quiet_libraries, screen, told
 
 
@@ -52,7 +52,7 @@ def allocate(
     ] = None,
     engine: Annotated[
         Kernels | None,
-        typer.Option("--engine", help="Whose kernels must run it.  [default: vllm]"),
+        typer.Option("--for", "--engine", help="The engine whose kernels must run it.  [default: vllm]"),
     ] = None,
     method: Annotated[Searched, typer.Option("--method", help="How integers are chosen.")] = Searched.gptq,
     sym: Sym = None,
@@ -92,7 +92,7 @@ def allocate(
     Costs one pass over the model to measure, and one as a run makes it to check. With L layers, a swap is L / 2 more
     layer runs on the probes in each.
     """
-    said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --engine the menu's
+    said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --for the menu's
     with told(resumes=run):
         from quantkit.allocation.command import AllocateRequest, allocate
         from quantkit.report.summary import allocate_summary
@@ -103,7 +103,7 @@ def allocate(
             weights_only=weights_only,
             also=listed(also, "--also") if also else (),
             menu=menu,
-            engine=engine.value if engine else None,
+            engine=engine_name(engine),
             probe_samples=probe_samples,
             every=every,
             check=check,

@@ -23,6 +23,7 @@ from quantkit.cli.options import (
     Seqlen,
     TargetName,
 )
+from quantkit.cli.requests import engine_name
 from quantkit.cli.telling import FAIL, command, given, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
 
@@ -100,7 +101,7 @@ def convert(
             eval_samples=eval_samples,
             device=choose_device(device),
             offline=offline,
-            engine=engine.value if engine else None,
+            engine=engine_name(engine),
         )
         result, folder = convert_files(request, screen())
         screen().print(convert_summary(result, folder), highlight=False)
@@ -117,8 +118,8 @@ def _to_gguf(said: dict[str, Any]) -> None:
         from quantkit.report.summary import convert_summary, summary
 
         quiet_libraries()
-        engine = said["engine"].value if said["engine"] else "llamacpp"
-        if engine not in ("llamacpp", "transformers"):
+        engine = engine_name(said["engine"])
+        if engine not in (None, "llama.cpp", "transformers"):
             raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")
         request = ExportRequest(
             source=str(said["out"]),

@@ -20,6 +20,7 @@ from quantkit.cli.options import (
     Sym,
     WBit,
 )
+from quantkit.cli.requests import engine_name
 from quantkit.cli.telling import print_json, screen, told
 
 
@@ -62,7 +63,7 @@ def fit(
             kv=kv.value if kv else None,
             tensor_parallel=tensor_parallel,
             offline=offline,
-            engine=engine.value if engine else None,
+            engine=engine_name(engine),
         )
         result = fit_request(request)
         print_json(result) if json else screen().print(table(result))

@@ -47,7 +47,19 @@ class Quality(StrEnum):
 
 class Engine(StrEnum):
     vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llamacpp"
+    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
+    llamacpp_too = "llamacpp"  # as it is typed, too
+
+
+class Kernels(StrEnum):
+    vllm, sglang, transformers = "vllm", "sglang", "transformers"
+    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
+    llamacpp_too = "llamacpp"
+    any = "any"
+
+
+class Searched(StrEnum):
+    gptq, awq = "gptq", "awq"
 
 
 class States(StrEnum):
@@ -134,13 +146,3 @@ InputsOption = Annotated[
     typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),
 ]
 RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
-
-
-class Kernels(StrEnum):
-    vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
-    any = "any"
-
-
-class Searched(StrEnum):
-    gptq, awq = "gptq", "awq"

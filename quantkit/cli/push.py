@@ -9,6 +9,7 @@ import typer
 
 from quantkit.cli.options import Json
 from quantkit.cli.telling import print_json, screen, told
+from quantkit.errors import ModelError
 
 
 def push(
@@ -27,6 +28,8 @@ def push(
         from quantkit.report.card import PATH, render_card
         from quantkit.report.summary import push_document, push_summary
 
+        if not out.is_dir():
+            raise ModelError(f"{out}: no such folder; expected one that quantkit wrote")
         if (out / RESULT).is_file():
             read_result(out)  # a damaged one is told before anything goes up
         console = screen()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from quantkit.cli.options import Quality, States
+from quantkit.cli.options import Engine, Kernels, Quality, States
 from quantkit.cli.telling import command
 from quantkit.errors import InputError
 from quantkit.quantize.options import Options
@@ -67,12 +67,17 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         fresh=said.get("fresh", False),
         offline=said.get("offline", False),
         verify=not said.get("no_verify"),
-        engine=plain("engine"),
+        engine=engine_name(said.get("engine")),
         place=None if states in (None, States.auto.value) else states,
         vram=size("vram"),
         ram=size("ram"),
         inputs=plain("inputs") or "quantized",
     )
+
+
+def engine_name(engine: Engine | Kernels | None) -> str | None:
+    """The engine's name in the tables of loaders: both spellings of llama.cpp are taken."""
+    return {"llamacpp": "llama.cpp"}.get(engine, engine.value) if engine else None
 
 
 def listed(text: str, option: str) -> tuple[str, ...]:

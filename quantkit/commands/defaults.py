@@ -10,7 +10,7 @@ from quantkit.checkpoint.source import resolve
 from quantkit.commands.models import model_of
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
-from quantkit.recipe import BudgetSpec, Recipe, read_recipe, shipped
+from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
 from quantkit.scheme import Scheme
 
 DEFAULT_BUDGET = 22 * 2**30  # bytes
@@ -32,8 +32,9 @@ def hub_id(name: str) -> str | None:
 
 
 def choose_recipe(file: Path | None, model: str) -> Recipe:
-    """The recipe file that was given, or the one that ships under the model's name, or an empty one."""
-    return read_recipe(file) if file is not None else shipped().get(model, Recipe())
+    """The recipe file that was given, over the one that ships under the model's name, or an empty one."""
+    known = shipped().get(model, Recipe())
+    return known if file is None else over(read_recipe(file), known)
 
 
 def choose_scheme(

@@ -2,7 +2,7 @@
 """One command from request to finished folder: resolve, plan, load tokens, run, write what is beside the shards."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
             if said:
                 raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
     recipe = choose_recipe(request.recipe, request.model)
+    limits = _limits(request, recipe)
     scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
@@ -154,20 +155,30 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     if calibrated is None and (unused := calibrating(request)):
         told.append(f"{', '.join(unused)}: nothing is calibrated here; left out")
     told += links_left_out(directory)
-    _announce(console, request, recipe, job, told)
+    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *_too_large(memory)])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
     finished: list[dict[str, Any]] = []
 
     def finish(outcome: Outcome) -> None:
         outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
-        result = _document(request, job, outcome, scheme, directory, memory, _limits(request, recipe))
+        result = _document(request, job, outcome, scheme, directory, memory, limits)
         measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
         finished.append(_finish(job, outcome, directory, result | measured))
 
     with display(console, request.device) as progress:
         run(job, progress, fresh=request.fresh, finish=finish)
     return ranks.agree(finished[0] if finished else None), out
+
+
+def _too_large(memory: Mapping[str, Any]) -> list[str]:
+    """What the verdict will be whatever is measured."""
+    if memory["fits"]:
+        return []
+    return [
+        f"does not fit: {format_bytes(memory['total_bytes'])} with {memory['context']:,} tokens of context, of "
+        f"{format_bytes(memory['budget_bytes'])}; the verdict will be FAIL (`quantkit fit` says what would fit)"
+    ]
 
 
 def calibrating(request: Request) -> list[str]:
@@ -257,7 +268,7 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
         schemes[label] = schemes.get(label, 0) + 1
     shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
     lines = [
-        f"{request.method} {request.model} -> {job.out}  ({plan.format.name}; {shown})",
+        f"{request.method} {request.model} -> {job.out}  (stored as {plan.format.name}: {shown})",
         f"output {format_bytes(plan.served_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
         f"weight" + (f"; the same integers beside it in {format_bytes(plan.file_bytes)}" if plan.beside_bytes else ""),
     ]
@@ -336,7 +347,12 @@ def _document(
         "processes": len(outcome.peaks),
         "device": str(job.device),
         "versions": versions(),
-        "fallbacks": [*outcome.fallbacks, *notes_of(job.calibration, job.evaluation), *_beyond(outcome, request.ram)],
+        "fallbacks": [
+            *outcome.fallbacks,
+            *notes_of(job.calibration, job.evaluation),
+            *_beyond(outcome, request.ram),
+            *_continued(outcome),
+        ],
         "engines": memory["engines"],
         "verification": _verification(job, outcome, memory, limits),
     }
@@ -359,6 +375,12 @@ def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Li
 def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
     peak = max(rss for rss, _ in outcome.peaks)
     return [f"RAM reached {format_bytes(peak)}, beyond --ram {format_bytes(ram)}"] if ram and peak > ram else []
+
+
+def _continued(outcome: Outcome) -> list[str]:
+    if not outcome.reused:
+        return []
+    return [f"continued: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"]
 
 
 def _license(request: Request, directory: Path) -> str | None:

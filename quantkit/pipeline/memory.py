@@ -48,7 +48,8 @@ class Layout:
 
     def __str__(self) -> str:
         where = {"device": "on the GPU", "ram": "in RAM", "file": "in a mapped file"}[self.place]
-        parts = [f"{format_bytes(self.states_bytes)} of hidden states {where}, {self.batch} samples at a time"]
+        at_once = "one sample" if self.batch == 1 else f"{self.batch} samples"
+        parts = [f"{format_bytes(self.states_bytes)} of hidden states {where}, {at_once} at a time"]
         if self.device_bytes:
             parts.append(f"at most {format_bytes(self.device_bytes)} of GPU memory{_of(self.device_limit)}")
         return "; ".join([*parts, f"at most {format_bytes(self.ram_bytes)} of RAM{_of(self.ram_limit)}"])

@@ -69,13 +69,15 @@ from quantkit.stored import dequantized
 @dataclass(frozen=True)
 class Outcome:
     """What a run leaves: one record per finished unit, in order, and the measurements (None without evaluation);
-    peaks: bytes of RAM and of device memory that each process has held at most.
+    peaks: bytes of RAM and of device memory that each process has held at most; reused: how many units were finished
+    before it began.
     """
 
     units: tuple[Unit, ...]
     measured: dict[str, Any] | None
     fallbacks: tuple[str, ...]
     peaks: tuple[tuple[int, int], ...]
+    reused: int = 0
 
 
 @torch.no_grad()
@@ -180,6 +182,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     gram_samples = job.calibration.samples if job.calibration else 0
     job = replace(job, calibration=prepare(job, journal, progress))
     shards = {shard.unit: shard for shard in plan.shards}
+    reused = len(shards.keys() & journal.finished.keys())
     _copy_outside(job, journal, shards["embeddings"])
     for name in model.outside():  # what cannot be stored is told now, not after the last layer
         to_stored(name, read_outside(model, [name])[name])
@@ -200,7 +203,8 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
         measured = _compare(job, streams.original, streams.quantized, shards) | {"layer_errors": layer_errors}
     units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
     peaks = job.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(job.device)]])).tolist()
-    return Outcome(units, measured, _fallbacks(job, journal, streams), tuple((rss, device) for rss, device in peaks))
+    most = tuple((rss, device) for rss, device in peaks)
+    return Outcome(units, measured, _fallbacks(job, journal, streams), most, reused)
 
 
 def _through_layers(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands print when they are done."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,7 @@ from quantkit.units import format_bytes, format_seconds
 def summary(result: dict[str, Any], out: Path) -> Group:
     """What was made, how close it is to FP16, whether it fits, and where to look."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    scheme = result["scheme"]
-    kind = "symmetric" if scheme["symmetric"] else "asymmetric"
-    table.add_row("scheme", f"{scheme['bits']} bits, groups of {scheme['group_size']}, {kind}, as {result['format']}")
+    table.add_row("scheme", f"{_schemes(result)}, as {result['format']}")
     table.add_row(
         "size", f"{format_bytes(result['total_bytes'])}, {result['bits_per_weight']:.3f} bits per quantized weight"
     )
@@ -36,6 +35,22 @@ def summary(result: dict[str, Any], out: Path) -> Group:
     return Group(*lines)
 
 
+def _schemes(result: Mapping[str, Any]) -> str:
+    """The one scheme in words; of several, how many linears have each."""
+    layers = result["layers"] or [result["scheme"]]
+    found = Counter((layer["bits"], layer["group_size"], layer["symmetric"]) for layer in layers)
+    if len(found) > 1:
+        shown = ", ".join(f"{count} x {_scheme(*scheme)}" for scheme, count in found.most_common())
+        return f"mixed: {shown}"
+    bits, group, symmetric = next(iter(found))
+    groups = "whole rows" if group == -1 else f"groups of {group}"
+    return f"{bits} bits, {groups}, {'symmetric' if symmetric else 'asymmetric'}"
+
+
+def _scheme(bits: int, group: int, symmetric: bool) -> str:
+    return f"W{bits} {'rows' if group == -1 else f'g{group}'} {'sym' if symmetric else 'asym'}"
+
+
 def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What a recipe comes to: see `plan.resolved`."""
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -45,8 +60,7 @@ def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         scheme = "16 bit"
         if row["group_size"] is not None:
-            group = "rows" if row["group_size"] == -1 else f"g{row['group_size']}"
-            scheme = f"W{row['bits']} {group} {'sym' if row['symmetric'] else 'asym'}"
+            scheme = _scheme(row["bits"], row["group_size"], row["symmetric"])
         table.add_row(row["kind"], row["layers"], scheme, row["method"] or "", format_bytes(row["bytes"]))
     return table
 
@@ -172,11 +186,15 @@ def _add_figures(table: Table, measured: dict[str, Any]) -> None:
     """Rows of a verification; a figure that could not be measured, or is not finite, is None and left out."""
     found, reference = measured["perplexity"], measured["perplexity_fp16"]
     if found is not None and reference is not None:
-        table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {found / reference - 1:+.2%})")
+        limit = (measured.get("limits") or {}).get("max_ppl_increase")
+        allowed = "" if limit is None else f"; the limit is +{limit * 100:g}%"
+        table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {found / reference - 1:+.2%}{allowed})")
     if measured["kl_divergence"] is not None:
+        error = measured.get("kl_standard_error")
+        give_or_take = "" if error is None else f" ± {error:.5f}"
         table.add_row(
             "KL divergence",
-            f"{measured['kl_divergence']:.5f} nats over {measured['tokens']:,} tokens{_dtype(measured)}",
+            f"{measured['kl_divergence']:.5f}{give_or_take} nats over {measured['tokens']:,} tokens{_dtype(measured)}",
         )
     if measured["top1_agreement"] is not None:
         table.add_row("top-1 agreement", f"{measured['top1_agreement']:.2%}")
