@@ -235,6 +235,7 @@ def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = AL
     clock = Clock(quiet=not ranks.first)
     began = time.perf_counter()
     outcome = run(laid_out(job, layout), clock)
+    assert outcome is not None
     counts = floors(job, sites_of(model))
     return {
         "recipe": said.recipe,

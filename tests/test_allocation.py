@@ -366,9 +366,10 @@ def test_the_check_is_what_a_run_leaves(tokens: Path, tmp_path: Path, method: st
     def ran(choice: Any, name: str, windows: torch.Tensor) -> float:
         out = tmp_path / name
         whole = replace(job, plan=problem.plan(choice), out=out, evaluation=replace(probe, input_ids=windows))
-        measured = pipeline.run(whole, Display(QUIET, CPU)).measured
-        assert measured is not None
-        return float(measured["kl_divergence"])
+        outcome = pipeline.run(whole, Display(QUIET, CPU))
+        assert outcome is not None
+        assert outcome.measured is not None
+        return float(outcome.measured["kl_divergence"])
 
     assert checked.kl == pytest.approx(ran(choice, "whole", probe.input_ids), rel=1e-5)
     assert checked.kl_elsewhere == pytest.approx(ran(choice, "elsewhere", given.input_ids[:3]), rel=1e-5)

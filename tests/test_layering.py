@@ -90,7 +90,7 @@ ALLOWED: dict[str, str] = {
         "errors jsonfile checkpoint recipe model plan stored fit gguf report.fit document commands.defaults"
     ),
     "commands.quantize": (
-        "errors ranks scheme units machine quantize formats calibration verify recipe model plan fit"
+        "errors ranks scheme units machine quantize formats checkpoint calibration verify recipe model plan fit"
         " pipeline.memory gguf pipeline.job pipeline.run progress report.summary document folder tokenizer"
         " commands.defaults"
     ),

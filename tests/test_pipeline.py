@@ -254,9 +254,24 @@ def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> Non
     done(*run_words("awq", model, out, ids))
     assert killed >= 6
     assert contents(out) == expected
+    (out / "report.html").unlink()
     done(*run_words("awq", model, out, ids))  # nothing is left to do but to measure
     notes = json.loads((out / "quantkit.json").read_text())["fallbacks"]
     assert any(note.startswith("continued: 6 of 6 files were there") for note in notes)
+
+
+def test_what_is_finished_is_not_measured_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    out = tmp_path / "out"
+    words = run_words("rtn", qwen2, out, ids)
+    first = done(*words, "--json")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = done(*words, "--json")
+    assert again.stdout == first.stdout
+    assert "finished before; `quantkit verify` measures it again" in " ".join(again.stderr.split())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for more in (["--max-kl", "99"], ["--budget", "20GiB"], ["--eval-samples", "2"]):  # another question than before
+        answer = done(*words, *more)
+        assert "finished before" not in answer.stderr
 
 
 def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:

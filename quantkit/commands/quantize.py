@@ -12,6 +12,7 @@ from rich.console import Console
 
 from quantkit import __version__, calibration
 from quantkit.calibration import TokenSet, notes_of
+from quantkit.checkpoint.journal import Unit
 from quantkit.commands.defaults import (
     DEFAULT_FORMATS,
     DEFAULT_SAMPLES,
@@ -39,7 +40,7 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import keep, laid_out, lay_out_job
 from quantkit.pipeline.run import Outcome, run
-from quantkit.plan import OUTSIDE, make_plan, resolved
+from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
 from quantkit.progress import display
 from quantkit.quantize.options import Options
 from quantkit.ranks import ALONE, Ranks
@@ -97,20 +98,76 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         QuantkitError: anything the user can fix, before hours are spent where that can be known before.
     """
     began = time.monotonic()
-    if request.inputs == "original" and request.options.tune:
-        raise InputError("--inputs original: --quality best tunes on quantized inputs; leave one of them out")
-    if ranks.size > 1:
-        for option, said in (
-            ("--quality best", request.options.tune),
-            ("--inputs original", request.inputs == "original"),
-        ):
-            if said:
-                raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
+    _refuse_together(request, ranks)
+    asked = _resolve(request)
+    model, plan, recipe = asked.model, asked.plan, asked.recipe
+    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
+    methods = {linear.method for linear in plan.quantized}
+    calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
+    for tokens in (calibrated, evaluated):
+        if tokens is not None and tokens.samples < ranks.size:
+            raise InputError(f"{tokens.source}: {tokens.samples} windows for {ranks.size} processes; start fewer")
+    job = Job(
+        model,
+        plan,
+        request.method,
+        Options() if calibrated is None else request.options,
+        calibrated,
+        evaluated,
+        asked.out,
+        request.device,
+        inputs=request.inputs,
+        amend=request.amend,
+        ranks=ranks,
+    )
+    measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
+    layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
+    job = laid_out(job, layout)
+    told = _notes(request, asked, calibrated)
+    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *_too_large(memory)])
+    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    keep(layout, job.device)
+    finished: list[dict[str, Any]] = []
+
+    def finish(outcome: Outcome) -> None:
+        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
+        result = _document(request, job, outcome, asked.scheme, model.directory, memory, asked.limits)
+        measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
+        finished.append(_finish(job, outcome, model.directory, result | measured))
+
+    def enough(units: Sequence[Unit]) -> bool:
+        before = _finished_before(job, units, memory, asked.limits) if ranks.size == 1 else None
+        finished.extend([before] if before else [])
+        return before is not None
+
+    with display(console, request.device) as progress:
+        outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough)
+    if outcome is None:
+        line = f"{job.out}: finished before; `quantkit verify` measures it again, --fresh makes it again"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return ranks.agree(finished[0] if finished else None), job.out
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request comes to: known before any weight is read."""
+
+    recipe: Recipe
+    limits: Limits
+    scheme: Scheme
+    model: StreamedModel
+    plan: Plan
+    out: Path
+
+
+def _resolve(request: Request) -> _Asked:
     recipe = choose_recipe(request.recipe, request.model)
     limits = _limits(request, recipe)
     scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
+    out = request.out or default_out(request, scheme, fmt)
+    require_another(out, directory)
     model = open_model(directory)
     if fmt is GGUF:
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
@@ -125,50 +182,53 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
             method_of=method_resolver(recipe, request.method),
             **config_options(request.options),
         )
-    if request.options.tune and any(x.method == "rtn" for x in plan.quantized):
+    if request.options.tune and any(linear.method == "rtn" for linear in plan.quantized):
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
-    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
-    calibrated, evaluated = tokens_of(request, recipe, model, directory, {x.method for x in plan.quantized})
-    for tokens in (calibrated, evaluated):
-        if tokens is not None and tokens.samples < ranks.size:
-            raise InputError(f"{tokens.source}: {tokens.samples} windows for {ranks.size} processes; start fewer")
-    out = request.out or default_out(request, scheme, fmt)
-    require_another(out, directory)
-    job = Job(
-        model,
-        plan,
-        request.method,
-        Options() if calibrated is None else request.options,
-        calibrated,
-        evaluated,
-        out,
-        request.device,
-        inputs=request.inputs,
-        amend=request.amend,
-        ranks=ranks,
-    )
-    measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
-    layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
-    job = laid_out(job, layout)
+    return _Asked(recipe, limits, scheme, model, plan, out)
+
+
+def _refuse_together(request: Request, ranks: Ranks) -> None:
+    """Options that do not go with each other, or not with several processes."""
+    original = request.inputs == "original"
+    if original and request.options.tune:
+        raise InputError("--inputs original: --quality best tunes on quantized inputs; leave one of them out")
+    for option, said in (("--quality best", request.options.tune), ("--inputs original", original)):
+        if said and ranks.size > 1:
+            raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
+
+
+def _notes(request: Request, asked: _Asked, calibrated: TokenSet | None) -> list[str]:
+    """What the result is to say of the request: rules that match nothing, options and files that were left out."""
+    plan = asked.plan
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
-    told = unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
+    told = unmatched(asked.recipe, [(linear.name, linear.layer) for linear in everything])
     if calibrated is None and (unused := calibrating(request)):
         told.append(f"{', '.join(unused)}: nothing is calibrated here; left out")
-    told += links_left_out(directory)
-    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *_too_large(memory)])
-    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
-    keep(layout, job.device)
-    finished: list[dict[str, Any]] = []
+    return told + links_left_out(asked.model.directory)
 
-    def finish(outcome: Outcome) -> None:
-        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
-        result = _document(request, job, outcome, scheme, directory, memory, limits)
-        measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
-        finished.append(_finish(job, outcome, directory, result | measured))
 
-    with display(console, request.device) as progress:
-        run(job, progress, fresh=request.fresh, finish=finish)
-    return ranks.agree(finished[0] if finished else None), out
+def _finished_before(
+    job: Job, units: Sequence[Unit], memory: Mapping[str, Any], limits: Limits
+) -> dict[str, Any] | None:
+    """quantkit.json of this very run, with all that it is asked for, if it was brought to its end."""
+    try:
+        recorded = read_result(job.out)
+    except OutputError:
+        return None
+    files = {entry["name"]: entry for entry in recorded.get("files") or []}
+    there = all((job.out / name).is_file() for name in (*files, "report.html", "README.md"))
+    if not there or any(files.get(unit.file, {}).get("sha256") != unit.sha256 for unit in units):
+        return None
+    if job.evaluation is None:
+        return recorded
+    said = recorded["verification"] or {}
+    judged = said.get("fit") or {}
+    same = (
+        (said.get("eval") or {}).get("sha256") == job.evaluation.sha256
+        and said.get("limits") == vars(limits)
+        and all(judged.get(key) == memory[key] for key in ("budget_bytes", "context", "kv", "total_bytes"))
+    )
+    return recorded if same else None
 
 
 def _too_large(memory: Mapping[str, Any]) -> list[str]:

@@ -82,12 +82,18 @@ class Outcome:
 
 @torch.no_grad()
 def run(
-    job: Job, progress: Progress, *, fresh: bool = False, finish: Callable[[Outcome], None] = lambda outcome: None
-) -> Outcome:
+    job: Job,
+    progress: Progress,
+    *,
+    fresh: bool = False,
+    finish: Callable[[Outcome], None] = lambda outcome: None,
+    enough: Callable[[Sequence[Unit]], bool] = lambda units: False,
+) -> Outcome | None:
     """Quantize a model into `job.out`; the checkpoint's shards and the journal are written, nothing else.
 
     finish: called at the end, while the folder is still locked, to write what belongs beside the shards; of several
-    processes by the first.
+    processes by the first. enough: asked, in the same way, where all is finished and sound before the work begins:
+    whether nothing is left to do, not even to measure; then None is returned.
 
     Raises:
         OutputError: the folder is busy, foreign, or of another run; the disk is too small.
@@ -99,6 +105,9 @@ def run(
     sites = sites_of(job.model)
     _require_one_method(job, sites)
     with _continued(job, fresh) as journal:
+        units = [journal.finished[shard.unit] for shard in job.plan.shards if shard.unit in journal.finished]
+        if len(units) == len(job.plan.shards) and enough(units):
+            return None
         outcome = _run(job, sites, journal, progress)
         if job.ranks.first:
             finish(outcome)
