@@ -43,13 +43,15 @@ ALLOWED: dict[str, str] = {
     "pipeline.memory": "errors portions units model pipeline.needs pipeline.job",
     "commands.models": "errors resources checkpoint recipe",
     "gguf": (
-        "errors portions dtypes scheme stats machine quantize formats checkpoint calibration pipeline.activations"
-        " model plan stored fit pipeline.evaluation"
+        "errors portions dtypes scheme stats quantize formats checkpoint calibration pipeline.activations model"
+        " plan stored fit pipeline.evaluation"
     ),
     # the loop
-    "pipeline.evaluation": "errors products ranks portions dtypes stats calibration pipeline.activations verify model",
-    "pipeline.resample": "machine calibration pipeline.activations model pipeline.evaluation",
-    "pipeline.fisher": "errors products portions machine calibration pipeline.activations model pipeline.evaluation",
+    "pipeline.evaluation": (
+        "errors products ranks portions dtypes stats machine calibration pipeline.activations verify model"
+    ),
+    "pipeline.resample": "calibration pipeline.activations model pipeline.evaluation",
+    "pipeline.fisher": "errors products portions calibration pipeline.activations model pipeline.evaluation",
     "pipeline.passage": "pipeline.activations model pipeline.evaluation",
     "pipeline.job": "ranks machine quantize checkpoint calibration model plan pipeline.evaluation",
     "pipeline.layer": (
@@ -66,7 +68,7 @@ ALLOWED: dict[str, str] = {
         " stored pipeline.evaluation pipeline.passage pipeline.job pipeline.layer pipeline.head pipeline.tuning"
     ),
     "pipeline.remeasure": (
-        "errors machine formats checkpoint calibration pipeline.activations model plan stored pipeline.evaluation"
+        "errors formats checkpoint calibration pipeline.activations model plan stored pipeline.evaluation"
     ),
     # what is shown and written for people
     "progress": "units",

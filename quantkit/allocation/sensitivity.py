@@ -42,7 +42,7 @@ from quantkit.pipeline.evaluation import (
     Progress,
     advance,
     compare_all,
-    embed_tokens,
+    embed_original,
     ending_names,
     loaded,
     observe,
@@ -202,9 +202,7 @@ def _opened(job: Job, tokens: TokenSet, name: str) -> Stream:
 
 def _embedded(job: Job, tokens: TokenSet, name: str) -> Stream:
     stream = _opened(job, tokens, name)
-    names = embedding_names(job.model)
-    with outside_loaded(job.model, loaded(read_outside(job.model, names), job.device, job.dtype)):
-        embed_tokens(job.model, tokens, stream, job.device)
+    embed_original(job.model, tokens, stream, job.device)
     return stream
 
 

@@ -28,7 +28,15 @@ from quantkit.commands.defaults import (
 from quantkit.document import read_result
 from quantkit.errors import InputError, OutputError
 from quantkit.fit import fit
-from quantkit.folder import file_records, links_left_out, quantized_config, require_another, write_beside, write_result
+from quantkit.folder import (
+    file_records,
+    links_left_out,
+    quantized_config,
+    require_another,
+    sha256_of,
+    write_beside,
+    write_result,
+)
 from quantkit.formats import Format
 from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
@@ -215,9 +223,11 @@ def _finished_before(
         recorded = read_result(job.out)
     except OutputError:
         return None
-    files = {entry["name"]: entry for entry in recorded.get("files") or []}
-    there = all((job.out / name).is_file() for name in (*files, "report.html", "README.md"))
-    if not there or any(files.get(unit.file, {}).get("sha256") != unit.sha256 for unit in units):
+    files = {entry["name"]: entry["sha256"] for entry in recorded.get("files") or []}
+    found = {unit.file: unit.sha256 for unit in units}  # which have just been looked at
+    if not all((job.out / name).is_file() for name in (*files, "report.html", "README.md")):
+        return None
+    if files != found | {name: sha256_of(job.out / name) for name in files.keys() - found.keys()}:
         return None
     if job.evaluation is None:
         return recorded

@@ -23,22 +23,24 @@ from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
 from quantkit.gguf.file import TensorInfo, write_gguf
 from quantkit.gguf.reading import SCHEMES
-from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
-    drop,
-    embedding_names,
     move_buffers,
-    outside_loaded,
-    read_layer,
-    read_outside,
     run_to,
 )
 from quantkit.pipeline.activations import Stream, regrouped
-from quantkit.pipeline.evaluation import Progress, advance, embed_tokens, loaded, open_states, run_dtype
+from quantkit.pipeline.evaluation import (
+    Progress,
+    advance,
+    embed_original,
+    layer_loaded,
+    loaded,
+    open_states,
+    run_dtype,
+)
 from quantkit.portions import samples_per_sum
 from quantkit.quantize import gptq, kquants, rtn
 from quantkit.quantize.refine import refine
@@ -86,26 +88,23 @@ def round_layers(job: RoundJob, journal: Journal, progress: Progress) -> list[di
     move_buffers(model.model, job.device)
     stream = open_states(model, job.calibration, job.dtype, job.device, job.out / ".calibration-states.tmp")
     progress.start(len(model.layers), stream.states.shape[0] * stream.states.shape[1], {"calibration": stream.place})
-    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), job.device, job.dtype)):
-        embed_tokens(model, job.calibration, stream, job.device)
-    for index, layer in enumerate(model.layers):
+    embed_original(model, job.calibration, stream, job.device)
+    for index in range(len(model.layers)):
         progress.layer(index)
         progress.stage("read")
-        assign(layer, loaded(read_layer(model, index), job.device, job.dtype))
         reused = f"layer.{index}" in journal.finished
-        if not reused:
-            blocks, records = _round_layer(job, index, sites, stream, progress)
-            sha256 = write_shard(job.file(index), blocks)
-            journal.append(Unit(f"layer.{index}", job.file(index).name, sha256, {"linears": records}))
-        written = open_file(job.file(index))
-        weights = {name: dequantize_blocks(written.read(name), job.types[_linear(name)]) for name in written.entries}
-        prefix = f"{model.layer_name(index)}."
-        assign(layer, loaded({n.removeprefix(prefix): w for n, w in weights.items()}, job.device, job.dtype))
-        progress.stage("run the quantized")
-        if index + 1 < len(model.layers):
-            advance(model, index, stream)
-        drop(layer)
-        return_freed_memory()
+        with layer_loaded(model, index, job.device, job.dtype) as layer:
+            if not reused:
+                blocks, records = _round_layer(job, index, sites, stream, progress)
+                sha256 = write_shard(job.file(index), blocks)
+                journal.append(Unit(f"layer.{index}", job.file(index).name, sha256, {"linears": records}))
+            written = open_file(job.file(index))
+            read = {name: dequantize_blocks(written.read(name), job.types[_linear(name)]) for name in written.entries}
+            prefix = f"{model.layer_name(index)}."
+            assign(layer, loaded({n.removeprefix(prefix): w for n, w in read.items()}, job.device, job.dtype))
+            progress.stage("run the quantized")
+            if index + 1 < len(model.layers):
+                advance(model, index, stream)
         records = journal.finished[f"layer.{index}"].record["linears"]
         progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
     return [record for unit in journal.finished.values() for record in unit.record["linears"]]

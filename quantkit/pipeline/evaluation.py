@@ -6,7 +6,8 @@ running a layer over a stream, and comparing the logits at the end. Both therefo
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,9 +17,21 @@ from torch import Tensor, nn
 from quantkit.calibration import TokenSet
 from quantkit.dtypes import dtype_name, finite, torch_dtype
 from quantkit.errors import NumericsError
+from quantkit.machine import return_freed_memory
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, taken
-from quantkit.model.streaming import StreamedModel, embed, logits, outside_loaded, run_layer
+from quantkit.model.streaming import (
+    StreamedModel,
+    assign,
+    drop,
+    embed,
+    embedding_names,
+    logits,
+    outside_loaded,
+    read_layer,
+    read_outside,
+    run_layer,
+)
 from quantkit.pipeline.activations import Stream, open_stream
 from quantkit.portions import samples_per_sum
 from quantkit.products import mirror_
@@ -73,6 +86,24 @@ def embed_tokens(model: StreamedModel, tokens: TokenSet, stream: Stream, device:
     """Fill a stream with what enters the first layer. Must run inside `outside_loaded`."""
     for batch in stream.batches():
         stream.states[batch] = embed(model, tokens.input_ids[batch].to(device)).to(stream.states.device)
+
+
+def embed_original(model: StreamedModel, tokens: TokenSet, stream: Stream, device: torch.device) -> None:
+    """Fill a stream with what enters the original's first layer."""
+    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, stream.states.dtype)):
+        embed_tokens(model, tokens, stream, device)
+
+
+@contextmanager
+def layer_loaded(model: StreamedModel, index: int, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """Within it, layer `index` is materialised as it is in the original; it is dropped afterwards."""
+    layer = model.layers[index]
+    assign(layer, loaded(read_layer(model, index), device, dtype))
+    try:
+        yield layer
+    finally:
+        drop(layer)
+        return_freed_memory()
 
 
 def advance(

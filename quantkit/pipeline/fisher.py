@@ -21,23 +21,19 @@ from torch import Tensor
 
 from quantkit.calibration import TokenSet
 from quantkit.errors import NumericsError
-from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
-    assign,
-    drop,
-    embedding_names,
     logits,
     outside_loaded,
-    read_layer,
     read_outside,
     run_layer,
 )
 from quantkit.pipeline.activations import Stream, few_positions
 from quantkit.pipeline.evaluation import (
     Progress,
-    embed_tokens,
+    embed_original,
     ending_names,
+    layer_loaded,
     loaded,
     open_states,
 )
@@ -63,27 +59,20 @@ def output_directions(
     tokens = _some(tokens)
     batch = None if device.type == "cpu" else max(1, TOKENS_A_STEP // tokens.seqlen)
     entering = [open_states(model, tokens, dtype, device, spill, "file", batch) for _ in range(len(model.layers) + 1)]
-    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
-        embed_tokens(model, tokens, entering[0], device)
-    for index, layer in enumerate(model.layers):
+    embed_original(model, tokens, entering[0], device)
+    for index in range(len(model.layers)):
         progress.ending(f"see what matters to the original model: layer {index + 1}")
-        assign(layer, loaded(read_layer(model, index), device, dtype))
-        for part in entering[index].batches():
-            entering[index + 1].states[part] = run_layer(
-                model, index, entering[index].states[part].to(device), exact=False
-            )
-        drop(layer)
-        return_freed_memory()
+        with layer_loaded(model, index, device, dtype):
+            for part in entering[index].batches():
+                hidden = entering[index].states[part].to(device)
+                entering[index + 1].states[part] = run_layer(model, index, hidden, exact=False)
     gradients = entering.pop()
     _start_back(model, gradients, device, dtype)
     found = [_directions(_information(gradients, device), model.layer_name(len(entering) - 1))]
     for index in reversed(range(1, len(entering))):
         progress.ending(f"see what matters to the original model: back through layer {index + 1}")
-        layer = model.layers[index]
-        assign(layer, loaded(read_layer(model, index), device, dtype))
-        _step_back(model, index, entering.pop(), gradients, device)
-        drop(layer)
-        return_freed_memory()
+        with layer_loaded(model, index, device, dtype):
+            _step_back(model, index, entering.pop(), gradients, device)
         found.append(_directions(_information(gradients, device), model.layer_name(index - 1)))
     return found[::-1]
 

@@ -19,15 +19,12 @@ from quantkit.calibration import TokenSet
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.errors import ModelError
 from quantkit.formats import Format
-from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
-    drop,
     embedding_names,
     move_buffers,
     outside_loaded,
-    read_layer,
     read_outside,
 )
 from quantkit.pipeline.activations import Stream, choose_place
@@ -35,8 +32,10 @@ from quantkit.pipeline.evaluation import (
     Progress,
     advance,
     compare,
+    embed_original,
     embed_tokens,
     ending_names,
+    layer_loaded,
     loaded,
     open_states,
     relative_error,
@@ -217,24 +216,21 @@ def measure(
     reference, stream = _open(model, evaluation, dtype, device, quantized.directory, place, batch)
     tokens = 2 * evaluation.samples * evaluation.seqlen
     progress.start(len(model.layers), tokens, {"evaluation": reference.place})
-    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
-        embed_tokens(model, evaluation, reference, device)
+    embed_original(model, evaluation, reference, device)
     with outside_loaded(model, loaded(quantized.read(embedding_names(model)), device, dtype)):
         embed_tokens(model, evaluation, stream, device)
     layer_errors = []
-    for index, layer in enumerate(model.layers):
+    for index in range(len(model.layers)):
         progress.layer(index)
         progress.stage("run the original")
-        assign(layer, loaded(read_layer(model, index), device, dtype))
-        advance(model, index, reference)
-        progress.stage("run the quantized")
-        prefix = f"{model.layer_name(index)}."
-        stored = quantized.read([f"{prefix}{name}" for name in _local(model, index)], device)
-        assign(layer, loaded({name.removeprefix(prefix): t for name, t in stored.items()}, device, dtype))
-        del stored
-        advance(model, index, stream)
-        drop(layer)
-        return_freed_memory()
+        with layer_loaded(model, index, device, dtype) as layer:
+            advance(model, index, reference)
+            progress.stage("run the quantized")
+            prefix = f"{model.layer_name(index)}."
+            stored = quantized.read([f"{prefix}{name}" for name in _local(model, index)], device)
+            assign(layer, loaded({name.removeprefix(prefix): t for name, t in stored.items()}, device, dtype))
+            del stored
+            advance(model, index, stream)
         layer_errors.append({"layer": index, "relative_error": relative_error(reference, stream)})
         progress.finished(index, layer_errors[-1]["relative_error"], False)
     progress.ending("compare the logits")

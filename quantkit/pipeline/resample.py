@@ -13,23 +13,19 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration import TokenSet
-from quantkit.machine import return_freed_memory
 from quantkit.model.streaming import (
     StreamedModel,
-    assign,
-    drop,
-    embedding_names,
     logits,
     outside_loaded,
-    read_layer,
     read_outside,
 )
 from quantkit.pipeline.activations import Stream, few_positions
 from quantkit.pipeline.evaluation import (
     Progress,
     advance,
-    embed_tokens,
+    embed_original,
     ending_names,
+    layer_loaded,
     loaded,
     open_states,
 )
@@ -67,14 +63,11 @@ def _rewritten(
 ) -> Tensor:
     """The ids with a share of them replaced by the model; states: room for them, overwritten."""
     device, dtype = generator.device, states.states.dtype
-    with outside_loaded(model, loaded(read_outside(model, embedding_names(model)), device, dtype)):
-        embed_tokens(model, tokens, states, device)
-    for index, layer in enumerate(model.layers):
+    embed_original(model, tokens, states, device)
+    for index in range(len(model.layers)):
         progress.ending(f"{told}: layer {index + 1}")
-        assign(layer, loaded(read_layer(model, index), device, dtype))
-        advance(model, index, states, exact=False)
-        drop(layer)
-        return_freed_memory()
+        with layer_loaded(model, index, device, dtype):
+            advance(model, index, states, exact=False)
     written = []
     with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
         for batch in states.batches():
