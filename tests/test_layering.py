@@ -64,8 +64,9 @@ ALLOWED: dict[str, str] = {
         " pipeline.resample pipeline.fisher pipeline.job pipeline.layer"
     ),
     "pipeline.run": (
-        "errors dtypes machine quantize checkpoint calibration pipeline.activations pipeline.background model plan"
-        " stored pipeline.evaluation pipeline.passage pipeline.job pipeline.layer pipeline.head pipeline.tuning"
+        "errors dtypes stats machine quantize checkpoint calibration pipeline.activations pipeline.background"
+        " model plan stored pipeline.evaluation pipeline.passage pipeline.job pipeline.layer pipeline.head"
+        " pipeline.tuning"
     ),
     "pipeline.remeasure": (
         "errors formats checkpoint calibration pipeline.activations model plan stored pipeline.evaluation"

@@ -144,20 +144,20 @@ def measure_choice(
     move_buffers(model.model, job.device)
     swaps: list[Swap] = [(part, None) for part in parts]
     calibration = _calibration(job, "calibration")
-    wanted = _calibration(job, "wanted") if job.follows_original else None
+    beside = _calibration(job, "beside") if job.follows_original else None
     assert job.calibration is not None
     samples = job.calibration.samples
 
     def step(index: int, source: Tensors) -> Step:
         layer = model.layers[index]
         seen = Passage(model, index, calibration, samples)
-        followed = None if wanted is None else Passage(model, index, wanted, samples, weights=source, leaves=True)
+        followed = None if beside is None else Passage(model, index, beside, samples, weights=source, leaves=True)
         result = quantize_layer(job, index, sites, source, seen, followed, None, progress)
         standing = loaded(as_written(source, result), job.device, job.dtype)
         back = loaded(folded(source, result.folds), job.device, job.dtype)
-        if wanted is not None:
+        if beside is not None:
             assign(layer, source)
-            advance(model, index, wanted, first=followed.left if followed else 0, exact=False)
+            advance(model, index, beside, first=followed.left if followed else 0, exact=False)
         assign(layer, standing)
         advance(model, index, calibration, exact=False)
         tried = {
@@ -175,7 +175,7 @@ def measure_choice(
     if head is not None and head.scheme is not None:
         progress.stage("round lm_head")
         name = f"{head.name}.weight"
-        stats = head_stats(model, calibration, wanted, job.device, job.dtype)
+        stats = head_stats(model, calibration, beside, job.device, job.dtype)
         rounded, _ = quantize_head(outside[name], head.scheme, job.options, stats, job.plan.format)
         whole = outside | {name: dequantize(rounded, job.dtype)}
     first, rest = slice(0, probe.samples), slice(probe.samples, both.samples)

@@ -26,7 +26,7 @@ from quantkit.stats import SiteStats, collect, output_error, require_finite_stat
 def head_stats(
     model: StreamedModel,
     stream: Stream,
-    wanted: Stream | None,
+    beside: Stream | None,
     device: torch.device,
     dtype: torch.dtype,
     samples: int | None = None,
@@ -34,7 +34,7 @@ def head_stats(
 ) -> SiteStats:
     """Sum up what the head reads, from calibration streams that have left the last layer.
 
-    wanted: the same samples in the original model, if the drift is to be known; samples: only the first so many;
+    beside: the same samples in the original model, if the drift is to be known; samples: only the first so many;
     ranks: whose streams hold other samples, which count as well
 
     Raises:
@@ -49,7 +49,7 @@ def head_stats(
 
     with outside_loaded(model, loaded(read_outside(model, names), device, dtype)):
         width = int(model.outside()[f"{head}.weight"][1])
-        stats = collect(inputs(stream), width, device, None if wanted is None else inputs(wanted), ranks)
+        stats = collect(inputs(stream), width, device, None if beside is None else inputs(beside), ranks)
     require_finite_stats(stats, str(head))
     return stats
 

@@ -31,7 +31,7 @@ from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
 from quantkit.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
 from quantkit.model.families import Site
-from quantkit.model.shortcuts import Shortcut
+from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
     assign,
@@ -63,6 +63,7 @@ from quantkit.pipeline.passage import Passage, shortcuts_of
 from quantkit.pipeline.tuning import TUNING, learn_sizes, prepare, tune_layer
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
 from quantkit.quantize.methods import SiteResult
+from quantkit.stats import SiteStats
 from quantkit.stored import dequantized
 
 
@@ -174,13 +175,13 @@ def _compare_recipes(job: Job, journal: Journal) -> None:
 @dataclass(frozen=True)
 class _Streams:
     """What travels through the layers, as far as the job has it: the evaluation samples on both models; the calibration
-    samples, and once more on the original where its drift from theirs is made up for.
+    samples, and once more on the original, beside, where their drift from it is made up for.
     """
 
     original: Stream | None
     quantized: Stream | None
     calibration: Stream | None
-    wanted: Stream | None
+    beside: Stream | None
 
 
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
@@ -203,7 +204,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
 
     if plan.head is not None and plan.head.scheme is not None and "head" not in journal.finished:
         progress.ending("quantize lm_head")
-        _quantize_head(job, journal, shards["head"], plan.head, streams.calibration, streams.wanted, gram_samples)
+        _quantize_head(job, journal, shards["head"], plan.head, streams.calibration, streams.beside, gram_samples)
     elif "head" in shards:
         _copy_outside(job, journal, shards["head"])
     measured = None
@@ -226,11 +227,11 @@ def _through_layers(
     """
     model, plan = job.model, job.plan
     original, quantized = streams.original, streams.quantized
-    calibration, wanted = streams.calibration, streams.wanted
+    calibration, beside = streams.calibration, streams.beside
     shards = {shard.unit: shard for shard in plan.shards}
-    layer_errors = []
     finished = set(journal.finished)  # when the run began
     waiting = [linear.layer for linear in plan.quantized if linear.unit not in finished]
+    layer_errors = []
     with read_ahead(_layer_reader(job), len(model.layers)) as sources, writer() as writing:
         for index in range(len(model.layers)):
             progress.layer(index)
@@ -245,47 +246,78 @@ def _through_layers(
             if calibration and job.inputs == "original":
                 progress.stage("calibrate on the original")
                 observed = observe(model, index, sites, calibration)
+
             shard = shards[f"layer.{index}"]
-            reused = shard.unit in finished
-            unfinished = any(layer > index or layer == OUTSIDE for layer in waiting)
-            following = wanted and (unfinished or (job.options.tune and not reused))
-            seen = followed = None
-            if not reused:
-                if calibration and job.inputs == "quantized":
-                    seen = Passage(model, index, calibration, gram_samples, _shortcuts(job, index, calibration, sites))
-                if seen and wanted:
-                    followed = replace(seen, stream=wanted, weights=weights, known={}, leaves=bool(following))
-                result = quantize_layer(job, index, sites, source, seen, followed, observed, progress)
-            if wanted and following:
-                progress.stage("run the original")
-                assign(model.layers[index], weights)
-                advance(model, index, wanted, first=followed.left if followed else 0, exact=False)
-            if reused:
+            more = any(
+                layer > index or layer == OUTSIDE for layer in waiting
+            )  # is still to be calibrated after this one
+            known: Mapping[Shortcut, Known] = {}
+            if shard.unit in finished:
+                if beside and more:
+                    progress.stage("run the original")
+                    advance(model, index, beside, exact=False)
                 stored, records = _read_shard(job, shard), journal.finished[shard.unit].record["linears"]
             else:
-                if job.options.tune and calibration and wanted:
-                    progress.stage("tune")
-                    tune_layer(job, index, result, calibration, wanted)
+                seen = None
+                if calibration and job.inputs == "quantized":
+                    seen = Passage(model, index, calibration, gram_samples, _shortcuts(job, index, calibration, sites))
+                result = _quantize(job, index, sites, source, weights, seen, beside, observed, progress, more=more)
                 progress.stage("write")
                 stored, records = _pack_layer(job, index, shard, result, source), result.records
                 if job.ranks.first:
                     writing.submit(partial(_write_shard, job, journal, shard, copied(stored), records))
-                del result
-            del source, weights, observed, followed
+                known = seen.known if seen else {}
+                del result, seen
+            del source, weights, observed
+
             assign(model.layers[index], _loaded(job, _unpack_layer(job, index, stored)))
             del stored
             progress.stage("run the quantized")
             if quantized:
                 advance(model, index, quantized)
-            if calibration and unfinished and job.inputs == "quantized":
-                advance(model, index, calibration, known=seen.known if seen else {}, exact=False)
-            del seen
+            if calibration and more and job.inputs == "quantized":
+                advance(model, index, calibration, known=known, exact=False)
+            del known
             drop(model.layers[index])
             return_freed_memory()
             if original and quantized:
                 layer_errors.append({"layer": index, "relative_error": relative_error(original, quantized, job.ranks)})
+            reused = shard.unit in finished
             progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
     return layer_errors
+
+
+def _quantize(
+    job: Job,
+    index: int,
+    sites: tuple[Site, ...],
+    source: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    seen: Passage | None,
+    beside: Stream | None,
+    observed: Sequence[SiteStats] | None,
+    progress: Progress,
+    *,
+    more: bool,
+) -> LayerResult:
+    """Quantize the layer, with the original's samples beside those that calibrate it, and bring them behind it.
+
+    source: the layer as stored; weights: as it runs; seen: the samples that calibrate it; more: whether anything after
+    it is calibrated too
+    """
+    leaves = more or job.options.tune  # tuning aims at what the original's layer returns
+    followed = None
+    if seen and beside:
+        followed = replace(seen, stream=beside, weights=weights, known={}, leaves=leaves)
+    result = quantize_layer(job, index, sites, source, seen, followed, observed, progress)
+    if beside and leaves:
+        progress.stage("run the original")
+        assign(job.model.layers[index], weights)
+        advance(job.model, index, beside, first=followed.left if followed else 0, exact=False)
+    if job.options.tune and seen and beside:
+        progress.stage("tune")
+        tune_layer(job, index, result, seen.stream, beside)
+    return result
 
 
 def _fallbacks(job: Job, journal: Journal, streams: _Streams) -> tuple[str, ...]:
@@ -332,14 +364,14 @@ def _quantize_head(
     shard: ShardPlan,
     head: LinearPlan,
     calibration: Stream | None,
-    wanted: Stream | None,
+    beside: Stream | None,
     samples: int,
 ) -> None:
     """Quantize the head from streams that have left the last layer, and write it with what else comes after those."""
     assert head.scheme is not None
     stats = None
     if calibration is not None and job.method_of(head) != "rtn":
-        stats = head_stats(job.model, calibration, wanted, job.device, job.dtype, samples, job.ranks)
+        stats = head_stats(job.model, calibration, beside, job.device, job.dtype, samples, job.ranks)
     weight = f"{head.name}.weight"
     source = read_outside(job.model, [*(name for name in shard.tensors if name in job.model.outside()), weight])
     whole = source.pop(weight).to(job.device)
@@ -428,7 +460,7 @@ def _open_streams(job: Job) -> _Streams:
         original=opened(job.evaluation, "original"),
         quantized=opened(job.evaluation, "quantized"),
         calibration=opened(job.calibration, "calibration"),
-        wanted=opened(job.calibration if job.follows_original else None, "wanted"),
+        beside=opened(job.calibration if job.follows_original else None, "beside"),
     )
 
 
@@ -437,7 +469,7 @@ def _embed_streams(job: Job, streams: _Streams, embeddings: ShardPlan, gram_samp
     model = job.model
     with outside_loaded(model, _loaded(job, read_outside(model, embedding_names(model)))):
         _embed(job, job.evaluation, streams.original)
-        _embed(job, job.calibration, streams.wanted)
+        _embed(job, job.calibration, streams.beside)
         if job.inputs == "original":
             _embed(job, job.calibration, streams.calibration)
         learn_sizes(job, streams.calibration, gram_samples)

@@ -86,8 +86,8 @@ def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tenso
     return [part for each in passes for part in each.split(step)], list(parts[-judges:])
 
 
-def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, wanted: Stream) -> None:
-    """Tune the layer's codes and scales towards the original's outputs; `wanted` holds those already.
+def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, beside: Stream) -> None:
+    """Tune the layer's codes and scales towards the original's outputs; `beside` holds those already.
 
     Samples come in an order of their own for each layer and pass. Some of them only judge: a layer that they find no
     better stays as it was.
@@ -100,7 +100,7 @@ def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, w
 
     def loss(samples: Tensor) -> Loss:
         def of(weights: Mapping[str, Tensor]) -> Tensor:
-            inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, wanted))
+            inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, beside))
             output = run_layer(
                 job.model, index, inputs, {f"{name}.weight": w for name, w in weights.items()}, exact=False
             )
