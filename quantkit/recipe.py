@@ -178,9 +178,10 @@ class Recipe(BaseModel):
 
 
 def over(recipe: Recipe, under: Recipe) -> Recipe:
-    """A recipe with what it leaves out taken from another: all but `default` and `rules`, which belong together."""
+    """A recipe with what it leaves out taken from another: `default` and `rules` belong together."""
     found: dict[str, Any] = {}
-    for name in Recipe.model_fields.keys() - {"default", "rules"}:
+    together = {"default", "rules"} if {"default", "rules"} & recipe.model_fields_set else set()
+    for name in Recipe.model_fields.keys() - together:
         mine, theirs = getattr(recipe, name), getattr(under, name)
         if name not in recipe.model_fields_set:
             found[name] = theirs
@@ -259,14 +260,16 @@ def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | N
             "group_size": default.group_size,
             "symmetric": default.symmetric,
         }
-        kept = layer < 0
+        kept: bool | None = None  # no rule has said
         for rule in recipe.rules:
             if rule.applies(name, layer):
                 fields = ("bits", "group_size", "symmetric")
                 chosen |= {key: value for key in fields if (value := getattr(rule, key)) is not None}
-                if rule.keep is not None or layer < 0 or any(getattr(rule, key) is not None for key in fields):
-                    kept = rule.keep is not None  # a rule that only names a method leaves what is kept as it is
-        return None if kept else Scheme(**chosen)
+                if rule.keep is not None or any(getattr(rule, key) is not None for key in fields):
+                    kept = rule.keep is not None
+                elif layer < 0 and kept is None:
+                    kept = False  # for the head it is enough to be named
+        return None if kept or (kept is None and layer < 0) else Scheme(**chosen)
 
     return resolve
 

@@ -20,7 +20,7 @@ MODELLING = "transformers.models.qwen2.modeling_qwen2"
 PRELOADED = [
     "quantkit.commands.quantize",
     "quantkit.commands.convert",
-    "transformers.models.qwen2.modeling_qwen2",
+    MODELLING,
     "tests.running",
 ]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.allocation import command as allocating
-from quantkit.allocation.command import AllocateRequest, allocate, budget_of, split
+from quantkit.allocation.command import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.allocation.knapsack import solve
 from quantkit.allocation.menu import HEAD, entry_name, parse_menu
 from quantkit.allocation.problem import Problem, pose
@@ -434,13 +434,77 @@ def test_a_failing_verdict_is_repaired_within_the_budget(model: Path, tokens: Pa
     assert result["run"]["verification"]["verdict"] == "pass"
     assert result["run"]["verification"]["kl_divergence"] <= limit
     assert result["total_bytes"] == result["run"]["total_bytes"] <= budget
-    for start in (request, misled):  # what cannot be reached is tried for, and the best of all attempts stays
-        out = tmp_path / "unreachable"
-        asked_for = replace(start.run, max_kl=1e-9, out=out, fresh=True)
-        run = allocate(replace(start, quantize=True, run=asked_for), QUIET)["run"]
-        found = json.loads((out / "quantkit.json").read_text())["verification"]["kl_divergence"]
-        assert run["verification"]["kl_divergence"] == found
-        assert found <= min([found, *(repair["kl_divergence"] for repair in run["repairs"])])
+
+
+@pytest.mark.parametrize(
+    ("kls", "improved", "runs"),
+    [
+        ([0.3, 0.1, 0.2], 2, "0 1 2 1"),  # the second was the best: back to it
+        ([0.3, 0.2, 0.1], 2, "0 1 2"),
+        ([0.3, 0.5], 1, "0 1 0"),
+        ([0.3], 0, "0"),  # nothing that was measured is better
+        ([None, 0.5], 1, "0 1"),  # a KL that was not finite
+        ([0.3, None], 1, "0 1 0"),
+        ([0.3, 0.2, 0.1, 0.05], 3, "0 1 2"),  # enough is enough
+    ],
+)
+def test_the_best_of_all_attempts_stays(kls: list[float | None], improved: int, runs: str) -> None:
+    states: list[Any] = [({}, {(0, 0): number}) for number in range(len(kls))]
+    ran: list[str] = []
+
+    def attempt(state: Any) -> dict[str, Any]:
+        number = states.index(state)
+        ran.append(str(number))
+        return {"verdict": "fail", "kl_divergence": kls[number]}
+
+    def improve(state: Any) -> Any:
+        number = states.index(state)
+        return states[number + 1] if number < improved else None
+
+    said: list[str] = []
+    tried = attempts(states[0], attempt, improve, said.append)
+    assert " ".join(ran) == runs
+    assert tried[-1][0] is states[int(runs[-1])]
+    assert [line for line in said if "back to it" in line] == [line for line in said if "earlier" in line]
+    assert attempts(states[0], lambda state: {"verdict": "pass", "kl_divergence": 1.0}, improve, said.append) == [
+        (states[0], {"verdict": "pass", "kl_divergence": 1.0})
+    ]
+
+
+def test_a_repair_is_measured_before_it_is_run_and_starts_nothing_anew(
+    model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    request = asked(model, tokens, tmp_path, budget, also=("lm_head",), check=False, quantize=True)
+    request = replace(request, run=replace(request.run, max_kl=1e-9, fresh=True))
+    runs: list[Request] = []
+
+    def noted(run: Request, console: Console) -> Any:
+        runs.append(run)
+        return quantize(run, console)
+
+    monkeypatch.setattr(allocating, "quantize", noted)
+    monkeypatch.setattr(allocating, "choose", lambda problem, table: _other(choose(problem, table), bool(runs)))
+    checks = iter([2.0, 3.0])  # where it stands, and what another choice comes to: worse
+    monkeypatch.setattr(allocating, "check", lambda work, choice, parts: Measured({}, next(checks), {}))
+    monkeypatch.setattr(allocating, "corrected", lambda table, stands, choice: table)
+    result = allocate(request, QUIET)["run"]
+    assert [run.fresh for run in runs] == [True]
+    assert result["repairs"] == []
+    checks = iter([2.0, 1.0, 2.0, 3.0])  # better, and then worse
+    runs.clear()
+    result = allocate(request, QUIET)["run"]
+    assert [run.fresh for run in runs[:2]] == [True, False]
+    assert len(result["repairs"]) == len(runs) - 1
+    written = json.loads((request.run.out / "quantkit.json").read_text()) if request.run.out else {}
+    assert result["verification"]["kl_divergence"] == written["verification"]["kl_divergence"]
+    assert written["verification"]["kl_divergence"] <= min(r["kl_divergence"] for r in result["repairs"])
+
+
+def _other(choice: Any, change: bool) -> Any:
+    """Another choice: the first part's entry, where that is asked for, is one that it did not have."""
+    part = next(iter(choice))
+    return choice | {part: Scheme(3, 32, True) if change else choice[part]}
 
 
 def test_a_budget_that_16_bit_fits_leaves_nothing_to_decide(model: Path, tokens: Path, tmp_path: Path) -> None:

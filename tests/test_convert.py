@@ -535,6 +535,9 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
         ["--to", "gptq_v2", "--embeddings", "f16"],
         ["--to", "gguf", "--calib", "mix"],
         ["--to", "gguf", "--rounding", "nearest"],
+        ["--to", "gguf", "--seed", "3"],
+        ["--to", "gptq_v2", "--eval", "nowhere.txt"],
+        ["--to", "fp16", "--eval-samples", "2"],
     ],
 )
 def test_options_that_mean_nothing_for_the_target_are_refused_by_name(tmp_path: Path, words: list[str]) -> None:

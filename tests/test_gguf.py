@@ -410,6 +410,17 @@ def test_a_checkpoint_without_a_quantized_linear_is_refused(tmp_path: Path) -> N
         export(folder, tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_head_with_zero_points_is_held_exactly(tmp_path: Path, method: str) -> None:
+    folder, ids, recipe = tiny(tmp_path / "model", "qwen2"), tmp_path / "ids.safetensors", tmp_path / "recipe.yaml"
+    save_file({"input_ids": IDS}, ids)
+    recipe.write_text("rules:\n- {kind: lm_head}\n")
+    asked = Request(method=method, model=str(folder), command=method, format="gguf", symmetric=False, offline=True,
+                    out=tmp_path / "out", calib=str(ids), verify=False, recipe=recipe)  # fmt: skip
+    result, _ = quantize(asked, QUIET)
+    assert result["gguf"]["equal"] == 15  # the head among them
+
+
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_a_run_sees_the_scales_that_it_writes_wherever_its_states_are(tmp_path: Path, method: str) -> None:
     """q4_1's scales move a little; what is calibrated afterwards, and kept or computed again, must have them moved."""

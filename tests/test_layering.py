@@ -104,7 +104,7 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.sweep": (
         "errors dtypes stats units machine quantize checkpoint calibration pipeline.activations recipe model plan"
-        " fit pipeline.memory pipeline.evaluation pipeline.job pipeline.layer progress report.sweep"
+        " fit pipeline.memory pipeline.evaluation pipeline.job pipeline.layer progress report.sweep folder"
         " commands.defaults commands.quantize"
     ),
     "commands.verify": (

@@ -479,14 +479,28 @@ def test_without_calibration_its_options_are_told_and_change_no_run(tmp_path: Pa
     assert told in " ".join(answer.stderr.split())
     assert told in json.loads((tmp_path / "out" / "quantkit.json").read_text())["fallbacks"]
     done(*run_words("rtn", qwen2, tmp_path / "out", ids, "--no-verify"))  # the same run, not another one
+    ours = [
+        *run_words("rtn", qwen2, tmp_path / "gptq", ids, "--format", "gptq", "--sym", "--inputs", "original"),
+        *words,
+    ]
+    done(*ours)
+    done(*run_words("rtn", qwen2, tmp_path / "plain", ids, "--format", "gptq", "--sym", "--no-verify"))
+    assert contents(tmp_path / "gptq") == contents(tmp_path / "plain")
 
 
-def test_the_models_own_folder_is_never_written_to(tmp_path: Path, ids: Path) -> None:
-    """A folder with a journal, as another run or conversion leaves it: --fresh would clear it."""
-    model = make_qwen2(tmp_path / "model")
-    (model / "journal.jsonl").touch()
+@pytest.mark.parametrize("command", ["rtn", "sweep", "convert"])
+def test_the_models_own_folder_is_never_written_to(tmp_path: Path, qwen2: Path, ids: Path, command: str) -> None:
+    """A model that convert --to fp16 has left has a journal: --fresh would clear it."""
+    packed, model = tmp_path / "packed", tmp_path / "model"
+    done(*run_words("rtn", qwen2, packed, ids, "--no-verify"))
+    done("convert", str(packed), "--to", "fp16", "--out", str(model))
     before = contents(model)
-    refused = quantkit(*run_words("rtn", model, model, ids, "--fresh"))
+    words = {
+        "rtn": run_words("rtn", model, model, ids, "--fresh"),
+        "sweep": ["sweep", str(model), "--calib", str(ids), "--eval", str(ids), "--out", str(model), "--fresh"],
+        "convert": ["convert", str(packed), "--to", "gptq_v2", "--against", str(model), "--out", str(model), "--fresh"],
+    }
+    refused = quantkit(*words[command])
     assert refused.returncode == 1
     assert "is the model or checkpoint itself" in refused.stderr
     assert contents(model) == before

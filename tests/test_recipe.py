@@ -85,6 +85,10 @@ def test_keep_leaves_a_linear_in_16_bit_until_a_later_rule_quantizes_it(tmp_path
     assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", DOWN) == Scheme(8, 128, False)
     assert resolved(tmp_path, keep + "- {kind: down_proj, bits: 8}", UP) is None
     assert resolved(tmp_path, keep + "- {kind: down_proj, method: awq}", DOWN) is None  # which says nothing of bits
+    named = recipe(tmp_path, "rules:\n- {kind: lm_head, method: gptq}")
+    assert resolver(named, DEFAULT)("lm_head", -1) == DEFAULT  # a head is quantized when it is named
+    kept = recipe(tmp_path, "rules:\n- {kind: lm_head, keep: 16bit}\n- {kind: lm_head, method: gptq}")
+    assert resolver(kept, DEFAULT)("lm_head", -1) is None
 
 
 def test_whole_rows(tmp_path: Path) -> None:
@@ -252,6 +256,7 @@ def test_what_a_recipe_leaves_out_is_that_of_the_model(tmp_path: Path) -> None:
     assert (said.limits.max_ppl_increase, said.calibration.samples, said.calibration.seqlen) == (0.1, 4, 512)
     assert resolver(said, DEFAULT)(UP, 5) == DEFAULT  # the default belongs to the rules
     assert said.rule_lines == (1,)
+    assert over(recipe(tmp_path, "budget: {kv: fp8}"), under).default.bits == 8
 
 
 def test_rules_that_match_nothing_are_told(tmp_path: Path) -> None:

@@ -277,6 +277,9 @@ def test_a_stored_head_is_the_embedding_that_it_is_tied_to(tmp_path: Path) -> No
     head = stored["model.embed_tokens.weight"].clone()
     save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
     assert open_model(folder).ignored == ("lm_head.weight",)
+    wider = stored | {"lm_head.weight": head.float()}
+    save_file(wider, folder / "model.safetensors", metadata={"format": "pt"})
+    assert open_model(folder).ignored == ("lm_head.weight",)
     head[-1, -1] += 1
     save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lm_head.weight is not model.embed_tokens.weight.*tie_word_embeddings"):

@@ -66,6 +66,11 @@ def out(tmp_path: Path, finished: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
+def test_limits_that_cannot_be_are_told_before_the_work(out: Path) -> None:
+    with pytest.raises(InputError, match="--max-kl"):
+        verify(out, max_kl=-1.0, against="nowhere")
+
+
 def test_windows_longer_than_the_model_are_refused(out: Path, tmp_path: Path) -> None:
     limit = json.loads((out / "config.json").read_text())["max_position_embeddings"]
     save_file({"input_ids": torch.zeros(2, limit + 1, dtype=torch.int64)}, tmp_path / "long.safetensors")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The allocate command: measure, solve, check, write the recipe; and with `--run`, quantize with it and repair."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantkit.allocation.table import Table, choose, corrected, is_probed, probe
 from quantkit.calibration import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
 from quantkit.commands.defaults import choose_recipe, find_model
-from quantkit.commands.quantize import Request, quantize, serving, tokens_of
+from quantkit.commands.quantize import Request, limits_of, quantize, serving, tokens_of
 from quantkit.errors import InputError
 from quantkit.fit import shapes_in
 from quantkit.model.families import FAMILIES
@@ -88,6 +89,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     if run.method == "rtn":
         raise InputError("--method: expected gptq or awq; rtn needs no calibration and is not measured")
     recipe = choose_recipe(None, run.model)
+    limits_of(run, recipe)  # what they cannot be is told before anything is measured
     _refuse_early(request, recipe)
     directory = find_model(run.model, offline=run.offline)
     model = open_model(directory)
@@ -246,6 +248,9 @@ def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
 # ---------------------------------------------------------------- running it
 
 
+State = tuple[Table, Choice]
+
+
 def _run_and_repair(
     work: Work,
     table: Table,
@@ -255,44 +260,79 @@ def _run_and_repair(
 ) -> dict[str, Any]:
     """Quantize with the recipe; while the verdict fails, measure where the allocation stands and solve again.
 
-    Layers before the first that changes are taken from the run before. A repair is believed only when it was measured:
-    the best of all attempts is what stays.
+    Layers before the first that changes are taken from the run before. A repair is believed only when it was measured.
     """
     request = work.request
-    recipe = request.recipe
     run = replace(
         request.run,
-        recipe=recipe,
+        recipe=request.recipe,
         format=work.problem.fmt.name,
         amend=True,
         budget=None if request.weights_only else request.run.budget,  # of files, not of the card they are for
-        out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{recipe.stem}",
+        out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{request.recipe.stem}",
     )
-    repairs: list[dict[str, Any]] = []
-    attempts: list[tuple[float, Table, Choice]] = []
-    while True:
-        result, folder = quantize(run, work.console)
-        run = replace(run, fresh=False)
-        found = result["verification"]
-        if found is None or found["verdict"] == "pass" or len(repairs) == MAX_REPAIRS:
-            break
-        attempts.append((found["kl_divergence"], table, choice))
-        stands = check(work, choice, probed(work, choice))
-        table = corrected(table, stands, choice)
-        better = choose(work.problem, table) or choice
-        changed = sum(choice[part] != entry for part, entry in better.items())
-        if changed == 0 or check(work, better, []).kl >= stands.kl:
-            break
-        repairs.append({"reasons": found["reasons"], "kl_divergence": found["kl_divergence"], "changed": changed})
-        said = f"the verdict is FAIL, at a KL of {found['kl_divergence']:.5f}; {changed} parts changed"
-        work.console.print(said, highlight=False)
-        choice = better
-        document = write(table, choice)
-    if attempts and found["verdict"] == "fail" and min(attempts, key=itemgetter(0))[0] < found["kl_divergence"]:
-        kl, table, choice = min(attempts, key=itemgetter(0))
-        work.console.print(f"an earlier allocation was better, at a KL of {kl:.5f}: back to it", highlight=False)
-        document = write(table, choice)
-        result, folder = quantize(run, work.console)
-        found = result["verification"]
-    ran = {"out": str(folder), "repairs": repairs, "verification": found, "total_bytes": result["total_bytes"]}
-    return document | {"run": ran}
+    left: list[tuple[dict[str, Any], dict[str, Any], Path]] = []  # the recipe's document, the run's result and folder
+
+    def attempt(state: State) -> dict[str, Any] | None:
+        told = write(*state) if left else document
+        result, folder = quantize(replace(run, fresh=run.fresh and not left), work.console)
+        left.append((told, result, folder))
+        found: dict[str, Any] | None = result["verification"]
+        return found
+
+    def improve(state: State) -> State | None:
+        stands = check(work, state[1], probed(work, state[1]))
+        table = corrected(state[0], stands, state[1])
+        better = choose(work.problem, table) or state[1]
+        return None if better == state[1] or check(work, better, []).kl >= stands.kl else (table, better)
+
+    def tell(line: str) -> None:
+        work.console.print(line, highlight=False, soft_wrap=True)
+
+    tried = attempts((table, choice), attempt, improve, tell)
+    repairs = [
+        {"reasons": found["reasons"], "kl_divergence": found["kl_divergence"], "changed": _changed(before, after)}
+        for (before, found), (after, _) in pairwise(tried)
+        if found is not None
+    ]
+    told, result, folder = left[-1]
+    ran = {"out": str(folder), "repairs": repairs, "verification": tried[-1][1], "total_bytes": result["total_bytes"]}
+    return told | {"run": ran}
+
+
+def attempts(
+    first: State,
+    attempt: Callable[[State], dict[str, Any] | None],
+    improve: Callable[[State], State | None],
+    tell: Callable[[str], None],
+) -> list[tuple[State, dict[str, Any] | None]]:
+    """The allocations that were run, each with its verification; the last is what is there: it passes, or is the best.
+
+    attempt: runs one, and returns the verification, if there is one; improve: one that is better, or None
+    """
+    tried: list[tuple[State, dict[str, Any] | None]] = []
+    state: State | None = first
+    while state is not None:
+        found = attempt(state)
+        tried.append((state, found))
+        if found is None or found["verdict"] == "pass":
+            return tried
+        tell(f"the verdict is FAIL, at a KL of {_kl(tried[-1]):.5f}")
+        state = improve(state) if len(tried) <= MAX_REPAIRS else None
+        if state is not None:
+            tell(f"{_changed(tried[-1][0], state)} parts change")
+    best = min(tried, key=_kl)
+    if _kl(best) < _kl(tried[-1]):
+        tell(f"an earlier allocation was better, at a KL of {_kl(best):.5f}: back to it")
+        tried.append((best[0], attempt(best[0])))
+    return tried
+
+
+def _kl(attempt: tuple[State, dict[str, Any] | None]) -> float:
+    """Infinite where it was not finite."""
+    kl = (attempt[1] or {}).get("kl_divergence")
+    return math.inf if kl is None else float(kl)
+
+
+def _changed(before: State, after: State) -> int:
+    return sum(before[1][part] != entry for part, entry in after[1].items())

@@ -82,23 +82,22 @@ class Checkpoint:
             raise ModelError(f"{path}: {name} ended after {read} of {entry.nbytes} bytes; the file has changed")
         return raw.view(torch_dtype(entry.dtype)).view(entry.shape).to(device)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The tensor's bytes in order, as flat tensors of its dtype of at most 4 MiB; see `read`."""
+    def pieces(self, name: str, values: int | None = None) -> Iterator[Tensor]:
+        """The tensor's bytes in order, as flat tensors of its dtype of so many values, or 4 MiB at most; see `read`."""
         entry = self.entries[name]
-        for begin in range(0, entry.nbytes, PIECE_BYTES):
-            size = min(PIECE_BYTES, entry.nbytes - begin)
+        step = PIECE_BYTES if values is None else values * ITEMSIZE[entry.dtype]
+        for begin in range(0, entry.nbytes, step):
+            size = min(step, entry.nbytes - begin)
             shape = (size // ITEMSIZE[entry.dtype],)
             part = replace(entry, shape=shape, offset=entry.offset + begin, nbytes=size)
             yield Checkpoint(self.directory, {name: part}).read(name)
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same values."""
-        if (self.entries[first].dtype, self.entries[first].shape) != (
-            self.entries[second].dtype,
-            self.entries[second].shape,
-        ):
+        """Whether two tensors of floats hold the same values, whatever their dtypes."""
+        if self.entries[first].shape != self.entries[second].shape:
             return False
-        return all(bool((a == b).all()) for a, b in zip(self.pieces(first), self.pieces(second), strict=True))
+        pairs = zip(*(self.pieces(name, PIECE_BYTES // 8) for name in (first, second)), strict=True)
+        return all(bool((a.float() == b.float()).all()) for a, b in pairs)
 
     def read_many(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Several tensors by name; see `read`."""

@@ -6,7 +6,6 @@ Heavy imports wait until a command runs, so that `--help` answers at once.
 """
 
 import os
-import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -64,8 +63,6 @@ def options(
 def main() -> None:
     """The `quantkit` console script."""
     _let_memory_grow()
-    if processes() == 1:
-        signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what is finished is kept, and how to go on is told
     if processes() == 1 or os.environ["RANK"] == "0":
         app(prog_name="quantkit")
     try:  # what is wrong with the words is told once, by the first of several processes
@@ -76,10 +73,6 @@ def main() -> None:
         from quantkit.ranks import give_way
 
         give_way(error.exit_code)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _let_memory_grow() -> None:

@@ -32,7 +32,7 @@ from quantkit.cli.options import (
     Vram,
 )
 from quantkit.cli.requests import engine_name, listed, run_request
-from quantkit.cli.telling import FAIL, print_json, quiet_libraries, screen, told
+from quantkit.cli.telling import FAIL, heed_termination, print_json, quiet_libraries, screen, told
 
 
 def allocate(
@@ -98,6 +98,7 @@ def allocate(
         from quantkit.report.summary import allocate_summary
 
         quiet_libraries()
+        heed_termination()
         request = AllocateRequest(
             run=run_request(method.value, said),
             weights_only=weights_only,

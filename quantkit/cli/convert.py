@@ -24,7 +24,7 @@ from quantkit.cli.options import (
     TargetName,
 )
 from quantkit.cli.requests import engine_name
-from quantkit.cli.telling import FAIL, command, given, print_json, quiet_libraries, screen, told
+from quantkit.cli.telling import FAIL, command, given, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
 
 GGUF_ONLY = {  # parameters and what they are called
@@ -81,7 +81,7 @@ def convert(
         _to_gguf(locals())
         return
     with told(resumes=True):
-        for name in GGUF_ONLY.keys() & given(here):
+        for name in [name for name in GGUF_ONLY if name in given(here)]:
             raise InputError(f"{GGUF_ONLY[name]}: means something with --to gguf only; leave it out")
         from quantkit.commands.convert import ConvertRequest
         from quantkit.commands.convert import convert as convert_files
@@ -89,6 +89,7 @@ def convert(
         from quantkit.report.summary import convert_summary
 
         quiet_libraries()
+        heed_termination()
         request = ConvertRequest(
             folder=out,
             to=to.value,
@@ -118,6 +119,7 @@ def _to_gguf(said: dict[str, Any]) -> None:
         from quantkit.report.summary import convert_summary, summary
 
         quiet_libraries()
+        heed_termination()
         engine = engine_name(said["engine"])
         if engine not in (None, "llama.cpp", "transformers"):
             raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")

@@ -49,7 +49,7 @@ from quantkit.cli.options import (
     WBit,
 )
 from quantkit.cli.requests import run_request
-from quantkit.cli.telling import FAIL, print_json, quiet_libraries, tell, told
+from quantkit.cli.telling import FAIL, heed_termination, print_json, quiet_libraries, tell, told
 from quantkit.quantize.options import Options
 
 METHODS = {
@@ -111,6 +111,7 @@ def _quantize(method: str, said: Mapping[str, Any]) -> None:
 
         ranks = together.enter_context(joined(tell))
         quiet_libraries()
+        heed_termination()
         console = Console(stderr=True, quiet=not ranks.first)
         process = ranks.local_rank if ranks.size > 1 else None
         result, out = quantize(run_request(method, said, process), console, ranks)

@@ -32,7 +32,7 @@ from quantkit.cli.options import (
 )
 from quantkit.cli.quantize import METHODS
 from quantkit.cli.requests import listed, numbers, run_request
-from quantkit.cli.telling import print_json, quiet_libraries, screen, told
+from quantkit.cli.telling import heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
 from quantkit.quantize.options import Options
 
@@ -74,6 +74,7 @@ def sweep(
         from quantkit.report.summary import sweep_summary
 
         quiet_libraries()
+        heed_termination()
         methods = listed(method, "--method")
         unknown = [name for name in methods if name not in METHODS]
         if unknown:

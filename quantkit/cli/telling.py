@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -25,6 +27,19 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def heed_termination() -> None:
+    """From here on SIGTERM ends the work as Ctrl-C does: what is finished is kept, and how to go on is told.
+
+    To be called behind the imports, some of which do not survive being interrupted; torchrun has its own way.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if processes() == 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def screen() -> Console:
@@ -66,6 +81,7 @@ def told(*, resumes: bool = False) -> Iterator[None]:
 
     resumes: whether the same command goes on from where it stopped.
     """
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except EngineError as error:
@@ -87,6 +103,9 @@ def told(*, resumes: bool = False) -> Iterator[None]:
         fail(
             f"{error.filename or 'disk'}: full; finished layers are kept. To continue: {command(without=('--fresh',))}"
         )
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
 
 
 def fail(*lines: str) -> None:

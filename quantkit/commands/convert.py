@@ -89,8 +89,13 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     recorded = result_of(folder)
     source = open_source(folder)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
-    require_another(out, folder)
+    for source_folder in (folder, *([Path(request.against)] if request.against else [])):
+        require_another(out, source_folder)
     conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
+    if conversion.lossless or conversion.format is None:
+        for option, said in (("--eval", request.evaluation), ("--eval-samples", request.eval_samples)):
+            if said is not None:
+                raise InputError(f"{option}: nothing is measured here, as no integer changes; leave it out")
     if request.engine is not None:
         _require_engine(request.engine, conversion)
     _announce(console, request, conversion)

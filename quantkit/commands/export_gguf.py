@@ -110,6 +110,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         "--calib": request.calib,
         "--samples": request.samples,
         "--seqlen": request.seqlen,
+        "--seed": request.seed,
         "--rounding nearest": request.nearest,
     }
     for option in (option for option, said in calibrating.items() if said):
@@ -119,7 +120,8 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
     label = folder.resolve().name
     out = request.out or Path("outputs") / f"{label}-gguf"
-    require_another(out, folder)
+    for read in (folder, *([Path(request.against)] if request.against else [])):
+        require_another(out, read)
     source = open_source(folder)
     identity = {
         "quantkit": __version__,
@@ -272,6 +274,7 @@ def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
         vocab_size=model.config.vocab_size,
         offline=request.offline,
     )
+    calibration.require_positions(tokens, positions(model.config))
     return calibration.note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
 
 

@@ -107,8 +107,10 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     """
     began = time.monotonic()
     _refuse_together(request, ranks)
-    asked = _resolve(request)
-    model, plan, recipe = asked.model, asked.plan, asked.recipe
+    recipe = choose_recipe(request.recipe, request.model)
+    request, unused = _without_calibration(request, recipe)
+    asked = _resolve(request, recipe)
+    model, plan = asked.model, asked.plan
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
     methods = {linear.method for linear in plan.quantized}
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
@@ -119,7 +121,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         model,
         plan,
         request.method,
-        Options() if calibrated is None else request.options,
+        request.options,
         calibrated,
         evaluated,
         asked.out,
@@ -131,8 +133,9 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
     job = laid_out(job, layout)
-    told = _notes(request, asked, calibrated)
-    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *_too_large(memory)])
+    told = [*unused, *unmatched_rules(recipe, plan), *links_left_out(model.directory)]
+    too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
+    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
     finished: list[dict[str, Any]] = []
@@ -160,7 +163,6 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
 class _Asked:
     """What a request comes to: known before any weight is read."""
 
-    recipe: Recipe
     limits: Limits
     scheme: Scheme
     model: StreamedModel
@@ -168,9 +170,8 @@ class _Asked:
     out: Path
 
 
-def _resolve(request: Request) -> _Asked:
-    recipe = choose_recipe(request.recipe, request.model)
-    limits = _limits(request, recipe)
+def _resolve(request: Request, recipe: Recipe) -> _Asked:
+    limits = limits_of(request, recipe)
     scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
@@ -192,7 +193,7 @@ def _resolve(request: Request) -> _Asked:
         )
     if request.options.tune and any(linear.method == "rtn" for linear in plan.quantized):
         raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
-    return _Asked(recipe, limits, scheme, model, plan, out)
+    return _Asked(limits, scheme, model, plan, out)
 
 
 def _refuse_together(request: Request, ranks: Ranks) -> None:
@@ -205,14 +206,30 @@ def _refuse_together(request: Request, ranks: Ranks) -> None:
             raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
 
 
-def _notes(request: Request, asked: _Asked, calibrated: TokenSet | None) -> list[str]:
-    """What the result is to say of the request: rules that match nothing, options and files that were left out."""
-    plan = asked.plan
+def unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:
+    """See `recipe.unmatched`."""
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
-    told = unmatched(asked.recipe, [(linear.name, linear.layer) for linear in everything])
-    if calibrated is None and (unused := calibrating(request)):
-        told.append(f"{', '.join(unused)}: nothing is calibrated here; left out")
-    return told + links_left_out(asked.model.directory)
+    return unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
+
+
+def _without_calibration(request: Request, recipe: Recipe) -> tuple[Request, list[str]]:
+    """Where no method calibrates, the request without what only calibration uses, and a note that names it."""
+    if request.method != "rtn" or any(rule.method not in (None, "rtn") for rule in recipe.rules):
+        return request, []
+    options = request.options
+    given = {
+        "--calib": request.calib is not None,
+        "--samples": request.samples is not None,
+        "--seed": request.seed != 0,
+        "--inputs": request.inputs != "quantized",
+        "--no-act-order": options.act_order != Options.act_order,
+        "--damp": options.damp != Options.damp,
+        "--correct": options.correct != Options.correct,
+        "--refine": options.refine != Options.refine,
+    }
+    unused = [option for option, said in given.items() if said]
+    bare = replace(request, calib=None, samples=None, seed=0, inputs="quantized", options=Options())
+    return bare, [f"{', '.join(unused)}: nothing is calibrated here; left out"] if unused else []
 
 
 def _finished_before(
@@ -241,28 +258,12 @@ def _finished_before(
     return recorded if same else None
 
 
-def _too_large(memory: Mapping[str, Any]) -> list[str]:
-    """What the verdict will be whatever is measured."""
-    if memory["fits"]:
-        return []
-    return [
+def _too_large(memory: Mapping[str, Any], evaluated: TokenSet | None) -> str:
+    so = "; the verdict will be FAIL" if evaluated else ""
+    return (
         f"does not fit: {format_bytes(memory['total_bytes'])} with {memory['context']:,} tokens of context, of "
-        f"{format_bytes(memory['budget_bytes'])}; the verdict will be FAIL (`quantkit fit` says what would fit)"
-    ]
-
-
-def calibrating(request: Request) -> list[str]:
-    """The options that were given and that only calibration uses."""
-    given = {
-        "--calib": request.calib is not None,
-        "--samples": request.samples is not None,
-        "--inputs": request.inputs != "quantized",
-        "--no-act-order": request.options.act_order != Options.act_order,
-        "--damp": request.options.damp != Options.damp,
-        "--correct": request.options.correct != Options.correct,
-        "--refine": request.options.refine != Options.refine,
-    }
-    return [option for option, said in given.items() if said]
+        f"{format_bytes(memory['budget_bytes'])}{so} (`quantkit fit` says what would fit)"
+    )
 
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
@@ -428,7 +429,7 @@ def _document(
     }
 
 
-def _limits(request: Request, recipe: Recipe) -> Limits:
+def limits_of(request: Request, recipe: Recipe) -> Limits:
     """The command line comes before the recipe, which comes before the defaults."""
     said = recipe.limits
     rise = [r for r in (request.max_ppl_increase, said.max_ppl_increase) if r is not None]

@@ -35,6 +35,7 @@ from quantkit.commands.quantize import Request, config_options, serving, tokens_
 from quantkit.dtypes import to_stored
 from quantkit.errors import InputError, SchemeError
 from quantkit.fit import fit
+from quantkit.folder import require_another
 from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
@@ -103,12 +104,14 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
         QuantkitError: anything the user can fix; a setting that cannot be is listed, and an error when none can.
     """
     run = request.run
-    model = open_model(find_model(run.model, offline=run.offline))
+    directory = find_model(run.model, offline=run.offline)
+    out = run.out or Path("outputs") / f"{Path(run.model).name}-sweep"
+    require_another(out, directory)
+    model = open_model(directory)
     recipe = Recipe()
     serve = serving(run, recipe, model)
     calibrated, evaluated = tokens_of(run, recipe, model, model.directory, set(request.methods))
     assert evaluated is not None
-    out = run.out or Path("outputs") / f"{Path(run.model).name}-sweep"
     settings, refused = settings_of(request, model, serve, calibrated, evaluated, out)
     if not settings:
         raise InputError(f"no setting of the sweep can be: {refused[0]['name']}: {refused[0]['why_not']}")

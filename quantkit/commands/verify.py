@@ -93,6 +93,7 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
 def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     out = request.out
+    _limits(request, recorded)  # what they cannot be is told before anything is measured
     original = _original(request, recorded)
     tokens = _tokens(request, recorded, original)
     reasons = changed_files(out, recorded)
@@ -262,11 +263,15 @@ def _verification(
     memory: dict[str, Any] | None,
     reasons: list[str],
 ) -> dict[str, Any]:
+    return verification_block(measured, calibration.record_of(tokens), _limits(request, recorded), memory, reasons)
+
+
+def _limits(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> Limits:
+    """As asked, or as the run was judged by."""
     before = ((recorded or {}).get("verification") or {}).get("limits") or {}
     rise = [r for r in (request.max_ppl_increase, before.get("max_ppl_increase")) if r is not None]
     kl = [k for k in (request.max_kl, before.get("max_kl")) if k is not None]
-    limits = Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
-    return verification_block(measured, calibration.record_of(tokens), limits, memory, reasons)
+    return Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
 
 
 def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) -> dict[str, Any]:

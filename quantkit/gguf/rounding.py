@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A 16-bit model rounded straight into GGUF's blocks, one decoder layer at a time.
 
-The loop is that of `pipeline`: each site sees the inputs that the sites and layers before it, quantized, give it, sums
-their Gram matrix, and rounds. There is no scale to fold and no other format between: what the codes are chosen on are
-the grids that llama.cpp will compute with. A finished layer is a finished file with its hash in the journal.
+The loop is that of `pipeline.run`: each site sees the inputs that the sites and layers before it, quantized, give it,
+sums their Gram matrix, and rounds. There is no scale to fold and no other format between: what the codes are chosen on
+are the grids that llama.cpp will compute with. A finished layer is a finished file with its hash in the journal.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two streams of the same tokens, one through the original model and one through the quantized, layer by layer.
 
-What a run (`pipeline`) and a later look at its files (`remeasure`) have in common: opening streams, embedding tokens,
-running a layer over a stream, and comparing the logits at the end. Both therefore compute the same figures.
+What a run (`pipeline.run`) and a later look at its files (`remeasure`) have in common: opening streams, embedding
+tokens, running a layer over a stream, and comparing the logits at the end. Both therefore compute the same figures.
 """
 
 import math

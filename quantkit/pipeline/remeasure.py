@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized checkpoint measured against its original from the files of both, one decoder layer of each at a time.
 
-The figures are those of a run (`pipeline`): the same streams, in the same batches, through the same functions. Peak
+The figures are those of a run (`pipeline.run`): the same streams, in the same batches, through the same functions. Peak
 memory is one layer of each model and the hidden states, whatever the depth.
 """
 
@@ -203,7 +203,7 @@ def measure(
     place: str | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """The figures of `verify.Comparison.result`, and "layer_errors"; see `pipeline`.
+    """The figures of `verify.Comparison.result`, and "layer_errors"; see `pipeline.run`.
 
     place: where hidden states live ("device", "ram", "file"; None lets memory decide); batch: samples at a time
 
