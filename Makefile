@@ -26,7 +26,7 @@ check: .venv/installed ## what CI runs: format, lint, types, tests, and the quic
 interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
 	$(BIN)/python -m interop.run
 
-CORE := streaming sites config_refusals formats reading scheme grid gptq awq checkpoint_reader checkpoint_writer journal pipeline verify_command convert inspection
+CORE := streaming sites config_refusals formats format_configs reading scheme grid gptq awq checkpoint_reader checkpoint_writer journal pipeline resume bad_input verify_command verify_other_tools convert convert_other_tools inspection
 
 stacks: .venv/installed ## the core tests on the oldest transformers, in an environment of its own
 	$(BIN)/python -m interop.environments transformers-4.51

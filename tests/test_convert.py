@@ -2,140 +2,23 @@
 """`quantkit convert`: the same integers in another format, what is refused, and what rounding again costs."""
 
 import json
-import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from quantkit.commands.convert import ConvertRequest, convert
-from quantkit.commands.quantize import Request, quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError, SchemeError
-from quantkit.formats import FORMATS, QuantizedLayer
-from quantkit.formats.reading import unpack
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
+from tests.foreign import QUIET, W4, assert_held, foreign, rewrite, run, same, tensors, to, unpacked
 from tests.running import command, done, quantkit, run_process, started
 from tests.tiny import load_whole
-
-QUIET = Console(quiet=True)
-W4 = Scheme(4, 32, False)
-
-
-def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
-    fixed: dict[str, Any] = {
-        "method": "rtn",
-        "group_size": 32,
-        "offline": True,
-        "verify": False,
-        "max_ppl_increase": 9.0,
-    }
-    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
-
-
-def to(folder: Path, target: str, out: Path, **said: Any) -> dict[str, Any]:
-    command = f"quantkit convert {folder} --to {target}"
-    return convert(ConvertRequest(folder=folder, to=target, command=command, out=out, **said), QUIET)[0]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
-        for name in a
-    )
-
-
-# ---------------------------------------------------------------- checkpoints of other tools
-
-
-Change = Callable[[str, QuantizedTensor], QuantizedTensor]
-
-
-def foreign(
-    folder: Path,
-    fmt: str = "awq",
-    scheme: Scheme = W4,
-    *,
-    config: dict[str, Any] | None = None,
-    change: Change = lambda name, quantized: quantized,
-    schemes: dict[str, Scheme] | None = None,
-    kept: tuple[str, ...] = (),
-    head: bool = False,
-    **sizes: Any,
-) -> dict[str, QuantizedTensor]:
-    """A checkpoint with random integers and no trace of quantkit; what its linears hold."""
-    make_qwen2(folder, **sizes)
-    model = load_whole(folder)
-    state = {name: tensor.bfloat16() for name, tensor in tensors(folder).items()}
-    for path in folder.glob("model*"):
-        path.unlink()
-    generator = torch.Generator().manual_seed(3)
-    held: dict[str, QuantizedTensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (head or name != "lm_head") and name not in kept:
-            own = (schemes or {}).get(name.rpartition(".")[2], scheme)
-            shape = tuple(module.weight.shape)
-            groups = (shape[0], own.groups(shape[1]))
-            codes = torch.randint(0, own.max_code + 1, shape, generator=generator, dtype=torch.uint8)
-            zeros = torch.randint(1, own.max_code + 1, groups, generator=generator, dtype=torch.uint8)
-            zeros = torch.full_like(zeros, own.middle) if own.symmetric else zeros
-            scales = (0.001 + 0.01 * torch.rand(groups, generator=generator)).half()
-            held[name] = change(name, QuantizedTensor(codes, scales, zeros, own))
-            state.pop(f"{name}.weight")
-            state |= {f"{name}.{key}": tensor for key, tensor in FORMATS[fmt].pack(held[name]).items()}
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    layers = [QuantizedLayer(name, quantized.scheme) for name, quantized in held.items()]
-    said = config or FORMATS[fmt].config(layers, [*kept, *([] if head else ["lm_head"])])
-    if fmt.startswith("gptq") and any(quantized.g_idx is not None for quantized in held.values()):
-        said["desc_act"] = True
-    edit(folder, lambda raw: raw.update(quantization_config=said))
-    return held
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    raw = json.loads((folder / "config.json").read_text())
-    change(raw)
-    (folder / "config.json").write_text(json.dumps(raw))
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    state = tensors(folder)
-    change(state)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-
-def unpacked(folder: Path, name: str, fmt: str, scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
-    packed = {k.removeprefix(f"{name}."): t for k, t in tensors(folder).items() if k.startswith(f"{name}.")}
-    return unpack(FORMATS[fmt], packed, scheme, shape)
-
-
-def assert_held(folder: Path, fmt: str, held: dict[str, QuantizedTensor]) -> None:
-    """Every linear of the folder, unpacked, is what is expected."""
-    for name, expected in held.items():
-        found = unpacked(folder, name, fmt, expected.scheme, (expected.out_features, expected.in_features))
-        for key in ("codes", "scales", "zeros"):
-            assert torch.equal(getattr(found, key), getattr(expected, key)), (name, key)
-        if expected.g_idx is None:
-            assert found.g_idx is None
-        else:
-            assert found.g_idx is not None
-            assert torch.equal(found.g_idx, expected.g_idx.int())
-
-
-# ---------------------------------------------------------------- the same bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -205,144 +88,6 @@ def test_a_changed_source_takes_its_measurements_with_it(tmp_path: Path, qwen2: 
     after = to(tmp_path / "awq", "gptq_v2", tmp_path / "gptq")
     assert after["verification"] is None
     assert any("is not the file that the run wrote" in note for note in after["fallbacks"])
-
-
-# ---------------------------------------------------------------- other tools' checkpoints
-
-
-def shuffled(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
-    """Act-order: each column in a group of its own choosing."""
-    generator = torch.Generator().manual_seed(len(name))
-    order = torch.randperm(quantized.in_features, generator=generator)
-    return replace(quantized, g_idx=(order // quantized.scheme.group_size).int())
-
-
-def exchanged(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
-    """The groups in another order, each still of neighbours."""
-    groups = quantized.scales.shape[1]
-    labels = torch.arange(groups).flip(0).repeat_interleave(quantized.scheme.group_size)
-    return replace(quantized, g_idx=labels.int())
-
-
-def test_act_order_stays_in_gptq(tmp_path: Path) -> None:
-    held = foreign(tmp_path / "gptq", "gptq", replace(W4, symmetric=True), change=shuffled)
-    to(tmp_path / "gptq", "gptq_v2", tmp_path / "v2")
-    assert_held(tmp_path / "v2", "gptq_v2", held)
-    assert json.loads((tmp_path / "v2" / "config.json").read_text())["quantization_config"]["desc_act"] is True
-    with pytest.raises(SchemeError, match=r"(?s)13 other linears.*act-order.*--requantize"):
-        to(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
-    assert not (tmp_path / "ct").exists()
-
-
-def test_groups_of_neighbours_are_put_in_order(tmp_path: Path) -> None:
-    held = foreign(tmp_path / "gptq", "gptq_v2", change=exchanged)
-    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
-    assert result["converted"]["lossless"]
-    for name, quantized in held.items():
-        found = unpacked(tmp_path / "awq", name, "awq", W4, (quantized.out_features, quantized.in_features))
-        assert torch.equal(found.scales, quantized.scales.flip(1))
-        assert torch.equal(dequantize(found), dequantize(quantized))
-
-
-def test_padded_words_of_older_compressed_tensors(tmp_path: Path) -> None:
-    """3-bit words of 10 codes, as 0.17 wrote them, become the dense stream of 0.20; gptq has the same codes."""
-    scheme = Scheme(3, 32, False)
-    held = foreign(tmp_path / "ct", "compressed-tensors", scheme)
-
-    def pad(state: dict[str, Tensor]) -> None:
-        for name, quantized in held.items():
-            state[f"{name}.weight_packed"] = padded(quantized.codes, 3)
-            state[f"{name}.weight_zero_point"] = padded(quantized.zeros.t(), 3).t().contiguous()
-
-    rewrite(tmp_path / "ct", pad)
-    to(tmp_path / "ct", "compressed-tensors", tmp_path / "dense")
-    assert_held(tmp_path / "dense", "compressed-tensors", held)
-    name, quantized = next(iter(held.items()))
-    packed = tensors(tmp_path / "dense")[f"{name}.weight_packed"]
-    assert packed.shape == (quantized.out_features, math.ceil(quantized.in_features * 3 / 32))
-    to(tmp_path / "ct", "gptq_v2", tmp_path / "gptq")
-    assert_held(tmp_path / "gptq", "gptq_v2", held)
-
-
-def padded(codes: Tensor, bits: int) -> Tensor:
-    """[rows, n] -> int32 [rows, ceil(n / per word)], whole codes only, one by one."""
-    per_word = 32 // bits
-    words = torch.zeros(codes.shape[0], math.ceil(codes.shape[1] / per_word), dtype=torch.int64)
-    for column in range(codes.shape[1]):
-        words[:, column // per_word] |= codes[:, column].long() << bits * (column % per_word)
-    return words.where(words < 2**31, words - 2**32).int()
-
-
-def test_bfloat16_scales(tmp_path: Path) -> None:
-    """Those that float16 holds exactly go anywhere; others only where they are stored as they are."""
-    held = foreign(tmp_path / "ct", "compressed-tensors")
-
-    def round_scales(state: dict[str, Tensor], factor: float) -> None:
-        for name in held:
-            state[f"{name}.weight_scale"] = (state[f"{name}.weight_scale"].float() * factor).bfloat16()
-
-    rewrite(tmp_path / "ct", lambda state: round_scales(state, 1.0))
-    to(tmp_path / "ct", "awq", tmp_path / "awq")
-    scales = {name: tensors(tmp_path / "ct")[f"{name}.weight_scale"].half() for name in held}
-    assert_held(tmp_path / "awq", "awq", {n: replace(q, scales=scales[n]) for n, q in held.items()})
-
-    rewrite(tmp_path / "ct", lambda state: round_scales(state, 2.0**-14))  # float16 loses bits of these
-    with pytest.raises(SchemeError, match="scales in bfloat16 that float16 does not hold"):
-        to(tmp_path / "ct", "awq", tmp_path / "refused")
-    to(tmp_path / "ct", "compressed-tensors", tmp_path / "again")
-    assert same(tensors(tmp_path / "ct"), tensors(tmp_path / "again"))
-    result = to(tmp_path / "ct", "awq", tmp_path / "rounded", requantize=True)
-    assert 0 < result["converted"]["weight_error"]["worst"] < 0.05  # the codes are as they were
-    name, quantized = next(iter(held.items()))
-    found = unpacked(tmp_path / "rounded", name, "awq", W4, (quantized.out_features, quantized.in_features))
-    assert torch.equal(found.codes, quantized.codes)
-
-
-def test_stored_zero_points_in_the_middle_are_symmetric(tmp_path: Path) -> None:
-    def middle(name: str, quantized: QuantizedTensor) -> QuantizedTensor:
-        return replace(quantized, zeros=torch.full_like(quantized.zeros, 8))
-
-    foreign(tmp_path / "awq", change=middle)
-    to(tmp_path / "awq", "gptq", tmp_path / "gptq")
-    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["sym"] is True
-
-
-def test_a_quantized_head(tmp_path: Path) -> None:
-    held = foreign(tmp_path / "gptq", "gptq_v2", head=True)
-    assert "lm_head" in held
-    to(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
-    assert_held(tmp_path / "ct", "compressed-tensors", held)
-    to(tmp_path / "ct", "gptq_v2", tmp_path / "again")
-    assert same(tensors(tmp_path / "gptq"), tensors(tmp_path / "again"))
-    with pytest.raises(SchemeError, match="lm_head"):
-        to(tmp_path / "gptq", "awq", tmp_path / "awq")
-
-
-def test_tensors_without_a_place(tmp_path: Path) -> None:
-    """AutoGPTQ writes a bias of zeros where there is none; anything else would be lost."""
-    held = foreign(tmp_path / "gptq", "gptq")
-    bias = "model.layers.0.mlp.down_proj.bias"
-    rewrite(tmp_path / "gptq", lambda state: state.update({bias: torch.zeros(64, dtype=torch.float16)}))
-    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
-    assert any(bias in note for note in result["fallbacks"])
-    assert_held(tmp_path / "awq", "awq", held)
-    rewrite(tmp_path / "gptq", lambda state: state.update({bias: torch.ones(64, dtype=torch.float16)}))
-    with pytest.raises(ModelError, match=r"down_proj\.bias"):
-        to(tmp_path / "gptq", "awq", tmp_path / "other")
-
-
-def test_who_made_it_is_kept(tmp_path: Path) -> None:
-    foreign(tmp_path / "gptq", "gptq")
-    edit(tmp_path / "gptq", lambda raw: raw["quantization_config"].update(meta={"quantizer": ["gptqmodel:7.7.0"]}))
-    result = to(tmp_path / "gptq", "awq", tmp_path / "awq")
-    assert result["converted"]["made_by"] == "gptqmodel:7.7.0"
-    assert result["converted"]["source"].keys() == {"config.json", "model.safetensors"}
-    assert result["verification"] is None
-    page = (tmp_path / "awq" / "README.md").read_text()
-    assert "converted from gptq, made by gptqmodel:7.7.0" in page
-
-
-# ---------------------------------------------------------------- refused, or rounded again
 
 
 @pytest.mark.parametrize(
@@ -421,9 +166,6 @@ def test_fp16_is_what_the_integers_stand_for(tmp_path: Path) -> None:
     assert 0 < result["converted"]["weight_error"]["worst"] < 2**-11
     loaded = load_whole(tmp_path / "fp16")
     assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"].float())
-
-
-# ---------------------------------------------------------------- damage, and where it is written
 
 
 def test_damaged_sources(tmp_path: Path) -> None:

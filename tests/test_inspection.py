@@ -13,7 +13,7 @@ from rich.console import Console
 from quantkit.commands.inspect import inspect_folder, inspect_table
 from quantkit.errors import ModelError, OutputError
 from quantkit.scheme import Scheme
-from tests.test_convert import edit, foreign, run, shuffled, tensors, to
+from tests.foreign import edit, foreign, run, shuffled, tensors, to
 
 W4 = Scheme(4, 32, True)
 

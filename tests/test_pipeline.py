@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop, through the command line, as users run it: what it writes, that it resumes, what it refuses."""
 
-import hashlib
 import json
 import os
-import random
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,28 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import typer
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantkit.cli.telling import told
-from quantkit.formats import FORMATS
 from quantkit.pipeline import run as pipeline
-from quantkit.scheme import Scheme, dequantize
 from tests.conftest import make_qwen2, make_tokenizer
-from tests.running import ENVIRONMENT, command, done, quantkit, run_process, run_words, started
+from tests.outputs import contents, decoded_model, naive_figures
+from tests.running import command, done, quantkit, run_process, run_words
 from tests.tiny import load_whole
-
-
-def contents(out: Path) -> dict[str, str]:
-    """sha256 of every file whose bytes a run determines: all but the records of time and memory."""
-    varying = {"quantkit.json", "report.html", "README.md"}
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.iterdir())
-        if path.name not in varying
-    }
 
 
 def original(name: str, model: Path) -> torch.Tensor:
@@ -48,56 +30,6 @@ def original(name: str, model: Path) -> torch.Tensor:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
     raise KeyError(name)
-
-
-def decoded_model(out: Path, model: Path) -> torch.nn.Module:
-    """The original architecture in float32 with the weights that the files of `out` stand for."""
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    result = json.loads((out / "quantkit.json").read_text())
-    fmt = FORMATS[result["format"]]
-    tensors: dict[str, torch.Tensor] = {}
-    for path in out.glob("*.safetensors"):
-        tensors |= load_file(path)
-    assert config["quant_method"] in ("awq", "gptq", "compressed-tensors")
-    for layer in result["layers"]:
-        scheme = Scheme(layer["bits"], layer["group_size"], layer["symmetric"])
-        shape = (layer["out_features"], layer["in_features"])
-        packed = {key: tensors.pop(f"{layer['name']}.{key}") for key in fmt.specs(scheme, *shape)}
-        tensors[f"{layer['name']}.weight"] = dequantize(fmt.unpack(packed, scheme, shape))
-    loaded = load_whole(model)
-    missing = loaded.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    assert not missing.unexpected_keys
-    return loaded
-
-
-def naive_figures(model: Path, quantized: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
-    reference = load_whole(model)
-    with torch.no_grad():
-        p = reference(ids).logits[:, :-1].double().log_softmax(-1)
-        q = quantized(ids).logits[:, :-1].double().log_softmax(-1)
-    targets = ids[:, 1:].unsqueeze(-1)
-    return {
-        "perplexity": float((-q.gather(-1, targets)).mean().exp()),
-        "perplexity_fp16": float((-p.gather(-1, targets)).mean().exp()),
-        "kl_divergence": float((p.exp() * (p - q)).sum(-1).mean()),
-    }
-
-
-def test_an_interrupt_that_becomes_an_error_on_its_way_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """torch, changing its modes, answers Ctrl-C with a RuntimeError; one of its own keeps its traceback."""
-
-    def changing_modes() -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise RuntimeError("trying to pop from empty mode stack")  # noqa: B904 - as torch does
-
-    with pytest.raises(typer.Exit) as stopped, told(resumes=True):
-        changing_modes()
-    assert stopped.value.exit_code == 130
-    assert "interrupted; finished layers are kept" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="its own"), told():
-        raise RuntimeError("its own")
 
 
 @pytest.mark.parametrize(
@@ -226,216 +158,6 @@ def test_compressed_tensors_loads_in_transformers(tmp_path: Path, qwen2: Path, i
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-4)
 
 
-def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> None:
-    model = make_qwen2(tmp_path / "model", layers=4)
-    done(*run_words("awq", model, tmp_path / "whole", ids))
-    expected = contents(tmp_path / "whole")
-    rng = random.Random(0)
-    out = tmp_path / "out"
-    killed = 0
-    for _ in range(12):
-        process = started(*run_words("awq", model, out, ids))
-        # Wait for a random one of the files that come and go, so that kills fall in the middle of the work.
-        wanted = rng.randrange(1, 7)
-        deadline = time.monotonic() + 600
-        while process.is_alive() and time.monotonic() < deadline:
-            names = [path.name for path in out.iterdir()] if out.is_dir() else []
-            if sum(name.startswith(("model-", ".model-")) for name in names) >= wanted:
-                process.kill()
-                killed += 1
-                break
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        if rng.random() < 0.3 and out.is_dir():
-            done(*run_words("awq", model, out, ids))
-            assert contents(out) == expected
-            for path in out.iterdir():
-                path.unlink()
-    done(*run_words("awq", model, out, ids))
-    assert killed >= 6
-    assert contents(out) == expected
-    (out / "report.html").unlink()
-    done(*run_words("awq", model, out, ids))  # nothing is left to do but to measure
-    notes = json.loads((out / "quantkit.json").read_text())["fallbacks"]
-    assert any(note.startswith("continued: 6 of 6 files were there") for note in notes)
-
-
-def test_what_is_finished_is_not_measured_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    out = tmp_path / "out"
-    words = run_words("rtn", qwen2, out, ids)
-    first = done(*words, "--json")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    again = done(*words, "--json")
-    assert again.stdout == first.stdout
-    assert "finished before; `quantkit verify` measures it again" in " ".join(again.stderr.split())
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    for more in (["--max-kl", "99"], ["--budget", "20GiB"], ["--eval-samples", "2"]):  # another question than before
-        answer = done(*words, *more)
-        assert "finished before" not in answer.stderr
-
-
-def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    out = tmp_path / "out"
-    done(*run_words("gptq", qwen2, out, ids))
-    expected = contents(out)
-    shard = out / "model-00003-of-00004.safetensors"
-    damaged = bytearray(shard.read_bytes())
-    damaged[-1] ^= 1
-    shard.write_bytes(bytes(damaged))
-    done(*run_words("gptq", qwen2, out, ids))
-    assert contents(out) == expected
-
-
-def test_a_tuned_run_is_continued_to_the_same_bytes(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    out = tmp_path / "out"
-    tuned = run_words("gptq", qwen2, out, ids, "--quality", "best", "--no-verify")
-    done(*tuned)
-    expected = contents(out)
-    (out / "model-00003-of-00004.safetensors").unlink()
-    done(*tuned)
-    assert contents(out) == expected
-    (out / "tuning.st").unlink()  # what it was tuned on is written again, and all that came of it
-    done(*tuned)
-    assert contents(out) == expected
-
-
-def test_changed_request_is_refused_and_fresh_starts_over(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    out = tmp_path / "out"
-    done(*run_words("gptq", qwen2, out, ids))
-    before = contents(out)
-    refused = quantkit(*run_words("gptq", qwen2, out, ids, "--w-bit", "8"))
-    assert refused.returncode == 1
-    assert "scheme" in refused.stderr
-    assert "--fresh" in refused.stderr
-    assert contents(out) == before
-    done(*run_words("gptq", qwen2, out, ids, "--w-bit", "8", "--fresh"))
-    assert contents(out) != before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_tells_how_to_resume(tmp_path: Path, ids: Path, number: signal.Signals) -> None:
-    model = make_qwen2(tmp_path / "model", layers=40)  # time enough for the signal
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(*run_words("awq", model, out, ids, "--fresh")),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    deadline = time.monotonic() + 600
-    while not list(out.glob("model-00002*")) and time.monotonic() < deadline and process.poll() is None:
-        pass
-    process.send_signal(number)
-    _, told = process.communicate(timeout=600)
-    assert process.returncode == 130, told
-    assert f"quantkit awq {model}" in told
-    assert "--fresh" not in told.splitlines()[-1]
-
-
-def spoil_nan(model: Path) -> None:
-    path = sorted(model.glob("*.safetensors"))[0]
-    tensors = load_file(path)
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[0] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def spoil_truncate(model: Path) -> None:
-    path = sorted(model.glob("*.safetensors"))[0]
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def spoil_header(model: Path) -> None:
-    path = sorted(model.glob("*.safetensors"))[0]
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b'"BF16"', b'"F32" ', 1))
-
-
-def spoil_index_missing(model: Path) -> None:
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    index["weight_map"][sorted(index["weight_map"])[0]] = "model-99999-of-99999.safetensors"
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def spoil_index_outside(model: Path) -> None:
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    index["weight_map"][sorted(index["weight_map"])[0]] = "../../etc/passwd"
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def spoil_config(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    del config["model_type"]
-    (model / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (spoil_nan, "finite"),
-        (spoil_truncate, "truncated"),
-        (spoil_header, "safetensors"),
-        (spoil_index_missing, "model-99999"),
-        (spoil_index_outside, "passwd"),
-        (spoil_config, "model_type"),
-    ],
-)
-def test_bad_models_are_told_in_one_line(tmp_path: Path, ids: Path, spoil: Any, told: str) -> None:
-    model = make_qwen2(tmp_path / "model")
-    spoil(model)
-    refused = quantkit(*run_words("awq", model, tmp_path / "out", ids))
-    last = refused.stderr.strip().splitlines()[-1]
-    assert refused.returncode == 1
-    assert last.startswith("quantkit: ")
-    assert told in last
-    assert "Traceback" not in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        (["--group", "48"], "group_size 48"),
-        (["--calib", "nowhere.txt"], "nowhere.txt"),
-        (["--w-bit", "3", "--format", "awq"], "compressed-tensors"),
-        (["--seqlen", "4096", "--calib", "mix"], "128 positions"),
-        (["--device", "tpu"], "--device"),
-        (["--ram", "1MiB"], "--ram 1.00 MiB"),
-        (["--vram", "22GiB"], "--vram"),
-        (["--budget", "22GB"], "--budget"),
-        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
-        (["--max-kl", "-1"], "--max-kl"),
-        (["--max-ppl-increase", "5"], "--max-ppl-increase"),
-    ],
-)
-def test_bad_requests_leave_no_folder(tmp_path: Path, qwen2: Path, ids: Path, changes: list[str], told: str) -> None:
-    refused = quantkit(*run_words("awq", qwen2, tmp_path / "out", ids, *changes))
-    assert refused.returncode == 1
-    assert told in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_budget_that_it_cannot_fit_is_told_before_the_work(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    failed = quantkit(*run_words("rtn", qwen2, tmp_path / "out", ids, "--budget", "1MiB"))
-    assert failed.returncode == 3
-    told = " ".join(failed.stderr.split())
-    assert told.index("of 1.00 MiB; the verdict will be FAIL") < told.index("more than the budget of 1.00 MiB")
-
-
-def test_wrong_usage_is_exit_2() -> None:
-    assert quantkit("awq", "demo", "--w-bit", "5").returncode == 2
-    assert quantkit("nonsense").returncode == 2
-
-
-def test_failed_verdict_is_exit_3_with_everything_in_place(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    failed = quantkit(*run_words("rtn", qwen2, tmp_path / "out", ids, "--max-kl", "0"))
-    assert failed.returncode == 3, failed.stderr
-    result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
-    assert result["verification"]["verdict"] == "fail"
-    assert "KL" in result["verification"]["reasons"][0]
-
-
 def test_recipe_rules_reach_the_files(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text("rules:\n  - {kind: down_proj, bits: 8}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n")
@@ -486,35 +208,6 @@ def test_without_calibration_its_options_are_told_and_change_no_run(tmp_path: Pa
     done(*ours)
     done(*run_words("rtn", qwen2, tmp_path / "plain", ids, "--format", "gptq", "--sym", "--no-verify"))
     assert contents(tmp_path / "gptq") == contents(tmp_path / "plain")
-
-
-@pytest.mark.parametrize("command", ["rtn", "sweep", "convert"])
-def test_the_models_own_folder_is_never_written_to(tmp_path: Path, qwen2: Path, ids: Path, command: str) -> None:
-    """A model that convert --to fp16 has left has a journal: --fresh would clear it."""
-    packed, model = tmp_path / "packed", tmp_path / "model"
-    done(*run_words("rtn", qwen2, packed, ids, "--no-verify"))
-    done("convert", str(packed), "--to", "fp16", "--out", str(model))
-    before = contents(model)
-    words = {
-        "rtn": run_words("rtn", model, model, ids, "--fresh"),
-        "sweep": ["sweep", str(model), "--calib", str(ids), "--eval", str(ids), "--out", str(model), "--fresh"],
-        "convert": ["convert", str(packed), "--to", "gptq_v2", "--against", str(model), "--out", str(model), "--fresh"],
-    }
-    refused = quantkit(*words[command])
-    assert refused.returncode == 1
-    assert "is the model or checkpoint itself" in refused.stderr
-    assert contents(model) == before
-
-
-def test_links_out_of_the_folder_are_told(tmp_path: Path, ids: Path) -> None:
-    model, elsewhere = make_qwen2(tmp_path / "model"), tmp_path / "elsewhere.json"
-    elsewhere.write_text("{}")
-    (model / "generation_config.json").unlink(missing_ok=True)
-    (model / "generation_config.json").symlink_to(elsewhere)
-    done(*run_words("rtn", model, tmp_path / "out", ids, "--no-verify"))
-    assert not (tmp_path / "out" / "generation_config.json").exists()
-    told = json.loads((tmp_path / "out" / "quantkit.json").read_text())["fallbacks"]
-    assert any(note.startswith("generation_config.json is a link out of") for note in told)
 
 
 def test_tuning_that_changes_nothing_is_told(tmp_path: Path, qwen2: Path, ids: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from quantkit.products import strips
 from quantkit.ranks import Ranks
 from tests.conftest import make_qwen2
+from tests.outputs import contents
 from tests.running import ENVIRONMENT, command, done, run_process, run_words
-from tests.test_pipeline import contents
 
 WIDE = 1152  # in_features of down_proj: its Gram matrix is summed up in three strips
 

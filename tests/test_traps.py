@@ -30,8 +30,8 @@ from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from tests.conftest import TINY, make_qwen2
+from tests.foreign import foreign, tensors
 from tests.running import quantkit
-from tests.test_convert import foreign, tensors
 from tests.tiny import load_whole
 
 QUIET = Console(quiet=True)

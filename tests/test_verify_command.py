@@ -12,40 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantkit.checkpoint.journal import locked
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.commands.quantize import Request, quantize
-from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, OutputError, QuantkitError
-from quantkit.formats import FORMATS
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import Scheme
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.running import command, quantkit, run_process
-from tests.test_pipeline import naive_figures
-from tests.tiny import load_whole
+from tests.verified import GPTQ, run, verify, write_foreign
 
-QUIET = Console(quiet=True)
 MIXED = "rules:\n  - {kind: down_proj, bits: 8, group_size: 64}\n  - {layers: '1', match: '*.o_proj', keep: 16bit}\n"
-
-
-def verify(out: Path, **said: Any) -> dict[str, Any]:
-    return verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True, **said), QUIET)
-
-
-def run(model: Path, out: Path, ids: Path, **said: Any) -> dict[str, Any]:
-    fixed: dict[str, Any] = {
-        "method": "rtn",
-        "group_size": 32,
-        "evaluation": str(ids),
-        "offline": True,
-        "max_ppl_increase": 9.0,
-    }
-    request = Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said))
-    return quantize(request, QUIET)[0]
 
 
 def recorded(out: Path) -> dict[str, Any]:
@@ -76,9 +54,6 @@ def test_windows_longer_than_the_model_are_refused(out: Path, tmp_path: Path) ->
     save_file({"input_ids": torch.zeros(2, limit + 1, dtype=torch.int64)}, tmp_path / "long.safetensors")
     with pytest.raises(InputError, match=f"windows of {limit + 1} tokens, but the model has {limit} positions"):
         verify(out, evaluation=str(tmp_path / "long.safetensors"))
-
-
-# ---------------------------------------------------------------- the run's own figures
 
 
 @pytest.mark.parametrize(
@@ -166,9 +141,6 @@ def test_text_is_cut_as_it_was_in_the_run(tmp_path: Path) -> None:
     assert str(text) in instead["notes"][-1]
 
 
-# ---------------------------------------------------------------- files that are not those of the run
-
-
 def test_a_flipped_byte_is_told_and_fails_until_it_is_mended(out: Path) -> None:
     before = recorded(out)
     shard = out / "model-00003-of-00004.safetensors"
@@ -201,173 +173,6 @@ def test_a_damaged_shard_fails_without_figures(out: Path) -> None:
 def test_a_shard_beside_the_list_fails(out: Path) -> None:
     shutil.copy(out / "model-00002-of-00004.safetensors", out / "model-00009-of-00004.safetensors")
     assert "model-00009-of-00004.safetensors" in verify(out)["verification"]["reasons"][0]
-
-
-# ---------------------------------------------------------------- files of other tools
-
-
-def grid(weight: Tensor, scheme: Scheme, g_idx: Tensor | None = None) -> QuantizedTensor:
-    """Rounded to nearest; with g_idx [in] each column on the grid of its own group."""
-    columns = scheme.columns_per_group(weight.shape[1])
-    group = g_idx.long() if g_idx is not None else torch.arange(weight.shape[1]) // columns
-    low, high = (
-        torch.stack([pick(weight[:, group == g], 1).values for g in range(int(group.max()) + 1)], 1)
-        for pick in (torch.min, torch.max)
-    )
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if scheme.symmetric:
-        scales = torch.maximum(-low, high) / (scheme.middle - 0.5)
-        zeros = torch.full_like(scales, scheme.middle)
-    else:
-        scales = (high - low) / scheme.max_code
-        zeros = torch.round(-low / scales).clamp(1, scheme.max_code)
-    scales = scales.half()
-    codes = torch.round(weight / scales.float()[:, group]) + zeros[:, group]
-    codes = codes.clamp(0, scheme.max_code).to(torch.uint8)
-    return QuantizedTensor(codes, scales, zeros.to(torch.uint8), scheme, None if g_idx is None else g_idx.int())
-
-
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-def write_foreign(
-    folder: Path,
-    model: Path,
-    fmt: str,
-    scheme: Scheme,
-    config: dict[str, Any],
-    change: Change = lambda tensors: tensors,
-    act_order: bool = False,
-) -> torch.nn.Module:
-    """A checkpoint as another tool leaves it, in one file; returns the model that it stands for, in float32."""
-    whole = load_whole(model)
-    tensors = {name: t.to(torch.bfloat16) for name, t in whole.state_dict().items()}
-    if whole.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    for name, linear in whole.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(linear, torch.nn.Linear):
-            groups = torch.arange(linear.in_features) // scheme.columns_per_group(linear.in_features)
-            shuffled = groups[torch.randperm(linear.in_features, generator=torch.Generator().manual_seed(3))]
-            quantized = grid(linear.weight.detach(), scheme, shuffled if act_order else None)
-            files = change(FORMATS[fmt].pack(quantized))
-            key = "weight_scale" if "weight_scale" in files else "scales"
-            stored = files[key] if key == "weight_scale" else files[key].t()
-            exact = QuantizedTensor(quantized.codes, stored, quantized.zeros, scheme, quantized.g_idx)
-            linear.weight.data = dequantize(exact)
-            del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{k}": t for k, t in files.items()}
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    raw = json.loads((model / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
-    return whole
-
-
-def bf16_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t.to(torch.bfloat16) if t.dtype == torch.float16 else t for key, t in tensors.items()}
-
-
-def zero_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return tensors | {"bias": torch.zeros(tensors["qweight"].shape[1], dtype=torch.float16)}
-
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}  # as AutoGPTQ
-
-
-def compressed(scheme: Scheme) -> dict[str, Any]:
-    """As llm-compressor writes it."""
-    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": "group"}
-    weights |= {"group_size": scheme.group_size, "actorder": None, "dynamic": False, "observer": "minmax"}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    head = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
-    return head | {"config_groups": {"group_0": group}, "kv_cache_scheme": None, "quantization_status": "compressed"}
-
-
-def library_packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The words as compressed-tensors' own functions pack them."""
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    rows, columns = tensors["weight_shape"].tolist()
-    bits = tensors["weight_packed"].shape[1] * 32 // columns
-    signed = helpers.unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, columns)))
-    return bf16_scales(tensors) | {"weight_packed": helpers.pack_to_int32(signed, bits)}
-
-
-@pytest.mark.parametrize(
-    ("fmt", "scheme", "config", "change", "act_order"),
-    [
-        ("awq", Scheme(4, 32, False), AWQ | {"modules_to_not_convert": None}, bf16_scales, False),
-        ("gptq", Scheme(4, 32, True), GPTQ | {"desc_act": False}, bf16_scales, False),
-        ("gptq", Scheme(4, 32, True), GPTQ, lambda tensors: tensors, True),
-        ("gptq_v2", Scheme(4, 32, False), GPTQ | {"sym": False, "format": "gptq_v2"}, lambda tensors: tensors, False),
-        ("compressed-tensors", Scheme(4, 32, True), compressed(Scheme(4, 32, True)), library_packed, False),
-        ("compressed-tensors", Scheme(3, 32, False), compressed(Scheme(3, 32, False)), bf16_scales, False),
-    ],
-)
-@pytest.mark.parametrize("tied", [False, True])
-def test_checkpoints_of_other_tools(
-    tmp_path: Path,
-    ids: Path,
-    fmt: str,
-    scheme: Scheme,
-    config: dict[str, Any],
-    change: Change,
-    act_order: bool,
-    tied: bool,
-) -> None:
-    model = make_qwen2(tmp_path / "model", tie_word_embeddings=tied)
-    whole = write_foreign(tmp_path / "foreign", model, fmt, scheme, config, change, act_order)
-    before = sorted(path.name for path in (tmp_path / "foreign").iterdir())
-    result = verify(tmp_path / "foreign", against=str(model), evaluation=str(ids), max_ppl_increase=9.0)
-    for name, value in naive_figures(model, whole, load_file(ids)["input_ids"]).items():
-        assert result["verification"][name] == pytest.approx(value, rel=1e-5), name
-    assert result["format"] == fmt
-    assert result["schemes"] == {str(scheme): 14}
-    assert result["verification"]["fit"]["file_bytes"] == result["total_bytes"]
-    assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == before
-
-
-def test_biases_of_zeros_change_nothing_and_others_are_refused(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    """AutoGPTQ writes a bias for each linear. Where the model has one it is the model's."""
-    foreign = tmp_path / "foreign"
-    write_foreign(foreign, qwen2, "gptq", Scheme(4, 32, True), GPTQ)
-    plain = verify(foreign, against=str(qwen2), evaluation=str(ids))["verification"]
-    tensors = load_file(foreign / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.bias"
-    save_file(tensors | {name: torch.zeros(64)}, foreign / "model.safetensors")
-    assert verify(foreign, against=str(qwen2), evaluation=str(ids))["verification"]["perplexity"] == plain["perplexity"]
-    save_file(tensors | {name: torch.ones(64)}, foreign / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.bias"):
-        verify(foreign, against=str(qwen2), evaluation=str(ids))
-
-
-def test_a_quantized_head_is_measured(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    scheme = Scheme(4, 32, True)
-    whole = write_foreign(tmp_path / "foreign", qwen2, "gptq", scheme, GPTQ | {"lm_head": True})
-    tensors = load_file(tmp_path / "foreign" / "model.safetensors")
-    head = grid(tensors.pop("lm_head.weight").float(), scheme)
-    tensors |= {f"lm_head.{key}": t for key, t in FORMATS["gptq"].pack(head).items()}
-    save_file(tensors, tmp_path / "foreign" / "model.safetensors")
-    whole.get_parameter("lm_head.weight").data = dequantize(head)
-    result = verify(tmp_path / "foreign", against=str(qwen2), evaluation=str(ids))
-    for name, value in naive_figures(qwen2, whole, load_file(ids)["input_ids"]).items():
-        assert result["verification"][name] == pytest.approx(value, rel=1e-5), name
-
-
-def test_infinities_of_a_broken_checkpoint_are_told_and_fail(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    """A perplexity beyond a float is None in JSON, and the reason of the verdict."""
-    write_foreign(tmp_path / "foreign", qwen2, "gptq", Scheme(4, 32, True), GPTQ)
-    tensors = load_file(tmp_path / "foreign" / "model.safetensors")
-    tensors["lm_head.weight"] *= 1e6
-    save_file(tensors, tmp_path / "foreign" / "model.safetensors")
-    found = verify(tmp_path / "foreign", against=str(qwen2), evaluation=str(ids))["verification"]
-    assert found["perplexity"] is None
-    assert found["verdict"] == "fail"
-    assert "perplexity is inf" in found["reasons"][0]
-    json.dumps(found, allow_nan=False)
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def no_config(out: Path) -> None:
@@ -454,9 +259,6 @@ def test_names_that_leave_the_folder_are_refused(out: Path) -> None:
     refuses(OutputError, "passwd", out)
 
 
-# ---------------------------------------------------------------- the command
-
-
 def test_exit_codes_and_json(out: Path) -> None:
     passed = quantkit("verify", str(out), "--device", "cpu", "--json")
     assert passed.returncode == 0, passed.stderr
@@ -481,9 +283,6 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
         assert found.returncode == 0, found.stderr
         peaks.append(json.loads(found.stdout)["peak_rss_bytes"])
     assert peaks[1] < 1.1 * peaks[0], peaks
-
-
-# ---------------------------------------------------------------- quantkit.json, damaged
 
 
 def spoilt(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -534,9 +333,6 @@ def test_fit_refuses_more_context_than_the_model_allows(out: Path, qwen2: Path) 
         assert done.returncode == 1
         assert "--context 129: the model allows 128 tokens" in done.stderr
         assert quantkit("fit", str(model), "--group", "32", "--context", "128").returncode == 0
-
-
-# ---------------------------------------------------------------- the folder
 
 
 @pytest.mark.parametrize("journal", [True, False])
