@@ -204,6 +204,7 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
         raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]})") from error
+    _refuse_repeated(path, yaml.compose(text, yaml.SafeLoader))
     try:
         recipe = Recipe.model_validate(raw if raw is not None else {})
     except ValidationError as error:
@@ -217,6 +218,18 @@ def read_recipe(path: Path) -> Recipe:
     root = yaml.compose(text, yaml.SafeLoader)
     recipe._rule_lines = tuple(_line(root, ("rules", index)) for index in range(len(recipe.rules)))
     return recipe
+
+
+def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
+    """YAML takes the last of several equal keys, without a word."""
+    seen: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in seen:
+            raise InputError(f"recipe {path}, line {key.start_mark.line + 1}: {key.value!r} is there twice; keep one")
+        seen.add(key.value)
+        _refuse_repeated(path, value)
+    for item in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _refuse_repeated(path, item)
 
 
 def _keys(place: Sequence[str | int]) -> Sequence[str]:

@@ -507,6 +507,14 @@ def _other(choice: Any, change: bool) -> Any:
     return choice | {part: Scheme(3, 32, True) if change else choice[part]}
 
 
+@pytest.mark.parametrize("name", ["config.json", "notes.yaml"])
+def test_a_recipe_takes_no_other_files_place(model: Path, tokens: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("default: {bits: 4}\n")
+    with pytest.raises(InputError, match=r"--out .*: (expected a name that ends in .yaml|is there, and not a recipe)"):
+        allocate(replace(asked(model, tokens, tmp_path, 10**6), out=tmp_path / name), QUIET)
+    assert (tmp_path / name).read_text() == "default: {bits: 4}\n"
+
+
 def test_a_budget_that_16_bit_fits_leaves_nothing_to_decide(model: Path, tokens: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the model in 16 bit takes .*; give less, or a --menu without 16bit"):
         allocate(asked(model, tokens, tmp_path, 10**9), QUIET)

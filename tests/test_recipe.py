@@ -112,6 +112,8 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("default: {bits: 4}\ndefault: {bits: 8}", ["line 2", "'default' is there twice"]),
+        ("rules:\n- {kind: a,\n   kind: b}", ["line 3", "'kind' is there twice"]),
         ("rules:\n- {kind: a, bitz: 4}", ["rules.0.bitz", "did you mean bits?"]),
         ("rules:\n- {bits: 4}\n- {bits: 9}", ["line 3", "rules.1.bits", "7 or 8", "got 9"]),
         ("rules:\n- {bits: '4'}", ["rules.0.bits", "'4'"]),

@@ -62,7 +62,7 @@ def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> Non
     done(*run_words("awq", model, out, ids))
     assert killed >= 6
     assert contents(out) == expected
-    (out / "report.html").unlink()
+    (out / "quantkit.json").unlink()
     done(*run_words("awq", model, out, ids))  # nothing is left to do but to measure
     notes = json.loads((out / "quantkit.json").read_text())["fallbacks"]
     assert any(note.startswith("continued: 6 of 6 files were there") for note in notes)
@@ -80,6 +80,9 @@ def test_what_is_finished_is_not_measured_again(tmp_path: Path, qwen2: Path, ids
     for more in (["--max-kl", "99"], ["--budget", "20GiB"], ["--eval-samples", "2"]):  # another question than before
         answer = done(*words, *more)
         assert "finished before" not in answer.stderr
+        result = json.loads((out / "quantkit.json").read_text())
+        assert result["seconds"] > json.loads(first.stdout)["seconds"]  # what the run has cost, and this on top
+        assert not any(note.startswith("continued") for note in result["fallbacks"])
 
 
 def test_damaged_shard_is_made_again(tmp_path: Path, qwen2: Path, ids: Path) -> None:

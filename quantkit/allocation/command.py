@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.allocation import kept
 from quantkit.allocation.menu import Part
 from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_room
-from quantkit.allocation.recipe_file import document_of, recipe_text
+from quantkit.allocation.recipe_file import MADE_BY, document_of, recipe_text
 from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration import TokenSet, notes_of
@@ -89,6 +89,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     if run.method == "rtn":
         raise InputError("--method: expected gptq or awq; rtn needs no calibration and is not measured")
     recipe = choose_recipe(None, run.model)
+    _require_place(request.recipe)
     limits_of(run, recipe)  # what they cannot be is told before anything is measured
     _refuse_early(request, recipe)
     directory = find_model(run.model, offline=run.offline)
@@ -127,6 +128,18 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
 
     document = write(table, choice)
     return _run_and_repair(work, table, choice, document, write) if request.quantize else document
+
+
+def _require_place(path: Path) -> None:
+    """The recipe goes to a .yaml file that is not there yet, or that this command has written.
+
+    Raises:
+        InputError: it would take the place of something else.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--out {path}: expected a name that ends in .yaml; --run-out is the folder of --run")
+    if path.exists() and not (path.is_file() and MADE_BY in path.read_text(encoding="utf-8", errors="replace")):
+        raise InputError(f"--out {path}: is there, and not a recipe of this command; choose another name")
 
 
 def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
@@ -321,6 +334,8 @@ def attempts(
         state = improve(state) if len(tried) <= MAX_REPAIRS else None
         if state is not None:
             tell(f"{_changed(tried[-1][0], state)} parts change")
+        elif len(tried) <= MAX_REPAIRS:
+            tell("no other allocation within these bytes measures better")
     best = min(tried, key=_kl)
     if _kl(best) < _kl(tried[-1]):
         tell(f"an earlier allocation was better, at a KL of {_kl(best):.5f}: back to it")

@@ -13,6 +13,8 @@ from quantkit.calibration import TokenSet
 from quantkit.commands.quantize import Request
 from quantkit.plan import number_ranges
 
+MADE_BY = "# to run: quantkit"  # in every recipe that is written here
+
 
 def document_of(problem: Problem, choice: Choice, table: Table, ratio: float) -> dict[str, Any]:
     """What is told of an allocation; ratio: of the evaluation text's KL to that of the windows that decide."""
@@ -67,7 +69,7 @@ def recipe_text(
             for u in document["uniform"]
         ),
         *(f"# {engine}: {why or 'loads it'}" for engine, why in document["engines"].items()),
-        f"# to run: quantkit {run.method} {run.model} --recipe THIS --format {problem.fmt.name}",
+        f"{MADE_BY} {run.method} {run.model} --recipe THIS --format {problem.fmt.name}",
         f"default: {{{_scheme(default)}}}",
         _calibration_line(run, tokens),
     ]

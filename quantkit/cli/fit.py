@@ -22,6 +22,7 @@ from quantkit.cli.options import (
 )
 from quantkit.cli.requests import engine_name
 from quantkit.cli.telling import print_json, screen, told
+from quantkit.errors import InputError
 
 
 def fit(
@@ -65,6 +66,8 @@ def fit(
             offline=offline,
             engine=engine_name(engine),
         )
+        if picture and picture.suffix not in (".html", ".htm"):
+            raise InputError(f"--picture {picture}: expected a name that ends in .html")
         result = fit_request(request)
         print_json(result) if json else screen().print(table(result))
         if picture:

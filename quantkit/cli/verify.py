@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.options import Context, Device, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
-from quantkit.cli.telling import FAIL, command, print_json, quiet_libraries, screen, told
+from quantkit.cli.telling import FAIL, command, heed_termination, print_json, quiet_libraries, screen, told
 
 
 def verify(
@@ -46,6 +46,7 @@ def verify(
         from quantkit.verify import parse_percent
 
         quiet_libraries()
+        heed_termination()
         request = VerifyRequest(
             out=out,
             command=command(),

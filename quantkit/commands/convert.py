@@ -303,7 +303,9 @@ def _measured(
     request: ConvertRequest, recorded: Mapping[str, Any] | None, result: dict[str, Any], out: Path, console: Console
 ) -> dict[str, Any]:
     """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
-    said = ((recorded or {}).get("verification") or {}).get("eval") or {} if request.evaluation is None else {}
+    before = (recorded or {}).get("verification") or {}
+    said = before.get("eval") or {} if request.evaluation is None else {}
+    limits = before.get("limits") or {}
     try:
         return verify_files(
             VerifyRequest(
@@ -313,6 +315,8 @@ def _measured(
                 evaluation=request.evaluation or said.get("source"),
                 seqlen=said.get("seqlen"),
                 eval_samples=request.eval_samples or said.get("samples"),
+                max_ppl_increase=limits.get("max_ppl_increase"),
+                max_kl=limits.get("max_kl"),
                 device=request.device,
                 offline=request.offline or request.against is None,
             ),

@@ -162,7 +162,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
     _say(console, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
     said = (recorded or {}).get("verification")
     same = not rounded and request.outside == "f16"
-    return _finish(request, document, said if same else None, out, console, (said or {}).get("eval")), out
+    return _finish(request, document, said if same else None, out, console, said), out
 
 
 def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -197,6 +197,8 @@ def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapp
 
 def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
     began = time.monotonic()
+    if request.requantize:
+        raise InputError(f"--requantize: {request.source} is not quantized; leave it out")
     kind = request.type or DEFAULT_TYPE
     directory = find_model(request.source, offline=request.offline)
     model = open_model(directory)
@@ -332,13 +334,15 @@ def _finish(
     carried: dict[str, Any] | None,
     out: Path,
     console: Console,
-    tokens: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept.
 
-    carried: a verification that is true of the file; tokens: what the source was measured on
+    carried: a verification that is true of the file; before: that of the source, whose tokens and limits are taken
     """
-    tokens = tokens if tokens and request.evaluation is None else {}
+    said = before or {}
+    tokens = said.get("eval") or {} if request.evaluation is None else {}
+    limits = said.get("limits") or {}
     document["verification"] = carried
     write_json(out / RESULT, document)
     if request.verify:
@@ -349,6 +353,8 @@ def _finish(
             evaluation=request.evaluation or tokens.get("source"),
             seqlen=tokens.get("seqlen"),
             eval_samples=request.eval_samples or tokens.get("samples"),
+            max_ppl_increase=limits.get("max_ppl_increase"),
+            max_kl=limits.get("max_kl"),
             device=request.device,
             offline=request.offline,
         )

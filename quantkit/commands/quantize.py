@@ -59,6 +59,8 @@ from quantkit.tokenizer import tokenizer_of
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
 
+CONTINUED = "continued"  # how the note of a run that went on from an earlier start begins
+
 
 @dataclass(frozen=True)
 class Request:
@@ -139,17 +141,18 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.device)
     finished: list[dict[str, Any]] = []
+    before = _recorded(job.out)
 
     def finish(outcome: Outcome) -> None:
         outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
         result = _document(request, job, outcome, asked.scheme, model.directory, memory, asked.limits)
-        measured = {"seconds": time.monotonic() - began, "memory": layout.record()}
-        finished.append(_finish(job, outcome, model.directory, result | measured))
+        cost = _cost(result, time.monotonic() - began, before if outcome.reused == len(outcome.units) else None)
+        finished.append(_finish(job, outcome, model.directory, result | cost | {"memory": layout.record()}))
 
     def enough(units: Sequence[Unit]) -> bool:
-        before = _finished_before(job, units, memory, asked.limits) if ranks.size == 1 else None
-        finished.extend([before] if before else [])
-        return before is not None
+        same = before is not None and ranks.size == 1 and _finished_before(job, units, memory, asked.limits, before)
+        finished.extend([before] if before and same else [])
+        return same
 
     with display(console, request.device) as progress:
         outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough)
@@ -232,30 +235,42 @@ def _without_calibration(request: Request, recipe: Recipe) -> tuple[Request, lis
     return bare, [f"{', '.join(unused)}: nothing is calibrated here; left out"] if unused else []
 
 
-def _finished_before(
-    job: Job, units: Sequence[Unit], memory: Mapping[str, Any], limits: Limits
-) -> dict[str, Any] | None:
-    """quantkit.json of this very run, with all that it is asked for, if it was brought to its end."""
+def _recorded(out: Path) -> dict[str, Any] | None:
+    """quantkit.json of a finished run, if there is a sound one."""
     try:
-        recorded = read_result(job.out)
+        return read_result(out)
     except OutputError:
         return None
+
+
+def _cost(result: Mapping[str, Any], seconds: float, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Time and memory; of a finished run that is only measured again, with those of the run."""
+    if before is None:
+        return {"seconds": seconds}
+    peaks = {key: max(result[key], before.get(key) or 0) for key in ("peak_rss_bytes", "peak_device_bytes")}
+    notes = [note for note in result["fallbacks"] if not note.startswith(CONTINUED)]
+    return {"seconds": seconds + (before.get("seconds") or 0), "fallbacks": notes} | peaks
+
+
+def _finished_before(
+    job: Job, units: Sequence[Unit], memory: Mapping[str, Any], limits: Limits, recorded: Mapping[str, Any]
+) -> bool:
+    """Whether quantkit.json is that of this very run, brought to its end, with all that it is asked for."""
     files = {entry["name"]: entry["sha256"] for entry in recorded.get("files") or []}
     found = {unit.file: unit.sha256 for unit in units}  # which have just been looked at
     if not all((job.out / name).is_file() for name in (*files, "report.html", "README.md")):
-        return None
+        return False
     if files != found | {name: sha256_of(job.out / name) for name in files.keys() - found.keys()}:
-        return None
+        return False
     if job.evaluation is None:
-        return recorded
+        return True
     said = recorded["verification"] or {}
     judged = said.get("fit") or {}
-    same = (
+    return (
         (said.get("eval") or {}).get("sha256") == job.evaluation.sha256
         and said.get("limits") == vars(limits)
         and all(judged.get(key) == memory[key] for key in ("budget_bytes", "context", "kv", "total_bytes"))
     )
-    return recorded if same else None
 
 
 def _too_large(memory: Mapping[str, Any], evaluated: TokenSet | None) -> str:
@@ -451,7 +466,9 @@ def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
 def _continued(outcome: Outcome) -> list[str]:
     if not outcome.reused:
         return []
-    return [f"continued: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"]
+    return [
+        f"{CONTINUED}: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"
+    ]
 
 
 def _license(request: Request, directory: Path) -> str | None:

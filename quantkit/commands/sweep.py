@@ -115,6 +115,9 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     settings, refused = settings_of(request, model, serve, calibrated, evaluated, out)
     if not settings:
         raise InputError(f"no setting of the sweep can be: {refused[0]['name']}: {refused[0]['why_not']}")
+    if not any(setting.document["fits"] for setting in settings):
+        told = f"no setting fits {format_bytes(serve['budget'])} with {serve['context']:,} tokens of context"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     for row in refused:
         console.print(f"left out: {row['name']}: {row['why_not']}", highlight=False, markup=False, soft_wrap=True)
     console.print(SHARED_INPUTS, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ def summary(result: dict[str, Any], out: Path) -> Group:
         "took", f"{format_seconds(result['seconds'])}, at most {format_bytes(result['peak_rss_bytes'])} of RAM"
     )
     lines: list[Any] = [table]
-    lines += [Text(f"fallback: {note}", style="yellow") for note in result["fallbacks"]]
+    lines += [Text(f"note: {note}", style="yellow") for note in result["fallbacks"]]
     if measured:
         lines += _verdict_lines(measured)
     lines.append(Text(f"report: {out}/report.html"))
