@@ -31,13 +31,15 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
 
 
-def require_another(out: Path, source: Path) -> None:
+def require_another(out: Path, *sources: Path | str | None) -> None:
     """Refuse to write over what is read: starting over would remove it.
 
+    sources: folders; a name that is none, as of the hub, or None is let pass
+
     Raises:
-        InputError: both are one folder.
+        InputError: one of them is that folder.
     """
-    if out.resolve() == source.resolve():
+    if any(out.resolve() == Path(source).resolve() for source in sources if source is not None):
         raise InputError(f"--out {out}: is the model or checkpoint itself; choose another folder")
 
 

@@ -134,7 +134,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
         "options.bits: 4 -> 3",
         "options.group_size: 128 -> none",
         "options.sym: none -> true",
-        'model.model.safetensors: "sha256:aaaaa... -> "sha256:bbbbb...',
+        'model.model.safetensors: "sha256:aaaaa..." -> "sha256:bbbbb..."',
         "--fresh",
         "another --out",
     ):

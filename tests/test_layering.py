@@ -39,7 +39,7 @@ ALLOWED: dict[str, str] = {
     "loaders": "errors scheme formats plan",
     "stored": "errors jsonfile scheme formats checkpoint model plan",
     "pipeline.needs": "portions formats model plan",
-    "fit": "errors dtypes jsonfile units formats checkpoint model plan loaders stored pipeline.needs",
+    "fit": "errors dtypes jsonfile formats checkpoint model plan loaders stored pipeline.needs",
     "pipeline.memory": "errors portions units model pipeline.needs pipeline.job",
     "commands.models": "errors resources checkpoint recipe",
     "gguf": (
@@ -80,6 +80,7 @@ ALLOWED: dict[str, str] = {
     "report.parts": "report.wording report.charts",
     "report.run": "report.wording report.charts report.rendering report.parts",
     "report.fit": "report.wording report.rendering report.parts",
+    "report.fit_table": "units fit",
     "report.sweep": "report.wording report.charts report.rendering report.parts",
     "report.card": "report.wording report.rendering",
     "document": "errors jsonfile",
@@ -121,8 +122,8 @@ ALLOWED: dict[str, str] = {
         " commands.defaults commands.verify"
     ),
     "cli": (
-        "errors ranks units machine quantize verify fit commands.models report.summary report.card document"
-        " commands.inspect hub commands.fit commands.quantize allocation commands.sweep commands.verify"
+        "errors ranks units machine quantize verify commands.models report.summary report.fit_table report.card"
+        " document commands.inspect hub commands.fit commands.quantize allocation commands.sweep commands.verify"
         " commands.convert commands.export_gguf"
     ),
     "__main__": "cli",
@@ -146,8 +147,8 @@ LIBRARIES: dict[str, str] = {
     "accelerate": "model",
     "typer": "cli",
     "rich": (
-        "fit progress report.summary commands.quantize commands.verify commands.convert commands.export_gguf"
-        " commands.sweep commands.inspect commands.models allocation cli"
+        "progress report.summary report.fit_table commands.quantize commands.verify commands.convert"
+        " commands.export_gguf commands.sweep commands.inspect commands.models allocation cli"
     ),
 }
 

@@ -263,7 +263,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:13]}..."
+    return text if len(text) <= 40 else f"{text[:13]}...{text[-1]}"
 
 
 def _remove_run(folder: Path, unit_lines: bytes) -> None:

@@ -48,7 +48,7 @@ def fit(
     """
     with told():
         from quantkit.commands.fit import FitRequest, fit_page, fit_request
-        from quantkit.fit import table
+        from quantkit.report.fit_table import table
         from quantkit.units import parse_bytes, parse_tokens
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be

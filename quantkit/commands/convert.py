@@ -22,7 +22,7 @@ from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
 from quantkit.commands.defaults import choose_serving, positions
 from quantkit.commands.repack import Conversion, make_conversion, open_source, write_unit
-from quantkit.commands.verify import VerifyRequest, verify_files
+from quantkit.commands.verify import measured_like, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError
 from quantkit.fit import fit_checkpoint
@@ -89,8 +89,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], 
     recorded = result_of(folder)
     source = open_source(folder)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
-    for source_folder in (folder, *([Path(request.against)] if request.against else [])):
-        require_another(out, source_folder)
+    require_another(out, folder, request.against)
     conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
     if conversion.lossless or conversion.format is None:
         for option, said in (("--eval", request.evaluation), ("--eval-samples", request.eval_samples)):
@@ -303,25 +302,18 @@ def _measured(
     request: ConvertRequest, recorded: Mapping[str, Any] | None, result: dict[str, Any], out: Path, console: Console
 ) -> dict[str, Any]:
     """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
-    before = (recorded or {}).get("verification") or {}
-    said = before.get("eval") or {} if request.evaluation is None else {}
-    limits = before.get("limits") or {}
+    asked = measured_like(
+        (recorded or {}).get("verification"),
+        out=out,
+        command=request.command,
+        against=request.against,
+        evaluation=request.evaluation,
+        eval_samples=request.eval_samples,
+        device=request.device,
+        offline=request.offline or request.against is None,
+    )
     try:
-        return verify_files(
-            VerifyRequest(
-                out=out,
-                command=request.command,
-                against=request.against,
-                evaluation=request.evaluation or said.get("source"),
-                seqlen=said.get("seqlen"),
-                eval_samples=request.eval_samples or said.get("samples"),
-                max_ppl_increase=limits.get("max_ppl_increase"),
-                max_kl=limits.get("max_kl"),
-                device=request.device,
-                offline=request.offline or request.against is None,
-            ),
-            console,
-        )
+        return verify_files(asked, console)
     except QuantkitError as error:
         if request.against is not None:
             raise

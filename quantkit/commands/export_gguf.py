@@ -21,7 +21,7 @@ from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_json
 from quantkit.commands.defaults import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
-from quantkit.commands.verify import VerifyRequest, verify_files
+from quantkit.commands.verify import measured_like, verify_files
 from quantkit.document import RESULT
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.folder import (
@@ -120,8 +120,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
     label = folder.resolve().name
     out = request.out or Path("outputs") / f"{label}-gguf"
-    for read in (folder, *([Path(request.against)] if request.against else [])):
-        require_another(out, read)
+    require_another(out, folder, request.against)
     source = open_source(folder)
     identity = {
         "quantkit": __version__,
@@ -340,21 +339,16 @@ def _finish(
 
     carried: a verification that is true of the file; before: that of the source, whose tokens and limits are taken
     """
-    said = before or {}
-    tokens = said.get("eval") or {} if request.evaluation is None else {}
-    limits = said.get("limits") or {}
     document["verification"] = carried
     write_json(out / RESULT, document)
     if request.verify:
-        asked = VerifyRequest(
+        asked = measured_like(
+            before,
             out=out,
             command=request.command,
             against=request.against,
-            evaluation=request.evaluation or tokens.get("source"),
-            seqlen=tokens.get("seqlen"),
-            eval_samples=request.eval_samples or tokens.get("samples"),
-            max_ppl_increase=limits.get("max_ppl_increase"),
-            max_kl=limits.get("max_kl"),
+            evaluation=request.evaluation,
+            eval_samples=request.eval_samples,
             device=request.device,
             offline=request.offline,
         )

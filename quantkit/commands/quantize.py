@@ -59,8 +59,6 @@ from quantkit.tokenizer import tokenizer_of
 from quantkit.units import format_bytes
 from quantkit.verify import Limits, verification_block
 
-CONTINUED = "continued"  # how the note of a run that went on from an earlier start begins
-
 
 @dataclass(frozen=True)
 class Request:
@@ -135,7 +133,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
     job = laid_out(job, layout)
-    told = [*unused, *unmatched_rules(recipe, plan), *links_left_out(model.directory)]
+    told = [*unused, *_unmatched_rules(recipe, plan), *links_left_out(model.directory)]
     too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
     _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
@@ -144,9 +142,11 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     before = _recorded(job.out)
 
     def finish(outcome: Outcome) -> None:
-        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told))
+        again = before if outcome.reused == len(outcome.units) else None  # all was there, and is only measured
+        continued = _continued(outcome) if again is None else []
+        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told, *continued))
         result = _document(request, job, outcome, asked.scheme, model.directory, memory, asked.limits)
-        cost = _cost(result, time.monotonic() - began, before if outcome.reused == len(outcome.units) else None)
+        cost = _cost(result, time.monotonic() - began, again)
         finished.append(_finish(job, outcome, model.directory, result | cost | {"memory": layout.record()}))
 
     def enough(units: Sequence[Unit]) -> bool:
@@ -209,7 +209,7 @@ def _refuse_together(request: Request, ranks: Ranks) -> None:
             raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
 
 
-def unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:
+def _unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:
     """See `recipe.unmatched`."""
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
     return unmatched(recipe, [(linear.name, linear.layer) for linear in everything])
@@ -248,8 +248,7 @@ def _cost(result: Mapping[str, Any], seconds: float, before: Mapping[str, Any] |
     if before is None:
         return {"seconds": seconds}
     peaks = {key: max(result[key], before.get(key) or 0) for key in ("peak_rss_bytes", "peak_device_bytes")}
-    notes = [note for note in result["fallbacks"] if not note.startswith(CONTINUED)]
-    return {"seconds": seconds + (before.get("seconds") or 0), "fallbacks": notes} | peaks
+    return {"seconds": seconds + (before.get("seconds") or 0)} | peaks
 
 
 def _finished_before(
@@ -437,7 +436,6 @@ def _document(
             *outcome.fallbacks,
             *notes_of(job.calibration, job.evaluation),
             *_beyond(outcome, request.ram),
-            *_continued(outcome),
         ],
         "engines": memory["engines"],
         "verification": _verification(job, outcome, memory, limits),
@@ -466,9 +464,7 @@ def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
 def _continued(outcome: Outcome) -> list[str]:
     if not outcome.reused:
         return []
-    return [
-        f"{CONTINUED}: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"
-    ]
+    return [f"continued: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"]
 
 
 def _license(request: Request, directory: Path) -> str | None:

@@ -71,6 +71,39 @@ class VerifyRequest:
     offline: bool = False
 
 
+def measured_like(
+    before: Mapping[str, Any] | None,
+    *,
+    out: Path,
+    command: str,
+    against: str | None,
+    evaluation: str | None,
+    eval_samples: int | None,
+    device: torch.device,
+    offline: bool,
+) -> VerifyRequest:
+    """What asks to measure a folder that was made of another: on the other's tokens, unless some are named, and judged
+    by its limits.
+
+    before: the verification of the other, if it has one; the rest as in `VerifyRequest`
+    """
+    said = before or {}
+    tokens = said.get("eval") or {} if evaluation is None else {}
+    limits = said.get("limits") or {}
+    return VerifyRequest(
+        out=out,
+        command=command,
+        against=against,
+        evaluation=evaluation or tokens.get("source"),
+        seqlen=tokens.get("seqlen"),
+        eval_samples=eval_samples or tokens.get("samples"),
+        max_ppl_increase=limits.get("max_ppl_increase"),
+        max_kl=limits.get("max_kl"),
+        device=device,
+        offline=offline,
+    )
+
+
 def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
     """Measure a checkpoint from its files and return the result document with a new "verification".
 
