@@ -10,12 +10,12 @@ is one bfloat16 product over three times the terms, and right to about 2^-16: wh
 (Henry, Tang, Heinecke, arXiv 1904.06376). A product of numbers that are 16-bit to begin with is exact term by term.
 
 A CPU multiplies in float32. torch does so through MKL, which takes AVX2 where the processor is not Intel's; oneDNN,
-which torch also holds, takes what the processor has: with AVX512 that is twice as fast. Without AVX512 the two are as
-fast, and MKL also reads turned matrices and adds in place, where oneDNN wants copies (`LOG.md`).
+which torch also holds, takes what the processor has: with AVX512 that is twice as fast (`LOG.md`). Linears go there; so
+do sums of products, with torch 2.9 and later, on processors with bfloat16 but not AMX.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -23,29 +23,35 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TERMS_AT_ONCE = 2048  # of the sum in a split or turned product: bounds the memory of the copies
+TERMS_AT_ONCE = 2048  # of the sum in a split product: bounds the memory of the copies
 HALVES = 8  # strips of columns in which the upper half of a symmetric product is made: 56% of all the work
 NARROWEST_STRIP = 512
 NARROWEST_STRIP_CPU = 128
-PRODUCT_AT_ONCE = 1 << 24  # of a product that is added to something on a CPU, where it is first made by itself
+PRODUCT_AT_ONCE = 1 << 24  # of a product in bfloat16 that a CPU makes by itself before it is added
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """total += left.T @ right, in place.
 
     total: float32 [m, n]; left: [k, m], right: [k, n], both float32 or of one 16-bit type.
-    exact: False lets a GPU round float32 to bfloat16 once (2^-9), where that is enough.
+    exact: False lets float32 be rounded to bfloat16 (2^-9), where that is enough, and faster; on a CPU the product too.
     """
     if not fast_16bit(left):
-        if _in_place(total.device.type):
-            return total.addmm_(left.T.float(), right.float())
+        if exact or not (total.device.type == "cpu" and fast_bfloat16()):
+            with _addmm_by_onednn():
+                return total.addmm_(left.T.float(), right.float())
         rows = max(1, PRODUCT_AT_ONCE // total.shape[1])
         for part, columns in zip(total.split(rows), left.T.split(rows), strict=True):
-            part.add_(linear(columns.float().contiguous(), right.float().T))
+            part.add_(_pointwise(columns.bfloat16().contiguous(), right.bfloat16().T, None))
         return total
     for a, b in zip(_pieces(left), _pieces(right), strict=True):
         _accumulate_16bit(total, *_terms(a, b, exact))
     return total
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x as `accumulate_` takes it on a CPU where it need not be exact: for what is multiplied more than once."""
+    return x.bfloat16() if x.device.type == "cpu" and fast_bfloat16() else x
 
 
 def strips(gram: Tensor) -> list[slice]:
@@ -63,14 +69,9 @@ def accumulate_gram_(gram: Tensor, x: Tensor, rows: Sequence[slice] | None = Non
     rows = strips(gram) if rows is None else rows
     if not fast_16bit(x):
         x = x.float()
-        if _in_place(gram.device.type):
+        with _addmm_by_onednn():
             for strip in rows:
                 gram[strip, strip.start :].addmm_(x[:, strip].T, x[:, strip.start :])
-            return gram
-        for part in x.split(TERMS_AT_ONCE):
-            columns = part.T.contiguous()
-            for strip in rows:
-                gram[strip, strip.start :] += linear(columns[strip], columns[strip.start :])
         return gram
     for part in _pieces(x):
         left, right = _terms(part, part, exact=True)
@@ -93,7 +94,7 @@ def product(left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """left [m, k] @ right [k, n] in float32; see `accumulate_`."""
     if not fast_16bit(left):
         left, right = left.float(), right.float()
-        return left @ right if _in_place(left.device.type) else linear(left, right.T)
+        return left @ right if _left_to_blas(left.device.type) else linear(left, right.T)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
     return accumulate_(total, left.T, right, exact=exact)
 
@@ -131,13 +132,37 @@ class _ByOneDNN(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _addmm_by_onednn() -> Iterator[None]:
+    """Within it, float32 `addmm_` on a CPU is oneDNN's, where that is faster and the result the same.
+
+    torch only asks oneDNN where products in bfloat16 are allowed; oneDNN does what it is allowed with AMX alone.
+    """
+    if not _onednn_adds():
+        yield
+        return
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - which mypy does not see
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 @cache
 def _onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache
-def _in_place(device: str) -> bool:
+def _onednn_adds() -> bool:
+    amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return fast_bfloat16() and not amx() and hasattr(torch.backends.mkldnn, "matmul")
+
+
+@cache
+def _left_to_blas(device: str) -> bool:
     """Whether products on this type of device are best left to the BLAS that torch has there."""
     return device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 

@@ -5,19 +5,45 @@ import pytest
 import torch
 
 from quantkit import products
-from quantkit.products import accumulate_, accumulate_gram_, fast_linears, mirror_, product
+from quantkit.products import accumulate_, accumulate_gram_, fast_bfloat16, fast_linears, mirror_, product, rounded
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("at_once", [1, 40, 1 << 24])
-def test_a_sum_of_products_is_that_of_float64(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rows", [33, 1000])  # torch asks oneDNN for larger sums only
+def test_a_sum_of_products_is_that_of_float64(exact: bool, rows: int) -> None:
+    """In place, on a part of something larger, of tensors that lie turned."""
+    whole, left, right = random(40, 70), random(30, rows, seed=1).T, random(rows, 50, seed=2)
+    before = whole.clone()
+    part = whole[5:35, 10:60]
+    expected = part.double() + left.double().T @ right.double()
+    assert accumulate_(part, left, right, exact=exact) is part
+    tolerance = 1e-6 if exact or not fast_bfloat16() else 1e-2
+    assert float((part - expected).norm()) < tolerance * float(expected.norm())
+    part.copy_(before[5:35, 10:60])
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.skipif(not fast_bfloat16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("at_once", [1, 90, 1 << 24])
+def test_a_rounded_product_is_the_same_in_any_pieces(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    left, right = random(33, 5, seed=1), random(33, 40, seed=2)
+    expected = accumulate_(torch.zeros(5, 40), left, right, exact=False)
     monkeypatch.setattr(products, "PRODUCT_AT_ONCE", at_once)
-    total, left, right = random(5, 7), random(33, 5, seed=1), random(33, 7, seed=2)
-    expected = total.double() + left.double().T @ right.double()
-    torch.testing.assert_close(accumulate_(total, left, right).double(), expected, rtol=1e-5, atol=1e-5)
+    for x in (right, rounded(right)):
+        assert torch.equal(accumulate_(torch.zeros(5, 40), left, x, exact=False), expected)
+
+
+def test_torch_is_left_as_it_was() -> None:
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(settings, "fp32_precision", None)
+    accumulate_gram_(torch.zeros(300, 300), random(70, 300))
+    with pytest.raises(RuntimeError):
+        accumulate_(torch.zeros(3, 4), random(5, 3), random(5, 5))
+    assert getattr(settings, "fp32_precision", None) == before
 
 
 @pytest.mark.parametrize("columns", [1, 100, 300, 1100])
