@@ -62,7 +62,7 @@ def weights(sizes: dict[str, Any]) -> int:
 
 
 def operations(sizes: dict[str, Any]) -> tuple[float, float]:
-    """Of one layer: what rounding takes, whatever the tokens, and what each token takes; see `slab.floors`."""
+    """Of one layer on a GPU: what rounding takes, whatever the tokens, and what each token takes; see `slab.floors`."""
     fixed, per_token = 0.0, 0.0
     for rows, width in _sites(sizes):
         drift = min(2 * width**2, 4 * rows * width)

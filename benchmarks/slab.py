@@ -128,27 +128,27 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
     candidates on the rows that judge them; GPTQ's updates; the refinement's first residual and rounds; the
     energy that the told error is a share of. run: the last site's linears
     """
-    linears, tokens = job.plan.layer(0), 0 if job.calibration is None else job.calibration.input_ids.numel()
-    drifts = job.follows_original
+    linears = job.plan.layer(0)
+    tokens, beside = (0 if found is None else found.input_ids.numel() for found in (job.calibration, job.beside))
     found = {"read": Floor(bytes=2 * sum(x.out_features * x.in_features for x in linears.values()))}
     found["write"] = Floor(bytes=next(x for x in job.plan.shards if x.unit == "layer.0").tensor_bytes)
-    run = 0
+    run = 0  # for each token
     for site in sites:
         width = linears[site.linears[0]].in_features
         rows = [linears[name].out_features for name in site.linears]
         update = 2 * sum(rows) * width**2
         if tokens and job.method != "rtn":
             drift = min(2 * width**2, 4 * sum(rows) * width) if len(rows) == 1 else 2 * width**2
-            summed = tokens * (width**2 + drifts * drift)
-            leaves = drifts * 2 * tokens * sum(rows) * width if site is sites[-1] else 0
-            found[f"calibrate {kinds(site)}"] = Floor((1 + drifts) * run + summed + leaves)
+            summed = tokens * width**2 + beside * drift
+            leaves = 2 * beside * sum(rows) * width if site is sites[-1] else 0
+            found[f"calibrate {kinds(site)}"] = Floor((tokens + beside) * run + summed + leaves)
             judged = sum(min(count, ROWS_JUDGED) for count in rows)
             search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.producer else 0
             refine = update * (job.options.refine + 1)  # its last residual, or without it a product, gives the error
-            solved = width**3 // 3 + 2 * drifts * update + update // 2 + refine + update
+            solved = width**3 // 3 + (2 * update if beside else 0) + update // 2 + refine + update
             found[f"quantize {kinds(site)}"] = Floor(search + solved)
-        run = 2 * tokens * sum(rows) * width
-    return found | {"run the quantized": Floor(run)}
+        run = 2 * sum(rows) * width
+    return found | {"run the quantized": Floor(tokens * run)}
 
 
 def peak(device: torch.device) -> float:

@@ -10,18 +10,17 @@ so H serves the AWQ scale search, the range search and GPTQ alike (GPTQ, arXiv 2
 Where the original model's inputs X0 to the same site are known too, their drift D = (X0 - X)^T X says what part of the
 original's output a weight that sees X can still bring back (QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692). Only
 W D is ever asked for, and where W has few rows it takes fewer products to sum up W (X0 - X)^T X. Where W X0^T is known,
-from running the original, so is that: W X0^T X - W H.
+from running the original, so is that: W X0^T X - W H, with the H of the same rows.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, accumulate_gram_, linear, mirror_, product, strips
+from quantkit.products import accumulate_, accumulate_gram_, linear, mirror_, product, rounded, strips
 from quantkit.ranks import ALONE, Ranks
 
 
@@ -34,7 +33,7 @@ class SiteStats:
     abs_max:  float32 [], the largest |x|
     tokens:   how many rows were added
     drift:    float32 [in_features, in_features], sum of (x0 - x)^T x, or None if the original's inputs were not seen;
-              or [out_features, in_features], that multiplied by a weight
+              or [out_features, in_features], that multiplied by a weight; scaled up to all rows if x0 was seen of some
     projected: whether it is
     """
 
@@ -62,23 +61,32 @@ def collect(
 ) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
-    originals: what the original model has in their place, cut in the same way. How the inputs are cut into tensors
-    decides how the sums are split, and so their last bits. ranks: all of which have these inputs, and share the work;
-    weight: [out_features, in_features], to multiply the drift by; multiplied: the originals are already.
+    originals: what the original model has in the place of the first of them, cut in the same way; the drift of those
+    stands for that of all. How the inputs are cut into tensors decides how the sums are split, and so their last bits.
+    ranks: all of which have these inputs, and share the work; weight: [out_features, in_features], to multiply the
+    drift by; multiplied: the originals are already.
     """
-    stats = empty_stats(in_features, device)
+    stats, coming = empty_stats(in_features, device), iter(inputs)
     if originals is not None:
         stats.drift = torch.zeros(in_features if weight is None else len(weight), in_features, device=device)
         stats.projected = weight is not None
-    for tensor, original in zip(inputs, repeat(None) if originals is None else originals, strict=originals is not None):
-        add_inputs(stats, tensor, original, ranks, weight, multiplied=multiplied)
-    _send(stats.gram, ranks)
-    mirror_(stats.gram)
-    if stats.drift is not None:
+        rest = None
+        for original, tensor in zip(originals, coming, strict=False):
+            add_inputs(stats, tensor[: len(original)], original, ranks, weight, multiplied=multiplied)
+            rest = tensor[len(original) :]
+        followed = stats.tokens
         if multiplied and weight is not None:
+            _complete(stats.gram, ranks)
             for strip in _own_strips(stats.drift, ranks):
                 stats.drift[strip].sub_(product(weight[strip], stats.gram))
         _send(stats.drift, ranks)
+        if rest is not None and len(rest):
+            add_inputs(stats, rest, None, ranks)
+    for tensor in coming:
+        add_inputs(stats, tensor, None, ranks)
+    _complete(stats.gram, ranks)
+    if stats.drift is not None:
+        stats.drift *= stats.tokens / followed
     return stats
 
 
@@ -113,13 +121,20 @@ def add_inputs(
     accumulate_gram_(stats.gram, x, _own_strips(stats.gram, ranks))
     if stats.drift is not None and original is not None:
         moved = original.reshape(len(x), -1) if multiplied else original.reshape(x.shape) - x
+        beside = x if multiplied else rounded(x)  # what moved is small then
         for strip in _own_strips(stats.drift, ranks):
             if weight is None or multiplied:
                 part = moved[:, strip]
             else:
                 part = linear(moved, weight[strip].to(x.dtype), exact=False)
-            accumulate_(stats.drift[strip], part, x)
+            accumulate_(stats.drift[strip], part, beside, exact=multiplied)
     stats.tokens += len(x)
+
+
+def _complete(gram: Tensor, ranks: Ranks) -> None:
+    """Make all of a Gram matrix known to all ranks; more may be added to it afterwards."""
+    _send(gram, ranks)
+    mirror_(gram)
 
 
 def _send(total: Tensor, ranks: Ranks) -> None:

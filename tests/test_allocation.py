@@ -359,7 +359,7 @@ def test_the_check_is_what_a_run_leaves(tokens: Path, tmp_path: Path, method: st
     streamed = open_model(model)
     given = load_tokens(tokens)
     calibration, probe = split(given, 4)
-    job = Job(streamed, problem.plan(choice), method, Options(), calibration, None, tmp_path, CPU)
+    job = Job(streamed, problem.plan(choice), method, Options(drift_samples=5), calibration, None, tmp_path, CPU)
     parts = [(1, 1), (0, 0), (2, 3), HEAD]
     checked = measure_choice(job, probe, given.input_ids[:3], parts, Display(QUIET, CPU))
 

@@ -118,12 +118,28 @@ def test_awq_folds_keep_the_function(tmp_path: Path, qwen2: Path, ids: Path) -> 
 
 def test_same_request_same_bytes_whatever_memory_there_is(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     for name, words in (("ram", ["--states", "ram"]), ("file", ["--states", "file"]), ("limit", ["--ram", "4GiB"])):
-        told = done(*run_words("awq", qwen2, tmp_path / name, ids, *words)).stderr
+        told = done(*run_words("awq", qwen2, tmp_path / name, ids, "--drift-samples", "4", *words)).stderr
         assert ("in a mapped file" if name == "file" else "in RAM") in told
     assert contents(tmp_path / "ram") == contents(tmp_path / "file") == contents(tmp_path / "limit")
     memory = json.loads((tmp_path / "limit" / "quantkit.json").read_text())["memory"]
     assert memory["ram_limit"] == 4 * 2**30
     assert memory["ram_bytes"] <= memory["ram_limit"]
+
+
+def test_the_drift_is_that_of_as_many_samples_as_asked_for(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    found, results = {}, {}
+    asked = {"usual": [], "all": ["6"], "more": ["99"], "some": ["2"], "none": ["3", "--correct", "0"]}
+    for name, words in asked.items():
+        said = ["--drift-samples", *words] if words else []
+        done(*run_words("gptq", qwen2, tmp_path / name, ids, "--no-verify", *said))
+        found[name] = contents(tmp_path / name)
+        results[name] = json.loads((tmp_path / name / "quantkit.json").read_text())
+    counts = {name: result["options"]["drift_samples"] for name, result in results.items()}
+    assert counts == {"usual": 6, "all": 6, "more": 6, "some": 2, "none": 0}
+    assert found["usual"] == found["all"] == found["more"]
+    assert found["all"] != found["some"] != found["none"]
+    told = "--drift-samples: no drift is made up for here; left out"
+    assert [told in result["fallbacks"] for result in results.values()] == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

@@ -36,13 +36,17 @@ def test_an_interrupt_that_becomes_an_error_on_its_way_is_told_as_one(capsys: py
 
 def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> None:
     model = make_qwen2(tmp_path / "model", layers=4)
-    done(*run_words("awq", model, tmp_path / "whole", ids))
+
+    def words(out: Path) -> list[str]:
+        return run_words("awq", model, out, ids, "--drift-samples", "4")
+
+    done(*words(tmp_path / "whole"))
     expected = contents(tmp_path / "whole")
     rng = random.Random(0)
     out = tmp_path / "out"
     killed = 0
     for _ in range(12):
-        process = started(*run_words("awq", model, out, ids))
+        process = started(*words(out))
         # Wait for a random one of the files that come and go, so that kills fall in the middle of the work.
         wanted = rng.randrange(1, 7)
         deadline = time.monotonic() + 600
@@ -55,15 +59,15 @@ def test_resumes_after_kills_at_random_moments(tmp_path: Path, ids: Path) -> Non
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if rng.random() < 0.3 and out.is_dir():
-            done(*run_words("awq", model, out, ids))
+            done(*words(out))
             assert contents(out) == expected
             for path in out.iterdir():
                 path.unlink()
-    done(*run_words("awq", model, out, ids))
+    done(*words(out))
     assert killed >= 6
     assert contents(out) == expected
     (out / "quantkit.json").unlink()
-    done(*run_words("awq", model, out, ids))  # nothing is left to do but to measure
+    done(*words(out))  # nothing is left to do but to measure
     notes = json.loads((out / "quantkit.json").read_text())["fallbacks"]
     assert any(note.startswith("continued: 6 of 6 files were there") for note in notes)
 

@@ -106,3 +106,21 @@ def test_the_drift_times_a_weight_can_be_had_from_what_the_original_returns() ->
         assert stats.projected
         assert stats.drift is not None
         torch.testing.assert_close(stats.drift.double(), expected, rtol=rounded, atol=rounded * scale)
+
+
+@pytest.mark.parametrize("how", ["inputs", "weight", "multiplied"])
+@pytest.mark.parametrize("followed", [1, 8, 11, 24])
+def test_the_drift_of_the_first_samples_stands_for_all(how: str, followed: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(24, 16, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    x0 = x + 0.1 * torch.randn(x.shape, generator=generator)
+    originals = x0[:followed] @ weight.T if how == "multiplied" else x0[:followed]
+    by = None if how == "inputs" else weight
+    stats = collect(x.split(8), 12, CPU, originals.split(8), weight=by, multiplied=how == "multiplied")
+    expected = torch.einsum("sti,stj->ij", (x0 - x)[:followed].double(), x[:followed].double()) * 24 / followed
+    expected = expected if how == "inputs" else weight.double() @ expected
+    assert stats.drift is not None
+    assert float((stats.drift - expected).norm()) < 1e-2 * float(expected.norm())
+    gram = torch.einsum("sti,stj->ij", x.double(), x.double())
+    torch.testing.assert_close(stats.gram.double(), gram, rtol=1e-5, atol=1e-3)
+    assert stats.tokens == 24 * 16

@@ -95,7 +95,8 @@ def measure_menu(
     """
     model, sites = job.model, sites_of(job.model)
     move_buffers(model.model, job.device)
-    calibration = _calibration(job, "calibration")
+    assert job.calibration is not None
+    calibration = _embedded(job, job.calibration, "calibration")
     losses: dict[Part, dict[Entry, float]] = {}
 
     def step(index: int, source: Tensors) -> Step:
@@ -143,15 +144,15 @@ def measure_choice(
     model, sites = job.model, sites_of(job.model)
     move_buffers(model.model, job.device)
     swaps: list[Swap] = [(part, None) for part in parts]
-    calibration = _calibration(job, "calibration")
-    beside = _calibration(job, "beside") if job.follows_original else None
     assert job.calibration is not None
-    samples = job.calibration.samples
+    calibration = _embedded(job, job.calibration, "calibration")
+    beside = None if job.beside is None else _embedded(job, job.beside, "beside")
 
     def step(index: int, source: Tensors) -> Step:
         layer = model.layers[index]
-        seen = Passage(model, index, calibration, samples)
-        followed = None if beside is None else Passage(model, index, beside, samples, weights=source, leaves=True)
+        seen, followed = Passage(model, index, calibration, len(calibration.states)), None
+        if beside is not None:
+            followed = Passage(model, index, beside, len(beside.states), weights=source, leaves=True)
         result = quantize_layer(job, index, sites, source, seen, followed, None, progress)
         standing = loaded(as_written(source, result), job.device, job.dtype)
         back = loaded(folded(source, result.folds), job.device, job.dtype)
@@ -212,11 +213,6 @@ def _learn_sizes(job: Job, tokens: TokenSet, batch: int) -> None:
         names = embedding_names(job.model)
         with outside_loaded(job.model, loaded(read_outside(job.model, names), job.device, job.dtype)):
             embed(job.model, tokens.input_ids[:rest].to(job.device))
-
-
-def _calibration(job: Job, name: str) -> Stream:
-    assert job.calibration is not None
-    return _embedded(job, job.calibration, name)
 
 
 def _follow(

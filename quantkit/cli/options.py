@@ -140,6 +140,15 @@ Correct = Annotated[
         "--correct", min=0.0, max=1.0, help="Share of the inputs' drift from the original's to make up for; 0: none."
     ),
 ]
+DriftSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--drift-samples",
+        min=1,
+        help="First windows that also run through the original, to learn the drift; --quality best takes all.  "
+        "[default: all; on a CPU half, and 32768 tokens at least]",
+    ),
+]
 Refine = Annotated[int, typer.Option("--refine", min=0, max=100, help="Passes over scales and codes after GPTQ.")]
 InputsOption = Annotated[
     Inputs,

@@ -34,6 +34,7 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         plain("rounding") or Options.rounding,
         refine=said.get("refine", Options.refine),
         correct=said.get("correct", Options.correct),
+        drift_samples=said.get("drift_samples"),
         tune=said.get("quality") is Quality.best,
     )
     if options.tune and method == "rtn":

@@ -114,9 +114,6 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
     methods = {linear.method for linear in plan.quantized}
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
-    for tokens in (calibrated, evaluated):
-        if tokens is not None and tokens.samples < ranks.size:
-            raise InputError(f"{tokens.source}: {tokens.samples} windows for {ranks.size} processes; start fewer")
     job = Job(
         model,
         plan,
@@ -130,10 +127,11 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         amend=request.amend,
         ranks=ranks,
     )
+    _require_samples_for_all(job)
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
     job = laid_out(job, layout)
-    told = [*unused, *_unmatched_rules(recipe, plan), *links_left_out(model.directory)]
+    told = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *links_left_out(model.directory)]
     too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
     _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
@@ -209,6 +207,25 @@ def _refuse_together(request: Request, ranks: Ranks) -> None:
             raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
 
 
+def _require_samples_for_all(job: Job) -> None:
+    size = job.ranks.size
+    for tokens in (job.evaluation, job.calibration):
+        if tokens is not None and tokens.samples < size:
+            raise InputError(f"{tokens.source}: {tokens.samples} windows for {size} processes; start fewer")
+    if job.beside is not None and job.beside.samples < size:
+        raise InputError(
+            f"--drift-samples: {job.beside.samples} windows for {size} processes; use {size} or more, or start fewer"
+        )
+
+
+def _unused_drift(job: Job) -> list[str]:
+    """A note, where so many samples were to run through the original, and none or all do for other reasons."""
+    if job.options.drift_samples is None or (job.beside and not job.options.tune):
+        return []
+    why = "--quality best runs all" if job.options.tune else "no drift is made up for here"
+    return [f"--drift-samples: {why}; left out"]
+
+
 def _unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:
     """See `recipe.unmatched`."""
     everything = plan.linears if plan.head is None else (*plan.linears, plan.head)
@@ -228,6 +245,7 @@ def _without_calibration(request: Request, recipe: Recipe) -> tuple[Request, lis
         "--no-act-order": options.act_order != Options.act_order,
         "--damp": options.damp != Options.damp,
         "--correct": options.correct != Options.correct,
+        "--drift-samples": options.drift_samples is not None,
         "--refine": options.refine != Options.refine,
     }
     unused = [option for option, said in given.items() if said]
@@ -420,7 +438,7 @@ def _document(
         "method": request.method,
         "format": plan.format.name,
         "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
-        "options": vars(request.options) | {"seed": request.seed, "inputs": request.inputs},
+        "options": job.chosen_options() | {"seed": request.seed, "inputs": request.inputs},
         "recipe": resolved(plan, request.method),
         "calibration": calibration.record_of(job.calibration),
         "layers": [record for unit in outcome.units for record in unit.record["linears"]],

@@ -34,7 +34,7 @@ def head_stats(
 ) -> SiteStats:
     """Sum up what the head reads, from calibration streams that have left the last layer.
 
-    beside: the same samples in the original model, if the drift is to be known; samples: only the first so many;
+    beside: the first of them in the original model, if the drift is to be known; samples: only the first so many;
     ranks: whose streams hold other samples, which count as well
 
     Raises:
@@ -44,7 +44,8 @@ def head_stats(
     names = [name for name in ending_names(model) if not name.startswith(f"{head}.")]
 
     def inputs(of: Stream) -> Iterator[Tensor]:
-        found = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(samples))
+        some = None if samples is None else min(samples, len(of.states))
+        found = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(some))
         return regrouped(ranks.in_turn(found), samples_per_sum(of.states.shape[1]))
 
     with outside_loaded(model, loaded(read_outside(model, names), device, dtype)):

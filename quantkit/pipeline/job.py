@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is: everything that determines its bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from quantkit.ranks import ALONE, Ranks
 
 TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
 MOST_COPIES = 3  # as copies of it
+DRIFT_TOKENS = 2**15  # that the drift is summed up of at least, where it is not of all
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,23 @@ class Job:
         return run_dtype(self.model, self.device, f"{self.plan.linears[0].name}.weight")
 
     @property
-    def follows_original(self) -> bool:
-        """Whether the calibration samples travel through the original model too."""
-        return self.calibration is not None and self.options.needs_original and self.inputs == "quantized"
+    def beside(self) -> TokenSet | None:
+        """The first calibration samples, which travel through the original model too; all of them on a GPU.
+
+        On a CPU half of them, unless the options say how many: a second model costs a CPU as much as all the rest, and
+        half of the drift is nearly as good (`LOG.md`). Tuning aims at what the original makes of every sample.
+        """
+        every = self.calibration
+        if every is None or not self.options.needs_original or self.inputs != "quantized":
+            return None
+        count = self.options.drift_samples
+        if count is None and self.device.type == "cpu":
+            count = max(-(-every.samples // 2), -(-DRIFT_TOKENS // every.seqlen))
+        return every if count is None or self.options.tune else replace(every, input_ids=every.input_ids[:count])
+
+    def chosen_options(self) -> dict[str, Any]:
+        """The options for a record, with what they left to be chosen."""
+        return vars(self.options) | {"drift_samples": self.beside.samples if self.beside else 0}
 
     @property
     def tuning_copies(self) -> int:
@@ -82,7 +97,7 @@ class Job:
             "method": self.method,
             "format": self.plan.format.name,
             "scheme": schemes.pop() if len(schemes) == 1 and not self.amend else "by linear",
-            "options": vars(self.options),
+            "options": self.chosen_options(),
             "calibration": self.calibration.sha256 if self.calibration else None,
             "model": fingerprint(self.model.checkpoint),
         } | ({"inputs": self.inputs} if self.inputs != "quantized" else {})

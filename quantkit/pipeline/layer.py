@@ -62,8 +62,8 @@ def quantize_layer(
 ) -> LayerResult:
     """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
 
-    source: the layer's tensors as stored; calibration: the calibration samples in this layer; original: the same in
-    that of the original model
+    source: the layer's tensors as stored; calibration: the calibration samples in this layer; original: the first of
+    them in that of the original model
     observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
     """
     layer, linears = job.model.layers[index], job.plan.layer(index)

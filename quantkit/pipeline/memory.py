@@ -140,9 +140,10 @@ def lay_out_job(
     """
     shapes, kept = list(evaluated), 0
     if job.calibration:
-        samples, seqlen = job.ranks.most(job.calibration.samples), job.calibration.seqlen
-        shapes += [(samples * (1 + job.tuning_copies), seqlen)] * (2 if job.follows_original else 1)
-        kept = samples * seqlen if keeps and job.inputs == "quantized" and not job.options.tune else 0
+        seqlen = job.calibration.seqlen
+        streamed = [job.ranks.most(tokens.samples) for tokens in (job.calibration, job.beside) if tokens]
+        shapes += [(samples * (1 + job.tuning_copies), seqlen) for samples in streamed]
+        kept = streamed[0] * seqlen if keeps and job.inputs == "quantized" and not job.options.tune else 0
     streams = Streams(shapes, kept)
     work = Work(
         linears=job.plan.linears,
@@ -151,7 +152,7 @@ def lay_out_job(
         itemsize=job.dtype.itemsize,
         longest=streams.longest,
         calibrated=job.calibration is not None,
-        follows_original=job.follows_original,
+        follows_original=job.beside is not None,
         tuned=job.options.tune,
         compared=bool(evaluated),
     )

@@ -175,7 +175,7 @@ def _compare_recipes(job: Job, journal: Journal) -> None:
 @dataclass(frozen=True)
 class _Streams:
     """What travels through the layers, as far as the job has it: the evaluation samples on both models; the calibration
-    samples, and once more on the original, beside, where their drift from it is made up for.
+    samples, and the first of them on the original, beside, where their drift from it is made up for.
     """
 
     original: Stream | None
@@ -187,16 +187,18 @@ class _Streams:
 def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
-    tokens = sum(found.input_ids.numel() for found in _streamed(job))
+    tokens = sum(found.input_ids.numel() for found in _streamed(job, job.beside))
+    beside = _own(job, job.beside)
     job = replace(job, calibration=_own(job, job.calibration), evaluation=_own(job, job.evaluation))
     gram_samples = job.calibration.samples if job.calibration else 0
     job = replace(job, calibration=prepare(job, journal, progress))
+    beside = job.calibration if job.options.tune else beside
     shards = {shard.unit: shard for shard in plan.shards}
     reused = len(shards.keys() & journal.finished.keys())
     _copy_outside(job, journal, shards["embeddings"])
     for name in model.outside():  # what cannot be stored is told now, not after the last layer
         to_stored(name, read_outside(model, [name])[name])
-    streams = _open_streams(job)
+    streams = _open_streams(job, beside)
     places = {"calibration": streams.calibration, "evaluation": streams.original}
     progress.start(len(model.layers), tokens, {name: stream.place for name, stream in places.items() if stream})
     _embed_streams(job, streams, shards["embeddings"], gram_samples)
@@ -308,7 +310,8 @@ def _quantize(
     leaves = more or job.options.tune  # tuning aims at what the original's layer returns
     followed = None
     if seen and beside:
-        followed = replace(seen, stream=beside, weights=weights, known={}, leaves=leaves)
+        samples = min(seen.samples, len(beside.states))
+        followed = replace(seen, stream=beside, samples=samples, weights=weights, known={}, leaves=leaves)
     result = quantize_layer(job, index, sites, source, seen, followed, observed, progress)
     if beside and leaves:
         progress.stage("run the original")
@@ -447,8 +450,8 @@ def _unpack_layer(job: Job, index: int, stored: Mapping[str, Tensor]) -> dict[st
 # ---------------------------------------------------------------- streams
 
 
-def _open_streams(job: Job) -> _Streams:
-    place = job.place or _place(job)
+def _open_streams(job: Job, beside: TokenSet | None) -> _Streams:
+    place = job.place or _place(job, beside)
 
     def opened(tokens: TokenSet | None, name: str) -> Stream | None:
         if tokens is None:
@@ -460,7 +463,7 @@ def _open_streams(job: Job) -> _Streams:
         original=opened(job.evaluation, "original"),
         quantized=opened(job.evaluation, "quantized"),
         calibration=opened(job.calibration, "calibration"),
-        beside=opened(job.calibration if job.follows_original else None, "beside"),
+        beside=opened(beside, "beside"),
     )
 
 
@@ -479,15 +482,15 @@ def _embed_streams(job: Job, streams: _Streams, embeddings: ShardPlan, gram_samp
             _embed(job, job.calibration, streams.calibration)
 
 
-def _place(job: Job) -> str:
+def _place(job: Job, beside: TokenSet | None) -> str:
     """Where all the streams go: decided once for their sum, as memory that is not touched yet still counts as free."""
-    tokens = sum(found.input_ids.numel() for found in _streamed(job))
+    tokens = sum(found.input_ids.numel() for found in _streamed(job, beside))
     return choose_place(tokens * job.model.config.hidden_size * job.dtype.itemsize, job.device)
 
 
-def _streamed(job: Job) -> list[TokenSet]:
+def _streamed(job: Job, beside: TokenSet | None) -> list[TokenSet]:
     """The token set of each stream."""
-    sets = [job.evaluation] * 2 + [job.calibration] * (2 if job.follows_original else 1)
+    sets = [job.evaluation, job.evaluation, job.calibration, beside]
     return [tokens for tokens in sets if tokens is not None]
 
 

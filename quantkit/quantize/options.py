@@ -13,6 +13,7 @@ class Options:
     rounding: "gptq" lets later columns make up for the error of earlier ones; "nearest" does not
     refine: how often codes and scales are gone over again after GPTQ (see `refine`)
     correct: the share of the inputs' drift from the original's that GPTQ makes up for (see `gptq.times_inverse`)
+    drift_samples: of how many calibration samples, the first, that drift is summed up; None: see `Job.beside`
     tune: move codes and scales of each layer by gradients afterwards (see `tune`)
     """
 
@@ -21,6 +22,7 @@ class Options:
     rounding: str = "gptq"
     refine: int = 4
     correct: float = 0.5
+    drift_samples: int | None = None
     tune: bool = False
 
     @property
