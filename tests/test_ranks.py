@@ -93,7 +93,10 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(tmp_path: Path,
     [
         (["awq", "MODEL", "--quality", "best"], "--quality best: in one process only"),
         (["awq", "MODEL", "--group", "48"], "group_size 48"),
-        (["awq", "MODEL", "--drift-samples", "1"], "--drift-samples: 1 windows for 2 processes; use 2 or more"),
+        (
+            ["awq", "MODEL", "--group", "32", "--drift-samples", "1"],
+            "--drift-samples: 1 windows for 2 processes; use 2 or more",
+        ),
         (["fit", "MODEL"], "fit: runs in one process"),
         (["awq", "MODEL", "--nonsense"], "No such option: --nonsense"),
     ],
