@@ -22,6 +22,7 @@ from typing import Any
 TOOLS = {
     "quantkit gptq": "quantkit",
     "quantkit awq": "quantkit",
+    "quantkit gptq --drift-samples 128": "quantkit",
     "quantkit gptq --inputs original": "quantkit",
     "quantkit gptq --correct 0 --refine 0": "quantkit",
     "llm-compressor gptq": "llmcompressor",
@@ -54,7 +55,9 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
 
     values = dict(zip(said[::2], said[1::2], strict=True))
     options = Options(
-        correct=float(values.get("--correct", Options.correct)), refine=int(values.get("--refine", Options.refine))
+        correct=float(values.get("--correct", Options.correct)),
+        refine=int(values.get("--refine", Options.refine)),
+        drift_samples=int(values["--drift-samples"]) if "--drift-samples" in values else None,
     )
     opened = open_model(model)
     scheme = choose_scheme(method, Recipe(), 4, 128, None)

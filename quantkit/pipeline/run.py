@@ -188,7 +188,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
     model, plan = job.model, job.plan
     move_buffers(model.model, job.device)
     tokens = sum(found.input_ids.numel() for found in _streamed(job, job.beside))
-    beside = _own(job, job.beside)
+    beside = _own(job, job.beside)  # of all samples: the job has only its own from here on
     job = replace(job, calibration=_own(job, job.calibration), evaluation=_own(job, job.evaluation))
     gram_samples = job.calibration.samples if job.calibration else 0
     job = replace(job, calibration=prepare(job, journal, progress))
