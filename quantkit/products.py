@@ -33,7 +33,7 @@ PRODUCT_AT_ONCE = 1 << 24  # of a product in bfloat16 that a CPU makes by itself
 def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, exact: bool = True) -> Tensor:
     """total += left.T @ right, in place.
 
-    total: float32 [m, n]; left: [k, m], right: [k, n], both float32 or of one 16-bit type.
+    total: float32 [m, n]; left: [k, m], right: [k, n], both float32 or of one 16-bit type (right may be `rounded`).
     exact: False lets float32 be rounded to bfloat16 (2^-9), where that is enough, and faster; on a CPU the product too.
     """
     if not fast_16bit(left):
@@ -141,7 +141,7 @@ def _addmm_by_onednn() -> Iterator[None]:
     if not _onednn_adds():
         yield
         return
-    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - which mypy does not see
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch makes it when it is imported
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
