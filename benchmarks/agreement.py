@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantkit.commands.verify import VerifyRequest, verify_files
-from quantkit.document import RESULT
+from quantkit.results.document import RESULT
 
 FIGURES = ("perplexity", "perplexity_fp16", "kl_divergence", "top1_agreement")
 NATURAL, AWQ = range(8), (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds its n-th value

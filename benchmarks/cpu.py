@@ -41,17 +41,17 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from rich.console import Console
     from safetensors.torch import load_file
 
-    from quantkit.calibration import TokenSet
-    from quantkit.commands.defaults import choose_scheme
+    from quantkit.calibration.load import TokenSet
     from quantkit.formats import FORMATS
+    from quantkit.methods.options import Options
     from quantkit.model.streaming import open_model
     from quantkit.pipeline.job import Job
     from quantkit.pipeline.memory import laid_out, lay_out_job
     from quantkit.pipeline.run import run
     from quantkit.plan import make_plan
-    from quantkit.progress import display
-    from quantkit.quantize.options import Options
     from quantkit.recipe import Recipe, resolver
+    from quantkit.report.terminal.progress import display
+    from quantkit.settings.defaults import choose_scheme
 
     values = dict(zip(said[::2], said[1::2], strict=True))
     options = Options(

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from quantkit.commands.quantize import Request, quantize
-from quantkit.machine import versions
+from quantkit.hardware.machine import versions
 
 
 def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, float]:

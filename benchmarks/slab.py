@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.writer import write_json, write_shard
-from quantkit.commands.defaults import choose_scheme
 from quantkit.formats import FORMATS
-from quantkit.machine import choose_device, versions
+from quantkit.hardware.machine import choose_device, versions
+from quantkit.hardware.ranks import ALONE, Ranks, joined
+from quantkit.methods.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
+from quantkit.methods.options import Options
 from quantkit.model.config import config_from_dict
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
@@ -36,10 +38,8 @@ from quantkit.pipeline.layer import kinds
 from quantkit.pipeline.memory import keep, laid_out, lay_out_job
 from quantkit.pipeline.run import run
 from quantkit.plan import make_plan
-from quantkit.quantize.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
-from quantkit.quantize.options import Options
-from quantkit.ranks import ALONE, Ranks, joined
 from quantkit.recipe import Recipe, resolver, shipped
+from quantkit.settings.defaults import choose_scheme
 from quantkit.units import parse_bytes
 
 CANDIDATES = 1 + len(POWERS) + len(RATIO_POWERS)  # scales that AWQ's search tries

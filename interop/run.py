@@ -35,14 +35,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from interop.environments import HOME, create, python
 from interop.pairs import CASES, MODELS, READERS, RESULTS, WRITERS, Case, Client, Foreign
 from interop.tables import unexpected, write_tables
-from quantkit.calibration import load_eval
+from quantkit.calibration.load import load_eval
 from quantkit.commands.convert import ConvertRequest, convert
-from quantkit.commands.export_gguf import ExportRequest, to_gguf
+from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.inspect import inspect_folder
 from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import QuantkitError
 from quantkit.model.streaming import open_model
-from quantkit.pipeline.remeasure import open_quantized
+from quantkit.pipeline.measure import open_quantized
 
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"

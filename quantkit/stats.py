@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.products import accumulate_, accumulate_gram_, linear, mirror_, product, rounded, strips
-from quantkit.ranks import ALONE, Ranks
+from quantkit.hardware.matmul import accumulate_, accumulate_gram_, linear, mirror_, product, rounded, strips
+from quantkit.hardware.ranks import ALONE, Ranks
 
 
 @dataclass

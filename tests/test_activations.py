@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.hardware.batching import TOKENS_AT_ONCE_GPU
 from quantkit.pipeline import activations
 from quantkit.pipeline.activations import Stream, choose_place, micro_batch, open_stream, regrouped
-from quantkit.portions import TOKENS_AT_ONCE_GPU
 
 CPU = torch.device("cpu")
 SHAPE = (5, 7, 6)

@@ -16,24 +16,24 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quantkit.allocation import command as allocating
-from quantkit.allocation.command import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.allocation.knapsack import solve
 from quantkit.allocation.menu import HEAD, entry_name, parse_menu
 from quantkit.allocation.problem import Problem, pose
 from quantkit.allocation.sensitivity import Measured, Swap, measure_choice, measure_menu
 from quantkit.allocation.table import choose, corrected, table_of
-from quantkit.calibration import TokenSet, load
+from quantkit.calibration.load import TokenSet, load
+from quantkit.commands import allocate as allocating
+from quantkit.commands.allocate import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import InputError
+from quantkit.methods.options import Options
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
 from quantkit.pipeline import memory
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.job import Job
-from quantkit.progress import Display
-from quantkit.quantize.options import Options
 from quantkit.recipe import Recipe, read_recipe, resolver
+from quantkit.report.terminal.progress import Display
 from quantkit.scheme import Scheme
 from tests.conftest import make_qwen2
 
@@ -183,7 +183,7 @@ def rounded_whole(
     model: Path, streamed: Any, problem: Any, part: tuple[int, int], scheme: Scheme, ids: torch.Tensor
 ) -> torch.nn.Module:
     """The model with one part rounded by GPTQ on its own inputs, everything in memory at once."""
-    from quantkit.quantize.methods import METHODS, SiteInput
+    from quantkit.methods.site import METHODS, SiteInput
     from quantkit.scheme import dequantize
     from quantkit.stats import add_inputs, empty_stats
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit.quantize import awq
-from quantkit.quantize.awq import candidate_scales, relative_magnitude, search_scale, site_errors
-from quantkit.quantize.grid import plain_grid
-from quantkit.quantize.methods import METHODS, SiteInput
-from quantkit.quantize.options import Options
+from quantkit.methods import awq
+from quantkit.methods.awq import candidate_scales, relative_magnitude, search_scale, site_errors
+from quantkit.methods.grid import plain_grid
+from quantkit.methods.options import Options
+from quantkit.methods.site import METHODS, SiteInput
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 from quantkit.stats import SiteStats, collect
 

@@ -20,8 +20,18 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from quantkit import calibration
-from quantkit.calibration import BUNDLED, MIX, TokenSet, load, load_eval, note_left_out, notes_of, parse_hub, render
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import (
+    BUNDLED,
+    MIX,
+    TokenSet,
+    load,
+    load_eval,
+    note_left_out,
+    notes_of,
+    parse_hub,
+    render,
+)
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
 

@@ -11,12 +11,12 @@ from interop.run import pairs
 from interop.tables import BEGIN, END, README, TABLE, render, summary, unexpected
 from quantkit.formats import FORMATS
 from quantkit.formats.gguf import GGUF
-from quantkit.loaders import heads_of, reasons
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build
 from quantkit.plan import OUTSIDE, make_plan
 from quantkit.recipe import read_recipe, resolver
 from quantkit.scheme import Scheme
+from quantkit.serving.engines import heads_of, reasons
 
 FOUND = json.loads(RESULTS.read_text(encoding="utf-8"))
 ENGINES = {  # the clients that the linter speaks of

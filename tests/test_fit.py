@@ -17,15 +17,15 @@ from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.writer import write_index, write_json, write_shard
 from quantkit.dtypes import torch_dtype
 from quantkit.errors import InputError, ModelError
-from quantkit.fit import KINDS, fit, fit_checkpoint
 from quantkit.formats import FORMATS
-from quantkit.loaders import LOADERS, engines, heads_of, is_cut_by_input, shard, why_not
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import shipped
-from quantkit.report.fit_table import table
+from quantkit.report.terminal.fit import table
 from quantkit.scheme import Scheme
+from quantkit.serving.engines import LOADERS, engines, heads_of, is_cut_by_input, shard, why_not
+from quantkit.serving.fit import KINDS, fit, fit_checkpoint
 from tests.running import done
 
 GIB = 2**30

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from quantkit import calibration
-from quantkit.calibration import TokenSet
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import open_journal
-from quantkit.commands.export_gguf import ExportRequest, to_gguf
+from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.quantize import Request, quantize
 from quantkit.errors import InputError, ModelError
 from quantkit.formats.gguf import (
@@ -33,7 +33,7 @@ from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
-from quantkit.pipeline.remeasure import open_quantized
+from quantkit.pipeline.measure import open_quantized
 from tests.gguf_models import (
     DEMO,
     IDS,

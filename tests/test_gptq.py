@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.quantize import columns, gptq, rtn
-from quantkit.quantize.gptq import Factor, factorize
-from quantkit.quantize.grid import search_grid
+from quantkit.methods import columns, gptq, rtn
+from quantkit.methods.gptq import Factor, factorize
+from quantkit.methods.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
 from quantkit.stats import output_error
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import NumericsError, SchemeError
-from quantkit.quantize import grid, rtn
-from quantkit.quantize.grid import SMALLEST_SCALE, plain_grid, search_grid, to_float16
+from quantkit.methods import grid, rtn
+from quantkit.methods.grid import SMALLEST_SCALE, plain_grid, search_grid, to_float16
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]

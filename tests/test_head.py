@@ -16,12 +16,12 @@ from quantkit.commands.quantize import Request, quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
 from quantkit.formats import FORMATS
+from quantkit.hardware.matmul import mirror_
+from quantkit.methods.options import Options
+from quantkit.methods.site import METHODS, SiteInput
 from quantkit.pipeline import head as heads
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.head import quantize_head
-from quantkit.products import mirror_
-from quantkit.quantize.methods import METHODS, SiteInput
-from quantkit.quantize.options import Options
 from quantkit.recipe import read_recipe
 from quantkit.scheme import Scheme
 from quantkit.stats import add_inputs, empty_stats

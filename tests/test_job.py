@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
+from quantkit.methods.options import Options
 from quantkit.pipeline.job import Job
-from quantkit.quantize.options import Options
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.quantize import awq, columns, grid, kernels
+from quantkit.methods import awq, columns, grid, kernels
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
 
 triton = pytest.importorskip("triton")

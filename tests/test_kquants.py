@@ -15,7 +15,7 @@ from quantkit.formats.gguf import (
     pack_superblocks,
     unpack_superblocks,
 )
-from quantkit.quantize import gptq, kquants
+from quantkit.methods import gptq, kquants
 from quantkit.scheme import Superblocks, dequantize_superblocks
 from quantkit.stats import output_error
 from tests.gguf_models import by_the_package

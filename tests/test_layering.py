@@ -10,124 +10,122 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 
-# What each part of quantkit may import of the others. `quantkit.__version__` is free to all.
+# The package in eight layers, each resting on those above it in this list. A part is a file, or a folder, of quantkit.
+LAYERS: dict[str, str] = {
+    "words": "errors units dtypes jsonfile resources hardware",
+    "numbers": "scheme stats methods formats",
+    "files": "checkpoint calibration recipe verdict",
+    "models": "model plan quantized",
+    "engines": "serving settings",
+    "streams": "pipeline gguf convert",
+    "results": "report hub results",
+    "commands": "commands allocation cli __main__ __init__",
+}
+
+# What each part may import of the others, exactly. `quantkit.__version__` is free to all.
 ALLOWED: dict[str, str] = {
-    "errors": "",
-    # the words of the subject: numbers, sums, sizes
-    "products": "",
-    "ranks": "errors",
-    "portions": "",
+    # words
     "dtypes": "errors",
+    "errors": "",
+    "hardware": "errors",
     "jsonfile": "errors",
-    "scheme": "errors",
-    "stats": "errors products ranks",
-    "units": "errors",
     "resources": "errors",
-    "machine": "errors products",
-    # pure functions on tensors; the two never meet
-    "quantize": "errors products ranks portions scheme stats",
-    "formats": "errors dtypes scheme",
-    # one concern each
-    "checkpoint": "errors dtypes",
+    "units": "errors",
+    # numbers
+    "formats": "dtypes errors scheme",
+    "methods": "errors hardware scheme stats",
+    "scheme": "errors",
+    "stats": "errors hardware",
+    # files
     "calibration": "errors resources",
-    "pipeline.activations": "errors portions machine",
-    "pipeline.background": "",
-    "verify": "errors units",
-    "recipe": "errors scheme units resources formats",
-    "model": "errors products jsonfile checkpoint",
-    "plan": "errors dtypes scheme formats checkpoint recipe model",
-    "loaders": "errors scheme formats plan",
-    "stored": "errors jsonfile scheme formats checkpoint model plan",
-    "pipeline.needs": "portions formats model plan",
-    "fit": "errors dtypes jsonfile formats checkpoint model plan loaders stored pipeline.needs",
-    "pipeline.memory": "errors portions units model pipeline.needs pipeline.job",
-    "commands.models": "errors resources checkpoint recipe",
+    "checkpoint": "dtypes errors",
+    "recipe": "errors resources units formats scheme",
+    "verdict": "errors units",
+    # models
+    "model": "errors hardware jsonfile checkpoint",
+    "plan": "dtypes errors formats scheme checkpoint recipe model",
+    "quantized": "errors jsonfile formats scheme checkpoint model plan",
+    # engines
+    "serving": "dtypes errors hardware jsonfile formats scheme checkpoint model plan quantized",
+    "settings": "errors resources formats scheme checkpoint recipe",
+    # streams
+    "convert": "dtypes errors hardware formats methods scheme checkpoint model plan quantized",
     "gguf": (
-        "errors portions dtypes scheme stats quantize formats checkpoint calibration pipeline.activations model"
-        " plan stored fit pipeline.evaluation"
+        "dtypes errors hardware formats methods scheme stats calibration checkpoint model plan quantized"
+        " serving pipeline.activations pipeline.forward"
     ),
-    # the loop
-    "pipeline.evaluation": (
-        "errors products ranks portions dtypes stats machine calibration pipeline.activations verify model"
-    ),
-    "pipeline.resample": "calibration pipeline.activations model pipeline.evaluation",
-    "pipeline.fisher": "errors products portions calibration pipeline.activations model pipeline.evaluation",
-    "pipeline.passage": "pipeline.activations model pipeline.evaluation",
-    "pipeline.job": "ranks machine quantize checkpoint calibration model plan pipeline.evaluation",
+    "pipeline.activations": "errors hardware",
+    "pipeline.fisher": "errors hardware calibration model pipeline.activations pipeline.forward",
+    "pipeline.forward": "dtypes errors hardware stats calibration verdict model pipeline.activations",
+    "pipeline.head": "hardware formats methods scheme stats model pipeline.activations pipeline.forward",
+    "pipeline.job": "hardware methods calibration checkpoint model plan pipeline.forward",
     "pipeline.layer": (
-        "errors products portions dtypes scheme stats quantize pipeline.activations model plan pipeline.evaluation"
-        " pipeline.passage pipeline.job"
+        "dtypes errors hardware methods scheme stats model plan pipeline.activations pipeline.forward"
+        " pipeline.job pipeline.site_inputs"
     ),
-    "pipeline.head": "ranks portions scheme stats quantize formats pipeline.activations model pipeline.evaluation",
-    "pipeline.tuning": (
-        "portions scheme quantize checkpoint calibration pipeline.activations model pipeline.evaluation"
-        " pipeline.resample pipeline.fisher pipeline.job pipeline.layer"
+    "pipeline.measure": (
+        "errors formats calibration checkpoint model plan quantized pipeline.activations pipeline.forward"
     ),
+    "pipeline.memory": "errors hardware units model serving pipeline.job",
+    "pipeline.prefetch": "",
+    "pipeline.resample": "calibration model pipeline.activations pipeline.forward",
     "pipeline.run": (
-        "errors dtypes stats machine quantize checkpoint calibration pipeline.activations pipeline.background"
-        " model plan stored pipeline.evaluation pipeline.passage pipeline.job pipeline.layer pipeline.head"
-        " pipeline.tuning"
+        "dtypes errors hardware methods stats calibration checkpoint model plan quantized"
+        " pipeline.activations pipeline.forward pipeline.head pipeline.job pipeline.layer pipeline.prefetch"
+        " pipeline.site_inputs pipeline.tuning"
     ),
-    "pipeline.remeasure": (
-        "errors formats checkpoint calibration pipeline.activations model plan stored pipeline.evaluation"
+    "pipeline.site_inputs": "model pipeline.activations pipeline.forward",
+    "pipeline.tuning": (
+        "hardware methods scheme calibration checkpoint model pipeline.activations pipeline.fisher"
+        " pipeline.forward pipeline.job pipeline.layer pipeline.resample"
     ),
-    # what is shown and written for people
-    "progress": "units",
-    "report.summary": "units hub",
-    "report.wording": "units",
-    "report.charts": "",
-    "report.rendering": "",
-    "report.parts": "report.wording report.charts",
-    "report.run": "report.wording report.charts report.rendering report.parts",
-    "report.fit": "report.wording report.rendering report.parts",
-    "report.fit_table": "units fit",
-    "report.sweep": "report.wording report.charts report.rendering report.parts",
-    "report.card": "report.wording report.rendering",
-    "document": "errors jsonfile",
-    "commands.inspect": "errors scheme units formats checkpoint plan stored fit gguf document",
+    # results
     "hub": "errors jsonfile units checkpoint",
-    "folder": "errors formats checkpoint report.run report.card document",
-    "tokenizer": "errors",
-    # what a command does, and the commands
-    "commands.defaults": "errors scheme formats checkpoint recipe commands.models",
-    "commands.fit": (
-        "errors jsonfile checkpoint recipe model plan stored fit gguf report.fit document commands.defaults"
-    ),
-    "commands.quantize": (
-        "errors ranks scheme units machine quantize formats checkpoint calibration verify recipe model plan fit"
-        " pipeline.memory gguf pipeline.job pipeline.run progress report.summary document folder tokenizer"
-        " commands.defaults"
-    ),
+    "report.card": "report.formatting report.rendering",
+    "report.formatting": "units",
+    "report.pages": "report.formatting report.rendering",
+    "report.rendering": "",
+    "report.terminal": "units serving hub",
+    "results": "errors jsonfile formats checkpoint report.card report.pages",
+    # commands
+    "__init__": "",
+    "__main__": "cli",
     "allocation": (
-        "errors scheme stats units machine quantize formats checkpoint calibration pipeline.activations recipe"
-        " model plan loaders stored fit pipeline.memory pipeline.evaluation pipeline.passage pipeline.job"
-        " pipeline.layer pipeline.head progress commands.defaults commands.quantize"
-    ),
-    "commands.sweep": (
-        "errors dtypes stats units machine quantize checkpoint calibration pipeline.activations recipe model plan"
-        " fit pipeline.memory pipeline.evaluation pipeline.job pipeline.layer progress report.sweep folder"
-        " commands.defaults commands.quantize"
-    ),
-    "commands.verify": (
-        "errors machine checkpoint calibration verify model pipeline.needs fit pipeline.memory gguf"
-        " pipeline.evaluation pipeline.remeasure progress document folder tokenizer commands.defaults"
-    ),
-    "commands.repack": "errors dtypes scheme machine quantize formats checkpoint model plan stored",
-    "commands.convert": (
-        "errors machine formats checkpoint verify plan loaders stored fit document folder commands.defaults"
-        " commands.verify commands.repack"
-    ),
-    "commands.export_gguf": (
-        "errors machine formats checkpoint calibration model plan stored gguf progress document folder tokenizer"
-        " commands.defaults commands.verify"
+        "errors hardware units formats methods scheme stats calibration checkpoint recipe model plan"
+        " quantized serving settings pipeline.activations pipeline.forward pipeline.head pipeline.job"
+        " pipeline.layer pipeline.site_inputs commands.quantize"
     ),
     "cli": (
-        "errors ranks units machine quantize verify commands.models report.summary report.fit_table report.card"
-        " document commands.inspect hub commands.fit commands.quantize allocation commands.sweep commands.verify"
-        " commands.convert commands.export_gguf"
+        "errors hardware units methods verdict settings hub report.card report.terminal results"
+        " commands.allocate commands.convert commands.convert_gguf commands.fit commands.inspect"
+        " commands.quantize commands.sweep commands.verify"
     ),
-    "__main__": "cli",
-    "__init__": "",
+    "commands.allocate": (
+        "errors units methods calibration checkpoint recipe model serving settings pipeline.job"
+        " pipeline.memory report.terminal allocation commands.quantize"
+    ),
+    "commands.convert": (
+        "errors hardware formats checkpoint verdict plan quantized serving settings convert results commands.verify"
+    ),
+    "commands.convert_gguf": (
+        "errors hardware formats calibration checkpoint model plan quantized settings gguf report.terminal"
+        " results commands.verify"
+    ),
+    "commands.fit": "errors jsonfile checkpoint recipe model plan quantized serving settings gguf report.pages results",
+    "commands.inspect": "errors units formats scheme checkpoint plan quantized serving gguf results",
+    "commands.quantize": (
+        "errors hardware units formats methods scheme calibration checkpoint recipe verdict model plan"
+        " serving settings gguf pipeline.job pipeline.memory pipeline.run report.terminal results"
+    ),
+    "commands.sweep": (
+        "dtypes errors hardware units methods stats calibration checkpoint recipe model plan serving settings"
+        " pipeline.activations pipeline.forward pipeline.job pipeline.layer pipeline.memory report.pages"
+        " report.terminal results commands.quantize"
+    ),
+    "commands.verify": (
+        "errors hardware calibration checkpoint verdict model serving settings gguf pipeline.forward"
+        " pipeline.measure pipeline.memory report.terminal results"
+    ),
 }
 
 # Where a part may import only one module of another.
@@ -143,17 +141,17 @@ LIBRARIES: dict[str, str] = {
     "socket": "",
     "subprocess": "",
     "pickle": "",
-    "transformers": "gguf calibration model tokenizer cli",
+    "transformers": "gguf calibration model cli",
     "accelerate": "model",
     "typer": "cli",
     "rich": (
-        "progress report.summary report.fit_table commands.quantize commands.verify commands.convert"
-        " commands.export_gguf commands.sweep commands.inspect commands.models allocation cli"
+        "report.terminal settings commands.quantize commands.verify commands.convert commands.allocate"
+        " commands.convert_gguf commands.sweep commands.inspect cli"
     ),
 }
 
 # Pure parts: tensors in, tensors out.
-PURE = ("errors", "products", "scheme", "stats", "units", "quantize", "formats")
+PURE = ("errors", "scheme", "stats", "units", "methods", "formats")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "safetensors", "mmap", "glob", "fcntl"}
 
 
@@ -205,8 +203,15 @@ def test_the_table_itself_points_one_way() -> None:
     graph = {part: set(allowed.split()) for part, allowed in ALLOWED.items()}
     assert set().union(*graph.values()) <= set(graph)
     list(TopologicalSorter(graph).static_order())  # raises CycleError
-    assert "formats" not in graph["quantize"]
-    assert "quantize" not in graph["formats"]
+    assert "formats" not in graph["methods"]
+    assert "methods" not in graph["formats"]
+
+
+def test_the_table_agrees_with_the_layers() -> None:
+    level = {folder: i for i, row in enumerate(LAYERS.values()) for folder in row.split()}
+    for part, allowed in ALLOWED.items():
+        for other in allowed.split():
+            assert level[other.split(".")[0]] <= level[part.split(".")[0]], f"{part} imports {other} of a later layer"
 
 
 def test_imports_within_quantkit_follow_the_table() -> None:

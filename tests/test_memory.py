@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from quantkit.errors import InputError
-from quantkit.fit import fit
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.pipeline.memory import Layout, Streams, lay_out
-from quantkit.pipeline.needs import Work, needs
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme
+from quantkit.serving.fit import fit
+from quantkit.serving.needs import Work, needs
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.products import strips
-from quantkit.ranks import Ranks
+from quantkit.hardware.matmul import strips
+from quantkit.hardware.ranks import Ranks
 from tests.conftest import make_qwen2
 from tests.outputs import contents
 from tests.running import ENVIRONMENT, command, done, run_process, run_words

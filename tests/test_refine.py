@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.quantize import gptq, refine, rtn
-from quantkit.quantize.gptq import factorize
+from quantkit.methods import gptq, refine, rtn
+from quantkit.methods.gptq import factorize
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
 from quantkit.stats import output_error
 from tests.test_gptq import correlated, gram_of, weights

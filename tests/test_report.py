@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.commands.fit import FitRequest, fit_request
-from quantkit.report import charts, wording
-from quantkit.report.fit import render_fit
-from quantkit.report.run import render_report
+from quantkit.report import formatting
+from quantkit.report.pages import charts
+from quantkit.report.pages.fit import render_fit
+from quantkit.report.pages.run import render_report
 from tests.result_document import GIB, example
 
 NASTY = "<script>alert('x')</script>\" onload=x & {{ 7 * 7 }}\n</title>"
@@ -173,7 +174,7 @@ def test_the_compression_counts_every_tensor() -> None:
     expected = result["tensor_bytes"] + sum(
         2 * x["out_features"] * x["in_features"] - x["bytes"] for x in result["layers"]
     )
-    assert wording.bytes_in_16_bit(result) == expected
+    assert formatting.bytes_in_16_bit(result) == expected
     assert f"{expected / result['tensor_bytes']:.2f}× smaller than 16 bit" in Page(render_report(result)).text
     del result["layers"][5]["bytes"]
     assert "smaller than" not in Page(render_report(result)).text
@@ -217,7 +218,7 @@ def test_the_page_of_fit(options: dict[str, Any], says: str) -> None:
     page = render_fit(fit, "<b>", fit["scheme"])
     parsed = Page(page)
     assert says in parsed.text
-    for part in ("<b>", f"total {wording.size(fit['weights']['total'])} {fit['weights']['total']:,}", "To quantize"):
+    for part in ("<b>", f"total {formatting.size(fit['weights']['total'])} {fit['weights']['total']:,}", "To quantize"):
         assert part in parsed.text
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -304,10 +305,10 @@ def test_layers_with_a_window_stop_growing() -> None:
             {"layers": 1, "bytes_per_token": 10, "window": None},
         ]
     }
-    assert wording.cache_bytes(fit, 50) == 2000
-    assert wording.cache_bytes(fit, 400) == 3000 + 4000
+    assert formatting.cache_bytes(fit, 50) == 2000
+    assert formatting.cache_bytes(fit, 400) == 3000 + 4000
     svg = charts.memory_chart(
-        [("KV cache", lambda n: wording.cache_bytes(fit, n))], budget=None, longest=400, asked=None, bends=[100]
+        [("KV cache", lambda n: formatting.cache_bytes(fit, n))], budget=None, longest=400, asked=None, bends=[100]
     )
     (cache,) = points(svg, "polygon")
     assert len(cache) == 6
@@ -351,7 +352,7 @@ def test_heat_maps_are_darker_where_values_are_larger() -> None:
     [(8.55234, "8.552"), (0.0, "0"), (0.000012345, "1.234e-05"), (None, "not measured"), (math.nan, "not a number")],
 )
 def test_figures(value: float | None, says: str) -> None:
-    assert wording.figure(value) == says
+    assert formatting.figure(value) == says
 
 
 @pytest.mark.parametrize(
@@ -359,4 +360,4 @@ def test_figures(value: float | None, says: str) -> None:
     [(7.24, "7.2 s"), (59.99, "1 min 00 s"), (119.9, "2 min 00 s"), (3599.9, "1 h 00 min"), (5025, "1 h 23 min")],
 )
 def test_durations(seconds: float, says: str) -> None:
-    assert wording.duration(seconds) == says
+    assert formatting.duration(seconds) == says

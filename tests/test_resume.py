@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from quantkit.cli.telling import told
+from quantkit.cli.console import told
 from tests.conftest import make_qwen2
 from tests.outputs import contents
 from tests.running import ENVIRONMENT, command, done, quantkit, run_words, started

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantkit
-from quantkit.fit import fit
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict, load_config
 from quantkit.model.families import FAMILIES
@@ -22,6 +21,7 @@ from quantkit.model.streaming import build
 from quantkit.plan import make_plan
 from quantkit.recipe import shipped
 from quantkit.scheme import Scheme
+from quantkit.serving.fit import fit
 
 DEMO = Path(quantkit.__file__).parent / "demo"
 SIZES = {

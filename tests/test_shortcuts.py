@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.hardware.matmul import fast_linears
 from quantkit.model.families import FAMILIES
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
@@ -25,9 +26,8 @@ from quantkit.model.streaming import (
     run_to,
 )
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.evaluation import advance
-from quantkit.pipeline.passage import Passage, forget, inputs_of, shortcuts_of
-from quantkit.products import fast_linears
+from quantkit.pipeline.forward import advance
+from quantkit.pipeline.site_inputs import Passage, forget, inputs_of, shortcuts_of
 from tests.tiny import as_float, random_ids, save_tiny
 
 LINEARS = ["self_attn.o_proj", "mlp.down_proj"]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import NumericsError
-from quantkit.products import fast_bfloat16
+from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats, rescale_
 
 CPU = torch.device("cpu")

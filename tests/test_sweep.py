@@ -16,7 +16,7 @@ from quantkit.commands import sweep as sweeping
 from quantkit.commands.quantize import Request, quantize
 from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
-from quantkit.pipeline.evaluation import advance
+from quantkit.pipeline.forward import advance
 from tests.conftest import make_qwen2
 
 QUIET = Console(quiet=True)

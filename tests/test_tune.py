@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit.quantize import rtn
-from quantkit.quantize.tune import INSIDE, _dequantize, offsets, tune
+from quantkit.methods import rtn
+from quantkit.methods.tune import INSIDE, _dequantize, offsets, tune
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
 
 

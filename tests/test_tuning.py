@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import OutputError
 from quantkit.formats import FORMATS
+from quantkit.methods.options import Options
 from quantkit.model.streaming import open_model
 from quantkit.pipeline import tuning
 from quantkit.pipeline.fisher import spilled_bytes
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.run import run
 from quantkit.plan import make_plan
-from quantkit.quantize.options import Options
 from quantkit.scheme import Scheme
 from tests.test_fisher import Silent
 from tests.tiny import random_ids, save_tiny

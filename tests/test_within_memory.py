@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.formats import FORMATS
-from quantkit.quantize import rtn
+from quantkit.methods import rtn
 from quantkit.scheme import Scheme
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 24, 512, 3328, 64

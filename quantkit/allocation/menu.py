@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from quantkit.errors import InputError
 from quantkit.formats import Format
-from quantkit.loaders import LOADERS, Heads, why_not
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.recipe import BITS
 from quantkit.scheme import Scheme
+from quantkit.serving.engines import LOADERS, Heads, why_not
 
 Part = tuple[int, int]  # the layer, and the number of the site within it
 HEAD: Part = (OUTSIDE, OUTSIDE)  # no site of a layer: nothing is interpolated from it

@@ -19,19 +19,19 @@ from quantkit.allocation.menu import (
     entry_name,
     parse_menu,
 )
-from quantkit.commands.defaults import choose_format
 from quantkit.commands.quantize import Request, config_options
 from quantkit.errors import InputError, SchemeError
-from quantkit.fit import fit
 from quantkit.formats import Format
-from quantkit.loaders import heads_of
+from quantkit.methods.options import Options
 from quantkit.model.families import Site
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan
-from quantkit.quantize.options import Options
+from quantkit.quantized import sixteen_bit_linears
 from quantkit.recipe import Recipe
 from quantkit.scheme import Scheme
-from quantkit.stored import sixteen_bit_linears
+from quantkit.serving.engines import heads_of
+from quantkit.serving.fit import fit
+from quantkit.settings.defaults import choose_format
 from quantkit.units import format_bytes
 
 Choice = dict[Part, Entry]

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from quantkit.allocation.menu import HEAD, Entry, Part
-from quantkit.calibration import TokenSet
-from quantkit.machine import return_freed_memory
+from quantkit.calibration.load import TokenSet
+from quantkit.hardware.machine import return_freed_memory
+from quantkit.methods import gptq
+from quantkit.methods.site import METHODS, SiteInput
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
@@ -38,7 +40,7 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     advance,
     compare_all,
@@ -51,9 +53,7 @@ from quantkit.pipeline.evaluation import (
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import as_written, folded, quantize_layer
-from quantkit.pipeline.passage import Passage
-from quantkit.quantize import gptq
-from quantkit.quantize.methods import METHODS, SiteInput
+from quantkit.pipeline.site_inputs import Passage
 from quantkit.scheme import Scheme, dequantize
 from quantkit.stats import SiteStats, output_error
 

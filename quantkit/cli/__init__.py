@@ -14,7 +14,7 @@ import typer
 
 from quantkit import __version__
 from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
-from quantkit.cli.telling import PROBLEM, fail, processes
+from quantkit.cli.console import PROBLEM, fail, processes
 
 app = typer.Typer(
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
@@ -55,7 +55,7 @@ def options(
     if processes() > 1 and context.invoked_subcommand not in quantize.METHODS:
         if os.environ["RANK"] == "0":
             fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(quantize.METHODS)} take several")
-        from quantkit.ranks import give_way
+        from quantkit.hardware.ranks import give_way
 
         give_way(PROBLEM)
 
@@ -70,7 +70,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "exit_code"):  # click's, wherever typer has it from
             raise
-        from quantkit.ranks import give_way
+        from quantkit.hardware.ranks import give_way
 
         give_way(error.exit_code)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import (
     Calib,
     Context,
@@ -32,7 +33,6 @@ from quantkit.cli.options import (
     Vram,
 )
 from quantkit.cli.requests import engine_name, listed, run_request
-from quantkit.cli.telling import FAIL, heed_termination, print_json, quiet_libraries, screen, told
 
 
 def allocate(
@@ -94,8 +94,8 @@ def allocate(
     """
     said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --for the menu's
     with told(resumes=run):
-        from quantkit.allocation.command import AllocateRequest, allocate
-        from quantkit.report.summary import allocate_summary
+        from quantkit.commands.allocate import AllocateRequest, allocate
+        from quantkit.report.terminal.summary import allocate_summary
 
         quiet_libraries()
         heed_termination()

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantkit.cli.console import FAIL, command, given, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import (
     BlockName,
     Calib,
@@ -24,7 +25,6 @@ from quantkit.cli.options import (
     TargetName,
 )
 from quantkit.cli.requests import engine_name
-from quantkit.cli.telling import FAIL, command, given, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
 
 GGUF_ONLY = {  # parameters and what they are called
@@ -85,8 +85,8 @@ def convert(
             raise InputError(f"{GGUF_ONLY[name]}: means something with --to gguf only; leave it out")
         from quantkit.commands.convert import ConvertRequest
         from quantkit.commands.convert import convert as convert_files
-        from quantkit.machine import choose_device
-        from quantkit.report.summary import convert_summary
+        from quantkit.hardware.machine import choose_device
+        from quantkit.report.terminal.summary import convert_summary
 
         quiet_libraries()
         heed_termination()
@@ -114,9 +114,9 @@ def convert(
 
 def _to_gguf(said: dict[str, Any]) -> None:
     with told(resumes=True):
-        from quantkit.commands.export_gguf import ExportRequest, to_gguf
-        from quantkit.machine import choose_device
-        from quantkit.report.summary import convert_summary, summary
+        from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+        from quantkit.hardware.machine import choose_device
+        from quantkit.report.terminal.summary import convert_summary, summary
 
         quiet_libraries()
         heed_termination()

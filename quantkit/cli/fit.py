@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import print_json, screen, told
 from quantkit.cli.options import (
     Budget,
     Context,
@@ -21,7 +22,6 @@ from quantkit.cli.options import (
     WBit,
 )
 from quantkit.cli.requests import engine_name
-from quantkit.cli.telling import print_json, screen, told
 from quantkit.errors import InputError
 
 
@@ -48,7 +48,7 @@ def fit(
     """
     with told():
         from quantkit.commands.fit import FitRequest, fit_page, fit_request
-        from quantkit.report.fit_table import table
+        from quantkit.report.terminal.fit import table
         from quantkit.units import parse_bytes, parse_tokens
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be

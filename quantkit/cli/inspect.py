@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import print_json, screen, told
 from quantkit.cli.options import Json
-from quantkit.cli.telling import print_json, screen, told
 
 
 def inspect(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import print_json, screen, told
 from quantkit.cli.options import Json
-from quantkit.cli.telling import print_json, screen, told
 from quantkit.errors import ModelError
 
 
@@ -23,10 +23,10 @@ def push(
 ) -> None:
     """Upload a verified checkpoint to the Hub. Only with a verification of these very files, unless --force."""
     with told():
-        from quantkit.document import RESULT, read_result
         from quantkit.hub.push import push as upload
         from quantkit.report.card import PATH, render_card
-        from quantkit.report.summary import push_document, push_summary
+        from quantkit.report.terminal.summary import push_document, push_summary
+        from quantkit.results.document import RESULT, read_result
 
         if not out.is_dir():
             raise ModelError(f"{out}: no such folder; expected one that quantkit wrote")

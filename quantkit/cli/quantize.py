@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, tell, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -50,8 +51,7 @@ from quantkit.cli.options import (
     WBit,
 )
 from quantkit.cli.requests import run_request
-from quantkit.cli.telling import FAIL, heed_termination, print_json, quiet_libraries, tell, told
-from quantkit.quantize.options import Options
+from quantkit.methods.options import Options
 
 METHODS = {
     "awq": "Quantize with AWQ. Scales the channels that matter, then rounds with error compensation.",
@@ -108,8 +108,8 @@ def command_of(method: str) -> Callable[..., None]:
 def _quantize(method: str, said: Mapping[str, Any]) -> None:
     with told(resumes=True), ExitStack() as together:
         from quantkit.commands.quantize import quantize
-        from quantkit.ranks import joined
-        from quantkit.report.summary import summary
+        from quantkit.hardware.ranks import joined
+        from quantkit.report.terminal.summary import summary
 
         ranks = together.enter_context(joined(tell))
         quiet_libraries()

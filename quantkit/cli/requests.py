@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from quantkit.cli.console import command
 from quantkit.cli.options import Engine, Kernels, Quality, States
-from quantkit.cli.telling import command
 from quantkit.errors import InputError
-from quantkit.quantize.options import Options
+from quantkit.methods.options import Options
 
 if TYPE_CHECKING:
     from quantkit.commands.quantize import Request
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def run_request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
     """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
     from quantkit.commands.quantize import Request
-    from quantkit.machine import choose_device
+    from quantkit.hardware.machine import choose_device
     from quantkit.units import parse_bytes, parse_tokens
-    from quantkit.verify import parse_percent
+    from quantkit.verdict import parse_percent
 
     def plain(name: str) -> Any:
         value = said.get(name)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -32,9 +33,8 @@ from quantkit.cli.options import (
 )
 from quantkit.cli.quantize import METHODS
 from quantkit.cli.requests import listed, numbers, run_request
-from quantkit.cli.telling import heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.errors import InputError
-from quantkit.quantize.options import Options
+from quantkit.methods.options import Options
 
 
 def sweep(
@@ -71,7 +71,7 @@ def sweep(
     said = locals() | {"w_bit": None, "group": None}  # lists of them here
     with told(resumes=True):
         from quantkit.commands.sweep import SweepRequest, sweep
-        from quantkit.report.summary import sweep_summary
+        from quantkit.report.terminal.summary import sweep_summary
 
         quiet_libraries()
         heed_termination()

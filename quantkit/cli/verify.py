@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.console import FAIL, command, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import Context, Device, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
-from quantkit.cli.telling import FAIL, command, heed_termination, print_json, quiet_libraries, screen, told
 
 
 def verify(
@@ -40,10 +40,10 @@ def verify(
     """Measure a checkpoint against its original. From the files alone; exit 3 on a verdict of FAIL."""
     with told():
         from quantkit.commands.verify import VerifyRequest, verify_files
-        from quantkit.machine import choose_device
-        from quantkit.report.summary import verify_summary
+        from quantkit.hardware.machine import choose_device
+        from quantkit.report.terminal.summary import verify_summary
         from quantkit.units import parse_bytes, parse_tokens
-        from quantkit.verify import parse_percent
+        from quantkit.verdict import parse_percent
 
         quiet_libraries()
         heed_termination()

@@ -20,13 +20,15 @@ from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
-from quantkit.commands.defaults import choose_serving, positions
-from quantkit.commands.repack import Conversion, make_conversion, open_source, write_unit
 from quantkit.commands.verify import measured_like, verify_files
-from quantkit.document import RESULT
+from quantkit.convert.plan import Conversion, make_conversion, open_source, write_unit
 from quantkit.errors import InputError, QuantkitError
-from quantkit.fit import fit_checkpoint
-from quantkit.folder import (
+from quantkit.formats import FORMATS
+from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
+from quantkit.plan import DISK_MARGIN, OUTSIDE
+from quantkit.quantized import quantization_of, writer
+from quantkit.results.document import RESULT
+from quantkit.results.folder import (
     changed_files,
     file_records,
     links_left_out,
@@ -36,12 +38,10 @@ from quantkit.folder import (
     write_beside,
     write_result,
 )
-from quantkit.formats import FORMATS
-from quantkit.loaders import SIXTEEN_BIT, heads_of, require_engine
-from quantkit.machine import device_name, peak_rss_bytes, versions
-from quantkit.plan import DISK_MARGIN, OUTSIDE
-from quantkit.stored import quantization_of, writer
-from quantkit.verify import Limits, verification_block
+from quantkit.serving.engines import SIXTEEN_BIT, heads_of, require_engine
+from quantkit.serving.fit import fit_checkpoint
+from quantkit.settings.defaults import choose_serving, positions
+from quantkit.verdict import Limits, verification_block
 
 FP16 = "fp16"
 TARGETS = (*FORMATS, FP16)

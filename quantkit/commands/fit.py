@@ -7,7 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from quantkit.checkpoint.writer import write_text
-from quantkit.commands.defaults import (
+from quantkit.errors import OutputError
+from quantkit.jsonfile import read_object
+from quantkit.model.shapes import Shapes, shapes_of
+from quantkit.plan import OUTSIDE, make_plan
+from quantkit.quantized import quantization_of
+from quantkit.recipe import BudgetSpec, explained, resolver, shipped
+from quantkit.results.document import RESULT, read_result
+from quantkit.serving.fit import fit, fit_checkpoint, fit_stored, shapes_in
+from quantkit.settings.defaults import (
     choose_format,
     choose_recipe,
     choose_scheme,
@@ -15,14 +23,6 @@ from quantkit.commands.defaults import (
     find_model,
     positions,
 )
-from quantkit.document import RESULT, read_result
-from quantkit.errors import OutputError
-from quantkit.fit import fit, fit_checkpoint, fit_stored, shapes_in
-from quantkit.jsonfile import read_object
-from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.plan import OUTSIDE, make_plan
-from quantkit.recipe import BudgetSpec, explained, resolver, shipped
-from quantkit.stored import quantization_of
 
 EXPECTED = "expected the folder of a model"
 
@@ -93,7 +93,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
 
 def fit_page(result: dict[str, Any], path: Path) -> None:
     """Write the picture of memory against context as one HTML page."""
-    from quantkit.report.fit import render_fit  # templates, which the table needs not
+    from quantkit.report.pages.fit import render_fit  # templates, which the table needs not
 
     write_text(path, render_fit(result, result["name"], result["scheme"]))
 

@@ -9,13 +9,13 @@ from rich.console import Group
 from rich.table import Table
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.document import RESULT, read_result
 from quantkit.errors import ModelError
-from quantkit.fit import shapes_in
 from quantkit.formats import Format
 from quantkit.plan import OUTSIDE, LinearPlan, number_ranges
+from quantkit.quantized import packed_names, quantization_of, read_config, stored_linears, writer
+from quantkit.results.document import RESULT, read_result
 from quantkit.scheme import Scheme
-from quantkit.stored import packed_names, quantization_of, read_config, stored_linears, writer
+from quantkit.serving.fit import shapes_in
 from quantkit.units import format_bytes
 
 

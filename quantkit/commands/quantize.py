@@ -10,10 +10,42 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from quantkit import __version__, calibration
-from quantkit.calibration import TokenSet, notes_of
+from quantkit import __version__
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import TokenSet, notes_of
 from quantkit.checkpoint.journal import Unit
-from quantkit.commands.defaults import (
+from quantkit.errors import InputError, OutputError
+from quantkit.formats import Format
+from quantkit.formats.gguf import GGUF
+from quantkit.gguf.architecture import check_architecture
+from quantkit.gguf.export import export
+from quantkit.gguf.tokenizer import tokenizer_metadata
+from quantkit.hardware.machine import peak_rss_bytes, versions
+from quantkit.hardware.ranks import ALONE, Ranks
+from quantkit.methods.options import Options
+from quantkit.model.shapes import Shapes
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.tokenizer import tokenizer_of
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.memory import keep, laid_out, lay_out_job
+from quantkit.pipeline.run import Outcome, run
+from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
+from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
+from quantkit.report.terminal.progress import display
+from quantkit.report.terminal.summary import recipe_table
+from quantkit.results.document import read_result
+from quantkit.results.folder import (
+    file_records,
+    links_left_out,
+    quantized_config,
+    require_another,
+    sha256_of,
+    write_beside,
+    write_result,
+)
+from quantkit.scheme import Scheme
+from quantkit.serving.fit import fit
+from quantkit.settings.defaults import (
     DEFAULT_FORMATS,
     DEFAULT_SAMPLES,
     choose_format,
@@ -25,39 +57,8 @@ from quantkit.commands.defaults import (
     hub_id,
     positions,
 )
-from quantkit.document import read_result
-from quantkit.errors import InputError, OutputError
-from quantkit.fit import fit
-from quantkit.folder import (
-    file_records,
-    links_left_out,
-    quantized_config,
-    require_another,
-    sha256_of,
-    write_beside,
-    write_result,
-)
-from quantkit.formats import Format
-from quantkit.formats.gguf import GGUF
-from quantkit.gguf.architecture import check_architecture
-from quantkit.gguf.export import export
-from quantkit.gguf.tokenizer import tokenizer_metadata
-from quantkit.machine import peak_rss_bytes, versions
-from quantkit.model.shapes import Shapes
-from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.pipeline.job import Job
-from quantkit.pipeline.memory import keep, laid_out, lay_out_job
-from quantkit.pipeline.run import Outcome, run
-from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
-from quantkit.progress import display
-from quantkit.quantize.options import Options
-from quantkit.ranks import ALONE, Ranks
-from quantkit.recipe import Recipe, explained, method_resolver, resolver, shipped, unmatched
-from quantkit.report.summary import recipe_table
-from quantkit.scheme import Scheme
-from quantkit.tokenizer import tokenizer_of
 from quantkit.units import format_bytes
-from quantkit.verify import Limits, verification_block
+from quantkit.verdict import Limits, verification_block
 
 
 @dataclass(frozen=True)

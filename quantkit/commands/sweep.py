@@ -26,17 +26,15 @@ from rich.console import Console
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.calibration import TokenSet, notes_of, record_of
+from quantkit.calibration.load import TokenSet, notes_of, record_of
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_chunks, write_json, write_shard, write_text
-from quantkit.commands.defaults import DEFAULT_FORMATS, choose_format, choose_scheme, find_model
 from quantkit.commands.quantize import Request, config_options, serving, tokens_of
 from quantkit.dtypes import to_stored
 from quantkit.errors import InputError, SchemeError
-from quantkit.fit import fit
-from quantkit.folder import require_another
-from quantkit.machine import peak_rss_bytes, return_freed_memory, versions
+from quantkit.hardware.machine import peak_rss_bytes, return_freed_memory, versions
+from quantkit.methods import gptq
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
@@ -51,7 +49,7 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     advance,
     compare_all,
@@ -65,10 +63,12 @@ from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import quantize_observed
 from quantkit.pipeline.memory import Layout, keep, lay_out_job
 from quantkit.plan import make_plan
-from quantkit.progress import display
-from quantkit.quantize import gptq
 from quantkit.recipe import Recipe
-from quantkit.report.sweep import render_sweep
+from quantkit.report.pages.sweep import render_sweep
+from quantkit.report.terminal.progress import display
+from quantkit.results.folder import require_another
+from quantkit.serving.fit import fit
+from quantkit.settings.defaults import DEFAULT_FORMATS, choose_format, choose_scheme, find_model
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes
 

@@ -18,25 +18,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from quantkit import __version__, calibration
-from quantkit.calibration import BUNDLED, DEFAULT_EVAL, TokenSet
+from quantkit import __version__
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import BUNDLED, DEFAULT_EVAL, TokenSet
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, shorten
-from quantkit.commands.defaults import choose_seqlen, choose_serving, find_model, positions
-from quantkit.document import RESULT, read_result
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
-from quantkit.fit import fit_checkpoint, fit_stored
-from quantkit.folder import changed_files, write_result
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
-from quantkit.machine import peak_rss_bytes, versions
+from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.pipeline.evaluation import run_dtype
+from quantkit.model.tokenizer import tokenizer_of
+from quantkit.pipeline.forward import run_dtype
+from quantkit.pipeline.measure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.pipeline.memory import Layout, Streams, keep, lay_out
-from quantkit.pipeline.needs import Work
-from quantkit.pipeline.remeasure import QuantizedCheckpoint, measure, open_quantized
-from quantkit.progress import display
-from quantkit.tokenizer import tokenizer_of
-from quantkit.verify import Limits, verification_block
+from quantkit.report.terminal.progress import display
+from quantkit.results.document import RESULT, read_result
+from quantkit.results.folder import changed_files, write_result
+from quantkit.serving.fit import fit_checkpoint, fit_stored
+from quantkit.serving.needs import Work
+from quantkit.settings.defaults import choose_seqlen, choose_serving, find_model, positions
+from quantkit.verdict import Limits, verification_block
 
 NOT_MEASURED: dict[str, Any] = {
     "perplexity": None,

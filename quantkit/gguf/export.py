@@ -41,12 +41,12 @@ from quantkit.gguf.architecture import (
 )
 from quantkit.gguf.file import TensorInfo, Value, file_bytes, open_gguf, write_gguf
 from quantkit.gguf.tokenizer import tokenizer_metadata
+from quantkit.methods import kquants, rtn
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import LinearPlan
-from quantkit.quantize import kquants, rtn
+from quantkit.quantized import packed_names, quantization_of, stored_linears
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
-from quantkit.stored import packed_names, quantization_of, stored_linears
 
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time

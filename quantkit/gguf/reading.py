@@ -15,13 +15,13 @@ from transformers import PretrainedConfig
 
 from quantkit.checkpoint.reader import is_plain_name
 from quantkit.errors import ModelError
-from quantkit.fit import Stored
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import ARCHITECTURES, permutation, tensor_name
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.streaming import Architecture
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.scheme import Scheme
+from quantkit.serving.fit import Stored
 
 SCHEMES: Mapping[str, Scheme] = {  # the nearest that a type is to a scheme: what is shown of it
     "q4_0": Scheme(4, 32, True),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
@@ -23,6 +23,9 @@ from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
 from quantkit.gguf.file import TensorInfo, write_gguf
 from quantkit.gguf.reading import SCHEMES
+from quantkit.hardware.batching import samples_per_sum
+from quantkit.methods import gptq, kquants, rtn
+from quantkit.methods.refine import refine
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
@@ -32,7 +35,7 @@ from quantkit.model.streaming import (
     run_to,
 )
 from quantkit.pipeline.activations import Stream, regrouped
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     advance,
     embed_original,
@@ -41,9 +44,6 @@ from quantkit.pipeline.evaluation import (
     open_states,
     run_dtype,
 )
-from quantkit.portions import samples_per_sum
-from quantkit.quantize import gptq, kquants, rtn
-from quantkit.quantize.refine import refine
 from quantkit.scheme import Scheme
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
-from quantkit.model.kinds import unsupported
+from quantkit.model.unsupported import unsupported
 
 SIZES = (
     "num_hidden_layers",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from quantkit.model.kinds import unsupported
+from quantkit.model.unsupported import unsupported
 
 Shape = tuple[int, ...]
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
 from quantkit.errors import ModelError
+from quantkit.hardware.matmul import fast_linears
 from quantkit.model.config import load_config, one_line
 from quantkit.model.shapes import Shapes
-from quantkit.products import fast_linears
 
 ALIGNMENT = 256  # bytes: where tensors that share memory begin, as a GPU copies best
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
-from quantkit.machine import pin
-from quantkit.portions import LOGITS_AT_ONCE, TOKENS_AT_ONCE_GPU
+from quantkit.hardware.batching import LOGITS_AT_ONCE, TOKENS_AT_ONCE_GPU
+from quantkit.hardware.machine import pin
 
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 

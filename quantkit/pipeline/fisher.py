@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.errors import NumericsError
+from quantkit.hardware.batching import TOKENS_A_STEP
+from quantkit.hardware.matmul import accumulate_, linear
 from quantkit.model.streaming import (
     StreamedModel,
     logits,
@@ -29,7 +31,7 @@ from quantkit.model.streaming import (
     run_layer,
 )
 from quantkit.pipeline.activations import Stream, few_positions
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     embed_original,
     ending_names,
@@ -37,8 +39,6 @@ from quantkit.pipeline.evaluation import (
     loaded,
     open_states,
 )
-from quantkit.portions import TOKENS_A_STEP
-from quantkit.products import accumulate_, linear
 
 TOKENS = 2**14  # that speak for all: a few times the hidden sizes that there are
 DIRECTIONS = 256  # kept for each layer; what is left over counts in all directions alike

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import Format
+from quantkit.hardware.batching import HEAD_ROWS, samples_per_sum
+from quantkit.hardware.ranks import ALONE, Ranks
+from quantkit.methods import gptq
+from quantkit.methods.options import Options
+from quantkit.methods.site import METHODS, SiteInput
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
 from quantkit.pipeline.activations import Stream, regrouped
-from quantkit.pipeline.evaluation import ending_names, loaded
-from quantkit.portions import HEAD_ROWS, samples_per_sum
-from quantkit.quantize import gptq
-from quantkit.quantize.methods import METHODS, SiteInput
-from quantkit.quantize.options import Options
-from quantkit.ranks import ALONE, Ranks
+from quantkit.pipeline.forward import ending_names, loaded
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from quantkit import __version__
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.machine import device_name
+from quantkit.hardware.machine import device_name
+from quantkit.hardware.ranks import ALONE, Ranks
+from quantkit.methods.options import Options
 from quantkit.model.streaming import StreamedModel
-from quantkit.pipeline.evaluation import run_dtype
+from quantkit.pipeline.forward import run_dtype
 from quantkit.plan import LinearPlan, Plan
-from quantkit.quantize.options import Options
-from quantkit.ranks import ALONE, Ranks
 
 TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
 MOST_COPIES = 3  # as copies of it

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from quantkit.dtypes import to_stored
 from quantkit.errors import NumericsError
+from quantkit.hardware.batching import samples_per_sum
+from quantkit.hardware.matmul import fast_bfloat16
+from quantkit.methods.gptq import Factor
+from quantkit.methods.grid import to_float16
+from quantkit.methods.site import METHODS, SiteInput, SiteResult
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped
-from quantkit.pipeline.evaluation import Progress, loaded
+from quantkit.pipeline.forward import Progress, loaded
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.passage import Passage, forget, inputs_of
+from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
-from quantkit.portions import samples_per_sum
-from quantkit.products import fast_bfloat16
-from quantkit.quantize.gptq import Factor
-from quantkit.quantize.grid import to_float16
-from quantkit.quantize.methods import METHODS, SiteInput, SiteResult
 from quantkit.scheme import QuantizedTensor, Scheme, dequantize
 from quantkit.stats import SiteStats, collect, require_finite_stats
 

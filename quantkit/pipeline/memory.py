@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from quantkit.errors import InputError
+from quantkit.hardware.batching import TOKENS_AT_ONCE_GPU
 from quantkit.model.shapes import Shapes
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.needs import CUDA_BYTES, Work, needs, sites
-from quantkit.portions import TOKENS_AT_ONCE_GPU
+from quantkit.serving.needs import CUDA_BYTES, Work, needs, sites
 from quantkit.units import format_bytes
 
 SPARE = 0.9  # of what is free, where no limit is given

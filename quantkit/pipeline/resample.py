@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.model.streaming import (
     StreamedModel,
     logits,
@@ -20,7 +20,7 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.pipeline.activations import Stream, few_positions
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     advance,
     embed_original,

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
 from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
-from quantkit.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
+from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
+from quantkit.methods.site import SiteResult
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
@@ -44,8 +45,7 @@ from quantkit.model.streaming import (
     read_outside,
 )
 from quantkit.pipeline.activations import Stream, choose_place
-from quantkit.pipeline.background import copied, read_ahead, writer
-from quantkit.pipeline.evaluation import (
+from quantkit.pipeline.forward import (
     Progress,
     advance,
     compare,
@@ -59,12 +59,12 @@ from quantkit.pipeline.evaluation import (
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import LayerResult, quantize_layer, records_of
-from quantkit.pipeline.passage import Passage, shortcuts_of
+from quantkit.pipeline.prefetch import copied, read_ahead, writer
+from quantkit.pipeline.site_inputs import Passage, shortcuts_of
 from quantkit.pipeline.tuning import TUNING, learn_sizes, prepare, tune_layer
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
-from quantkit.quantize.methods import SiteResult
+from quantkit.quantized import dequantized
 from quantkit.stats import SiteStats
-from quantkit.stored import dequantized
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.calibration import TokenSet
+from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
+from quantkit.hardware.batching import TOKENS_A_STEP
+from quantkit.methods.tune import Loss, tune
 from quantkit.model.streaming import embed, run_layer
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.evaluation import Progress
 from quantkit.pipeline.fisher import output_directions, spilled_bytes, weighted_square
+from quantkit.pipeline.forward import Progress
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import LayerResult, assign_float
 from quantkit.pipeline.resample import resample
-from quantkit.portions import TOKENS_A_STEP
-from quantkit.quantize.tune import Loss, tune
 from quantkit.scheme import QuantizedTensor, dequantize
 
 TUNING = "tuning"

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.report import wording
+from quantkit.report import formatting
 from quantkit.report.rendering import template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -52,7 +52,7 @@ def render_card(result: Result, repo_id: str | None = None) -> str:
 
 def markdown(text: object) -> str:
     """Text as it is in Markdown: on one line, its special characters escaped."""
-    return re.sub(r"([\\`*_\[\]<>|#~&!{}])", r"\\\1", wording.one_line(text))
+    return re.sub(r"([\\`*_\[\]<>|#~&!{}])", r"\\\1", formatting.one_line(text))
 
 
 def hub_id(result: Result) -> str | None:
@@ -64,17 +64,17 @@ def hub_id(result: Result) -> str | None:
 
 
 def _title(result: Result) -> str:
-    name = wording.short_name(hub_id(result) or result["model"])
-    return f"{name} {result['method'].upper()} {wording.overall_scheme(result)}"
+    name = formatting.short_name(hub_id(result) or result["model"])
+    return f"{name} {result['method'].upper()} {formatting.overall_scheme(result)}"
 
 
 def _summary(result: Result) -> str:
     base = hub_id(result)
     source = f"[{markdown(base)}](https://huggingface.co/{base})" if base else markdown(result["model"])
     return (
-        f"{source}, quantized with {markdown(result['method'].upper())} to {wording.overall_scheme(result)} "
-        f"and stored as {markdown(result['format'])}: {wording.size(result['total_bytes'])}, "
-        f"{wording.figure(result['bits_per_weight'], 3)} bits per quantized weight. "
+        f"{source}, quantized with {markdown(result['method'].upper())} to {formatting.overall_scheme(result)} "
+        f"and stored as {markdown(result['format'])}: {formatting.size(result['total_bytes'])}, "
+        f"{formatting.figure(result['bits_per_weight'], 3)} bits per quantized weight. "
         f"Made by quantkit {markdown(result['quantkit_version'])}."
     )
 
@@ -90,7 +90,7 @@ def _front_matter(result: Result) -> str:
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "gguf" if stored == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
-        **({"license": wording.one_line(license_name)} if license_name else {}),
+        **({"license": formatting.one_line(license_name)} if license_name else {}),
         "tags": list(dict.fromkeys([stored, *([result["method"]] if result["method"] in ("awq", "gptq") else [])]))
         + [f"{b}-bit" for b in bits]
         + ["quantkit"],
@@ -116,10 +116,10 @@ def _model_index(result: Result) -> dict[str, Any]:
     ]
     if not metrics:
         return {}
-    source = wording.one_line((verification.get("eval") or {}).get("source") or "evaluation set")
+    source = formatting.one_line((verification.get("eval") or {}).get("source") or "evaluation set")
     task = {"type": "text-generation", "name": "Text generation"}
     measured = {"task": task, "dataset": _dataset(source), "metrics": metrics}
-    return {"model-index": [{"name": wording.one_line(_title(result)), "results": [measured]}]}
+    return {"model-index": [{"name": formatting.one_line(_title(result)), "results": [measured]}]}
 
 
 def _dataset(source: str) -> dict[str, str]:
@@ -127,7 +127,7 @@ def _dataset(source: str) -> dict[str, str]:
     on_hub = re.match(r"hf:([\w.-]+/[\w.-]+)", source, re.ASCII)
     if on_hub:
         return {"type": on_hub[1], "name": source.removeprefix("hf:")}
-    name = wording.short_name(source)
+    name = formatting.short_name(source)
     return {"type": re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "evaluation-set", "name": name}
 
 
@@ -137,7 +137,7 @@ def _dataset(source: str) -> dict[str, str]:
 def _limits(limits: Result) -> str:
     said = []
     if limits.get("max_ppl_increase") is not None:
-        said.append(f"perplexity at most {wording.limit(limits['max_ppl_increase'])} above FP16")
+        said.append(f"perplexity at most {formatting.limit(limits['max_ppl_increase'])} above FP16")
     if limits.get("max_kl") is not None:
         said.append(f"KL divergence at most {limits['max_kl']:g} nats")
     return f"Limits: {', '.join(said)}." if said else ""
@@ -147,20 +147,22 @@ def _table(result: Result) -> list[tuple[str, str, str, str]]:
     rows = []
     verification = result.get("verification")
     if verification:
-        rise = wording.percent(wording.increase(verification), signed=True)
-        found = [wording.figure(verification.get(key)) for key in ("perplexity_fp16", "perplexity")]
+        rise = formatting.percent(formatting.increase(verification), signed=True)
+        found = [formatting.figure(verification.get(key)) for key in ("perplexity_fp16", "perplexity")]
         rows.append(("Perplexity", *found, rise))
-        rows.append(("KL divergence, mean", "", wording.figure(verification.get("kl_divergence")), ""))
+        rows.append(("KL divergence, mean", "", formatting.figure(verification.get("kl_divergence")), ""))
         rows += [
-            (f"KL divergence, {markdown(name)}", "", wording.figure(value), "")
+            (f"KL divergence, {markdown(name)}", "", formatting.figure(value), "")
             for name, value in (verification.get("kl_percentiles") or {}).items()
         ]
-        rows.append(("Top-1 agreement", "", wording.percent(verification.get("top1_agreement")), ""))
-    full, stored = wording.bytes_in_16_bit(result), result.get("tensor_bytes")
+        rows.append(("Top-1 agreement", "", formatting.percent(verification.get("top1_agreement")), ""))
+    full, stored = formatting.bytes_in_16_bit(result), result.get("tensor_bytes")
     if full and stored:
-        rows.append(("Weights", wording.size(full), wording.size(stored), wording.percent(stored / full - 1, 1)))
+        rows.append(
+            ("Weights", formatting.size(full), formatting.size(stored), formatting.percent(stored / full - 1, 1))
+        )
     else:
-        rows.append(("Weights", "", wording.size(result["total_bytes"]), ""))
+        rows.append(("Weights", "", formatting.size(result["total_bytes"]), ""))
     return [(str(a), str(b), str(c), str(d)) for a, b, c, d in rows]
 
 
@@ -184,9 +186,9 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("Calibration", _token_set(calibration) if calibration else "none"),
         (
             "Schemes",
-            ", ".join(f"{n:,} layers {name}" for name, n in wording.schemes(result.get("layers") or []).items()),
+            ", ".join(f"{n:,} layers {name}" for name, n in formatting.schemes(result.get("layers") or []).items()),
         ),
-        ("Time", wording.duration(result["seconds"]) if result.get("seconds") is not None else ""),
+        ("Time", formatting.duration(result["seconds"]) if result.get("seconds") is not None else ""),
         ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))),
     ]
     return [(name, value) for name, value in facts if value]
@@ -207,12 +209,12 @@ INSTALL = {  # what transformers needs beside itself
 def _fit(fit: Result | None) -> str:
     if not fit or fit.get("budget_bytes") is None:
         return ""
-    longest, own = fit.get("longest_context"), wording.on_a_card(fit)
+    longest, own = fit.get("longest_context"), formatting.on_a_card(fit)
     reach = f"the longest context that fits is {longest:,} tokens" if longest else "no context fits beside the weights"
-    weights, workspace = wording.size(own["weights_bytes"]), wording.size(own["workspace_bytes"])
+    weights, workspace = formatting.size(own["weights_bytes"]), formatting.size(own["workspace_bytes"])
     return (
         f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit['kv'])}) of "
-        f"{wording.exact(own['kv_bytes_per_token'])} per token: in {wording.size(fit['budget_bytes'])}, {reach}. "
+        f"{formatting.exact(own['kv_bytes_per_token'])} per token: in {formatting.size(fit['budget_bytes'])}, {reach}. "
         "The flags below keep to that context; on a card larger than the budget, give the budget's share of it as "
         "`--gpu-memory-utilization` (vLLM) or `--mem-fraction-static` (SGLang)."
     )
@@ -262,7 +264,7 @@ def _llamacpp(result: Result, path: str, fit: Result) -> dict[str, Any]:
 
 def _command(words: Sequence[str], fit: Result, context_flags: str, fp8: str) -> str:
     """A shell command that keeps to the longest context and the kind of KV cache that were counted."""
-    longest, cards = fit.get("longest_context"), wording.on_a_card(fit).get("cards", 1) if fit else 1
+    longest, cards = fit.get("longest_context"), formatting.on_a_card(fit).get("cards", 1) if fit else 1
     flags = [
         *([context_flags.format(longest)] if longest else []),
         *([f"--kv-cache-dtype {fp8}"] if fit.get("kv") == "fp8" else []),
@@ -292,9 +294,9 @@ def _transformers(path: str) -> str:
 
 def _in_code(text: Sequence[str] | str) -> str:
     """One line inside a fenced block: a line of its own cannot begin with the closing fence."""
-    line = wording.one_line(text)
+    line = formatting.one_line(text)
     return f" {line}" if line.startswith("```") else line
 
 
 def _in_span(text: object) -> str:
-    return wording.one_line(text).replace("`", "'")
+    return formatting.one_line(text).replace("`", "'")

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantkit convert SOURCE --to gguf`: a folder with one GGUF file, its measurements, report and card.
+
+A quantized checkpoint keeps its integers (`gguf.export`). A 16-bit model is rounded straight into GGUF's blocks, with
+calibration (`gguf.rounding`). Either way the file is then opened again and measured against the 16-bit model.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from quantkit import __version__
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import TokenSet
+from quantkit.checkpoint.journal import Unit, open_journal
+from quantkit.checkpoint.reader import fingerprint
+from quantkit.checkpoint.writer import copy_file, require_disk, write_json
+from quantkit.commands.verify import measured_like, verify_files
+from quantkit.errors import InputError, QuantkitError, SchemeError
+from quantkit.formats.gguf import TYPES
+from quantkit.gguf.architecture import check_architecture
+from quantkit.gguf.export import export, layout, open_source, types_of
+from quantkit.gguf.file import open_gguf
+from quantkit.gguf.reading import GGUFModel, open_gguf_model
+from quantkit.gguf.rounding import RoundJob, assemble, round_layers
+from quantkit.hardware.machine import device_name, peak_device_bytes, peak_rss_bytes, versions
+from quantkit.model.sites import sites_of
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.tokenizer import tokenizer_of
+from quantkit.plan import DISK_MARGIN
+from quantkit.quantized import quantization_of, writer
+from quantkit.report.terminal.progress import display
+from quantkit.results.document import RESULT
+from quantkit.results.folder import (
+    beside_weights,
+    changed_files,
+    file_records,
+    require_another,
+    result_of,
+    sha256_of,
+    write_result,
+)
+from quantkit.settings.defaults import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
+
+DEFAULT_TYPE = "q4_k"
+NOTES = ("LICENSE*", "NOTICE*")  # what goes with the weights; the rest is in the file
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What the user asked for. None: not said.
+
+    type: of the linears; outside: of the embedding and the head; against: the 16-bit model to measure a quantized
+    checkpoint with; nearest: round without error compensation; the rest as in `commands.quantize.Request`
+    """
+
+    source: str
+    command: str
+    type: str | None = None
+    outside: str = "f16"
+    out: Path | None = None
+    requantize: bool = False
+    nearest: bool = False
+    against: str | None = None
+    calib: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    evaluation: str | None = None
+    eval_samples: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    fresh: bool = False
+    offline: bool = False
+    verify: bool = True
+
+
+def to_gguf(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
+    """Make the folder and return its result document (quantkit.json) and where it is.
+
+    Raises:
+        SchemeError: integers that the type cannot hold. QuantkitError: anything else that the user can mend.
+    """
+    if request.type is not None and request.type not in TYPES:
+        raise InputError(f"--type: expected {', '.join(t for t in TYPES if t != 'f32')}, got {request.type!r}")
+    folder = Path(request.source)
+    if folder.is_dir() and _is_quantized(folder):
+        return _keep_integers(request, folder, console)
+    return _round(request, console)
+
+
+def _is_quantized(folder: Path) -> bool:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # what is wrong with it is told by whoever opens it
+    return isinstance(raw, dict) and bool(quantization_of(raw))
+
+
+# ---------------------------------------------------------------- integers as they are
+
+
+def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tuple[dict[str, Any], Path]:
+    began = time.monotonic()
+    calibrating = {
+        "--calib": request.calib,
+        "--samples": request.samples,
+        "--seqlen": request.seqlen,
+        "--seed": request.seed,
+        "--rounding nearest": request.nearest,
+    }
+    for option in (option for option, said in calibrating.items() if said):
+        raise InputError(f"{option}: {folder} is quantized and keeps its integers; leave it out")
+    recorded = result_of(folder)
+    if recorded and (changed := changed_files(folder, recorded)):
+        raise InputError(f"{folder}: {changed[0]}; convert a folder as its run left it")
+    label = folder.resolve().name
+    out = request.out or Path("outputs") / f"{label}-gguf"
+    require_another(out, folder, request.against)
+    source = open_source(folder)
+    identity = {
+        "quantkit": __version__,
+        "convert": "gguf",
+        "type": request.type,
+        "outside": request.outside,
+        "requantize": request.requantize,
+        "source": fingerprint(source.checkpoint),
+    }
+    with open_journal(out, identity, fresh=request.fresh) as journal:
+        unit = journal.finished.get("gguf")
+        if unit is not None and not journal.verify_unit(unit):
+            journal.drop_from("gguf")
+        if "gguf" not in journal.finished:
+            path = out / f"{label}-{_suffix(types_of(source, request.type, request.requantize))}.gguf"
+            done = export(folder, path, request.type, outside=request.outside, requantize=request.requantize)
+            record = {"linears": [], "equal": done.equal, "rounded": done.rounded, "types": done.types}
+            journal.append(Unit("gguf", path.name, done.sha256, record))
+        unit = journal.finished["gguf"]
+        for path in [path for path in beside_weights(folder) if any(path.match(pattern) for pattern in NOTES)]:
+            copy_file(path, out / path.name)
+    architecture = source.architecture
+    written = open_gguf_model(out / unit.file, architecture)
+    document = _document(request, recorded, written, unit, out, str(request.against or folder))
+    document["layers"] = _layers(recorded, written, unit.record)
+    equal, rounded = unit.record["equal"], unit.record["rounded"]
+    errors = list(rounded.values())
+    document["converted"] = {
+        "from": folder.name,
+        "from_format": source.format.name if source.format else None,
+        "made_by": writer(source.config, recorded),
+        "lossless": not rounded,
+        "equal": equal,
+        "rounded": len(rounded),
+        "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else None,
+    }
+    document["seconds"] = time.monotonic() - began
+    _say(console, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
+    said = (recorded or {}).get("verification")
+    same = not rounded and request.outside == "f16"
+    return _finish(request, document, said if same else None, out, console, said), out
+
+
+def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A record per linear: what the run said of it, and the bytes it has now."""
+    before = {str(layer.get("name")): layer for layer in (recorded or {}).get("layers") or []}
+    found = []
+    for linear in written.linears:
+        kind = record["types"].get(linear.name)
+        if kind is None or linear.scheme is None:
+            continue
+        found.append(
+            {
+                "name": linear.name,
+                "layer": linear.layer,
+                "kind": linear.local.rpartition(".")[2],
+                "bits": linear.scheme.bits,
+                "group_size": linear.scheme.group_size,
+                "symmetric": linear.scheme.symmetric,
+                "method": before.get(linear.name, {}).get("method", kind),
+                "out_features": linear.out_features,
+                "in_features": linear.in_features,
+                "loss": before.get(linear.name, {}).get("loss", 0.0),
+                "bytes": linear.out_features * TYPES[kind].row_bytes(linear.in_features),
+                "type": kind,
+            }
+        )
+    return found
+
+
+# ---------------------------------------------------------------- from 16 bit
+
+
+def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
+    began = time.monotonic()
+    if request.requantize:
+        raise InputError(f"--requantize: {request.source} is not quantized; leave it out")
+    kind = request.type or DEFAULT_TYPE
+    directory = find_model(request.source, offline=request.offline)
+    model = open_model(directory)
+    check_architecture(model.config)
+    label = (request.source if not Path(request.source).exists() else directory.resolve().name).rpartition("/")[2]
+    out = request.out or Path("outputs") / f"{label}-gguf-{kind}"
+    require_another(out, directory)
+    types = _types(model, kind)
+    made = layout(model, json.loads((directory / "config.json").read_text()), directory, types, request.outside, label)
+    tokens = _calibration(request, model)
+    require_disk(out, 2 * made.file_bytes + DISK_MARGIN)
+    job = RoundJob(model, made, types, tokens, request.device, out, request.nearest)
+    identity = {
+        "quantkit": __version__,
+        "torch": torch.__version__,
+        "device": device_name(request.device),
+        "convert": "gguf",
+        "type": kind,
+        "outside": request.outside,
+        "nearest": request.nearest,
+        "calibration": tokens.sha256,
+        "model": fingerprint(model.checkpoint),
+    }
+    _say(console, out, f"{len(types)} linears as {kind}; calibration: {tokens.source}, {tokens.samples} windows")
+    for note in calibration.notes_of(tokens):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    with open_journal(out, identity, fresh=request.fresh) as journal:
+        unit = journal.finished.get("gguf")
+        if unit is None or not journal.verify_unit(unit):
+            if unit is not None:
+                journal.drop_from("gguf")
+            with display(console, request.device) as progress:
+                layers = round_layers(job, journal, progress)
+            path = out / f"{label}-{kind.upper()}.gguf"
+            journal.append(Unit("gguf", path.name, assemble(job, path), {"linears": [], "layers": layers}))
+        unit = journal.finished["gguf"]
+        for index in range(len(model.layers)):
+            job.file(index).unlink(missing_ok=True)
+        for path in [path for path in beside_weights(directory) if any(path.match(pattern) for pattern in NOTES)]:
+            copy_file(path, out / path.name)
+    written = open_gguf_model(out / unit.file, model)
+    document = _document(request, None, written, unit, out, request.source)
+    document |= {"layers": unit.record["layers"], "calibration": calibration.record_of(tokens)}
+    document |= {"method": "rtn" if request.nearest else "gptq", "seconds": time.monotonic() - began}
+    return _finish(request, document, None, out, console), out
+
+
+def _types(model: StreamedModel, kind: str) -> dict[str, str]:
+    """The type of every linear of the decoder layers.
+
+    Raises:
+        SchemeError: rows that are no whole number of its blocks.
+    """
+    names = [name for site in sites_of(model) for name in site.linears]
+    types = {f"{model.layer_name(i)}.{name}": kind for i in range(len(model.layers)) for name in names}
+    for index in range(len(model.layers)):
+        for name in names:
+            columns = model.layer_shapes(index)[f"{name}.weight"][1]
+            if columns % TYPES[kind].columns:
+                raise SchemeError(
+                    f"{model.layer_name(index)}.{name}: {kind} cuts rows into blocks of {TYPES[kind].columns}, got "
+                    f"in_features {columns}; use --type q4_0, q4_1 or q8_0, whose blocks are 32"
+                )
+    return types
+
+
+def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
+    seqlen = choose_seqlen(positions(model.config), request.seqlen)
+    tokens = calibration.load(
+        request.calib or "mix",
+        tokenizer_of(model.directory),
+        samples=request.samples or DEFAULT_SAMPLES,
+        seqlen=seqlen,
+        seed=request.seed,
+        vocab_size=model.config.vocab_size,
+        offline=request.offline,
+    )
+    calibration.require_positions(tokens, positions(model.config))
+    return calibration.note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _suffix(types: Mapping[str, str]) -> str:
+    kinds = list(types.values())
+    return max(sorted(set(kinds)), key=kinds.count).upper()
+
+
+def _document(
+    request: ExportRequest, recorded: Mapping[str, Any] | None, written: GGUFModel, unit: Unit, out: Path, model: str
+) -> dict[str, Any]:
+    """What is true of the file whatever it was made from."""
+    path = out / unit.file
+    schemes = [linear.scheme for linear in written.linears if linear.scheme is not None]
+    scheme = max(schemes, key=schemes.count)
+    before = dict(recorded or {})
+    beside = [found for pattern in NOTES for found in out.glob(pattern)]
+    kept = {key: before[key] for key in ("model", "base_model", "method", "calibration", "options") if key in before}
+    result = {
+        "quantkit_version": __version__,
+        "command": request.command,
+        "model": model,
+        "base_model": {"id": hub_id(model), "license": None},
+        "method": "gguf",
+        "calibration": None,
+        "options": {},
+    }
+    return (
+        result
+        | kept
+        | {
+            "format": "gguf",
+            "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
+            "bits_per_weight": written.bits_per_weight,
+            "total_bytes": path.stat().st_size,
+            "tensor_bytes": sum(info.nbytes for info in open_gguf(path).infos.values()),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": peak_device_bytes(request.device),
+            "device": str(request.device),
+            "versions": versions(),
+            "fallbacks": list(before.get("fallbacks") or []),
+            "engines": {},
+            "files": file_records(out, {path.name: sha256_of(path) for path in beside} | {unit.file: unit.sha256}),
+            "verification": None,
+        }
+    )
+
+
+def _finish(
+    request: ExportRequest,
+    document: dict[str, Any],
+    carried: dict[str, Any] | None,
+    out: Path,
+    console: Console,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept.
+
+    carried: a verification that is true of the file; before: that of the source, whose tokens and limits are taken
+    """
+    document["verification"] = carried
+    write_json(out / RESULT, document)
+    if request.verify:
+        asked = measured_like(
+            before,
+            out=out,
+            command=request.command,
+            against=request.against,
+            evaluation=request.evaluation,
+            eval_samples=request.eval_samples,
+            device=request.device,
+            offline=request.offline,
+        )
+        try:
+            return verify_files(asked, console)
+        except QuantkitError as error:
+            if request.against is not None:
+                raise
+            document["fallbacks"].append(f"not measured again: {error}")
+    write_result(out, document)
+    return document
+
+
+def _say(console: Console, path: Path, text: str) -> None:
+    console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)

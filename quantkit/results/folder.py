@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished folder: what stands in it beside the shards, and what is recorded of it.
+
+quantkit.json is written last: it says that all is there.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.journal import BESIDE_WEIGHTS, JOURNAL
+from quantkit.checkpoint.reader import is_plain_name
+from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
+from quantkit.errors import InputError, ModelError, OutputError
+from quantkit.formats import Format
+from quantkit.report.card import render_card
+from quantkit.report.pages.run import render_report
+from quantkit.results.document import RESULT, read_result
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """quantkit.json of a folder of ours; None for a checkpoint of another tool.
+
+    Raises:
+        ModelError: no such folder. OutputError: a run that is not finished, or a damaged document.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; expected a quantized checkpoint")
+    return read_result(folder) if (folder / RESULT).exists() or (folder / JOURNAL).exists() else None
+
+
+def require_another(out: Path, *sources: Path | str | None) -> None:
+    """Refuse to write over what is read: starting over would remove it.
+
+    sources: folders; a name that is none, as of the hub, or None is let pass
+
+    Raises:
+        InputError: one of them is that folder.
+    """
+    if any(out.resolve() == Path(source).resolve() for source in sources if source is not None):
+        raise InputError(f"--out {out}: is the model or checkpoint itself; choose another folder")
+
+
+def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
+    """One line for each file of quantkit.json that is missing or has another sha256, and for weights that it lacks.
+
+    Raises:
+        OutputError: quantkit.json lists what cannot be a file of the folder.
+    """
+    if recorded is None:
+        return []
+    reasons, known = [], set()
+    listed = recorded.get("files")
+    for entry in listed if isinstance(listed, list) else []:
+        name = str(entry.get("name") if isinstance(entry, dict) else entry)
+        if not is_plain_name(name):
+            raise OutputError(f"{out / RESULT}: files: {ascii(name)[:80]} is not the name of a file")
+        known.add(name)
+        path = out / name
+        if not path.is_file():
+            reasons.append(f"{name} is missing")
+        elif path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
+            reasons.append(f"{name} is not the file that the run wrote: its sha256 is another than in {RESULT}")
+    unknown = sorted(path.name for path in out.glob("*.safetensors") if path.name not in known)
+    return reasons + [f"{name} is not among the files of {RESULT}" for name in unknown]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, as hexadecimal digits.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_beside(
+    out: Path,
+    source: Path,
+    weight_map: Mapping[str, str],
+    tensor_bytes: int,
+    config: Mapping[str, Any],
+    fmt: Format | None,
+) -> dict[str, str]:
+    """Write what engines read beside the shards: index, config.json, files of the format, tokenizer and its like.
+
+    weight_map: tensor -> file; fmt: None for 16 bit. Returns the sha256 of each file.
+    """
+    files = {
+        "model.safetensors.index.json": write_index(out, weight_map, tensor_bytes),
+        "config.json": write_json(out / "config.json", config),
+    }
+    if fmt is not None:
+        for name, content in fmt.extra_files(config["quantization_config"]).items():
+            files[name] = write_json(out / name, content)
+    return files | {path.name: copy_file(path, out / path.name) for path in beside_weights(source)}
+
+
+def file_records(out: Path, hashes: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The `files` of quantkit.json; hashes: name -> sha256."""
+    return [
+        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in sorted(hashes.items())
+    ]
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """The report, the model card, and then quantkit.json."""
+    write_text(out / "report.html", render_report(result))
+    write_text(out / "README.md", render_card(result))
+    write_json(out / RESULT, result)
+
+
+def beside_weights(directory: Path) -> list[Path]:
+    """The tokenizer and its like in a model folder. A link counts only within the folder, or its hub cache's blobs."""
+    return sorted(path for path in _matching(directory) if _lies_within(directory, path))
+
+
+def links_left_out(directory: Path) -> list[str]:
+    """A note for each of these files that is a link to somewhere else: it might be pushed, whatever it is."""
+    elsewhere = sorted(path.name for path in _matching(directory) if not _lies_within(directory, path))
+    return [f"{name} is a link out of {directory} and was not copied; put the file itself there" for name in elsewhere]
+
+
+def _matching(directory: Path) -> set[Path]:
+    return {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
+
+
+def _lies_within(directory: Path, path: Path) -> bool:
+    allowed = (directory.resolve(), directory.resolve().parent.parent / "blobs")
+    return any(path.resolve().is_relative_to(place) for place in allowed)
+
+
+def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads of `rope_parameters`, which only 5 knows: without it, it would use other rotations."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    usual = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"]} | ({} if usual else {"rope_scaling": scaling})
+
+
+def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json with the quantization added, and float16 as the dtype that the file now has."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("dtype", None)
+    config = older_rope_keys(config) | config
+    return config | {"torch_dtype": "float16", "quantization_config": dict(quantization_config)}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command means where the user has not said it: the model's folder, the recipe, the scheme, the format, and
+what the result is to be served with.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.source import resolve
+from quantkit.errors import InputError
+from quantkit.formats import FORMATS, Format
+from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
+from quantkit.scheme import Scheme
+from quantkit.settings.models import model_of
+
+DEFAULT_BUDGET = 22 * 2**30  # bytes
+DEFAULT_CONTEXT = 8192  # tokens
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048  # windows of calibration, tokens of each
+DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
+SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
+
+
+def find_model(name: str, *, offline: bool) -> Path:
+    """The directory of a recipe name, folder, or hub id; see `checkpoint.source.resolve`."""
+    return resolve(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's name of a model given as a recipe or a hub id; None for folders and the bundled demo."""
+    target = model_of(name) if name in shipped() else name
+    return target if target.count("/") == 1 and not Path(target).exists() else None
+
+
+def choose_recipe(file: Path | None, model: str) -> Recipe:
+    """The recipe file that was given, over the one that ships under the model's name, or an empty one."""
+    known = shipped().get(model, Recipe())
+    return known if file is None else over(read_recipe(file), known)
+
+
+def choose_scheme(
+    method: str,
+    recipe: Recipe,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    format: str | None = None,
+) -> Scheme:
+    """The command line comes before the recipe's default, which comes before 4 bits in groups of 128.
+
+    gguf has groups of 32, and 8 bits only without zero points: there these are the defaults.
+    """
+    default = recipe.default
+    if format == "gguf":
+        from quantkit.formats.gguf import BLOCK  # imports torch, which the other formats' plans do without
+
+        group_size = BLOCK if group_size is None else group_size
+        symmetric = True if symmetric is None and (bits or default.bits) == 8 else symmetric
+    return Scheme(
+        next(b for b in (bits, default.bits, 4) if b is not None),
+        next(g for g in (group_size, default.group_size, 128) if g is not None),
+        next(s for s in (symmetric, default.symmetric, SYMMETRIC[method]) if s is not None),
+    )
+
+
+def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe) -> Format:
+    """The format that was asked for, or the usual one of the method, or the nearest that can hold the scheme.
+
+    Raises:
+        InputError: no format of that name.
+    """
+    if name == "gguf":
+        from quantkit.formats.gguf import GGUF
+
+        return GGUF
+    if name is not None:
+        if name not in FORMATS:
+            raise InputError(f"--format: expected {', '.join(FORMATS)} or gguf, got {name!r}")
+        return FORMATS[name]
+    usual = DEFAULT_FORMATS[method]
+    if recipe.rules or (usual == "awq" and scheme.bits != 4):
+        return FORMATS["compressed-tensors"]
+    return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens of context the model allows, or None if its config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def choose_seqlen(limit: int | None, *asked: int | None) -> int:
+    """Tokens of a window: the first that was asked for, or 2048, or all that a smaller model allows.
+
+    Raises:
+        InputError: more than the model has positions.
+    """
+    allowed = limit or DEFAULT_SEQLEN
+    seqlen = next((length for length in asked if length), min(DEFAULT_SEQLEN, allowed))
+    if seqlen > allowed:
+        raise InputError(f"--seqlen {seqlen}: the model has {allowed} positions; use --seqlen {allowed} or less")
+    return seqlen
+
+
+def choose_serving(
+    limit: int | None,
+    recipe: BudgetSpec | None = None,
+    *,
+    budget: int | None = None,
+    context: int | None = None,
+    kv: str | None = None,
+) -> dict[str, Any]:
+    """The keywords of `fit.fit`: bytes of the card, tokens of context that must fit, type of the KV cache.
+
+    As asked, or as the recipe says, or 22 GiB, 8k tokens (all that a smaller model allows) and fp16. limit: `positions`
+
+    Raises:
+        InputError: more context than the model allows.
+    """
+    said = recipe or BudgetSpec()
+    return {
+        "budget": budget or said.memory_bytes or DEFAULT_BUDGET,
+        "context": choose_context(context or said.context_tokens, limit),
+        "kv": kv or said.kv or "fp16",
+    }
+
+
+def choose_context(asked: int | None, limit: int | None) -> int:
+    """The context that must fit: as asked, or 8k, or all that a smaller model allows.
+
+    Raises:
+        InputError: more than the model allows.
+    """
+    if asked is None:
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit is not None and asked > limit:
+        raise InputError(f"--context {asked}: the model allows {limit} tokens; use --context {limit} or less")
+    return asked
