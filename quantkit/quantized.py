@@ -12,10 +12,10 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ModelError
 from quantkit.formats import Format
 from quantkit.formats.reading import read_schemes, unpack
+from quantkit.grids.registry import dequantize
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan
-from quantkit.scheme import dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor, device

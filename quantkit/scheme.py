@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers are represented: the only place where codes become floats and floats become codes.
+"""What a scheme is, and the quantized tensor that passes between methods and formats. Imports no torch by itself.
 
-A weight W [out_features, in_features] is cut into groups of `group_size` consecutive input columns. Each row of
-each group has one float16 scale s and one integer zero point z, and a weight is stored as the unsigned code q:
-
-    w = (q - z) * s          0 <= q <= 2**bits - 1
-
-Symmetric schemes fix z = 2**(bits - 1). Their scales may be negative: the code range is one longer below zero than
-above it, and a negative scale puts the longer side where the larger weight is.
+A weight W [out_features, in_features] is cut into groups of `group_size` consecutive input columns. Each row of each
+group has a scale, and each weight is stored as a code. What codes stand for is the grid's to say (`grids`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from quantkit.errors import SchemeError
 
 if TYPE_CHECKING:  # sizes are planned before torch is needed
-    import torch
     from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -27,11 +21,12 @@ MIN_BITS, MAX_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits, group size (-1: one group for the whole row), and whether the zero point is fixed in the middle."""
+    """Bits, group size (-1: one group for the whole row), whether the zero point is fixed, and the grid's name."""
 
     bits: int
     group_size: int
     symmetric: bool
+    grid: str = "integer"
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -64,18 +59,29 @@ class Scheme:
         return in_features // columns
 
     def __str__(self) -> str:
+        if self.grid != "integer":
+            return self.grid.upper()
         group = "rows" if self.group_size == -1 else f"g{self.group_size}"
         return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+
+
+# Schemes that have a name of their own.
+NAMED = {
+    "q4_k": Scheme(4, 32, False, "q4_k"),
+    "q5_k": Scheme(5, 32, False, "q5_k"),
+    "q6_k": Scheme(6, 16, True, "q6_k"),
+}
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A quantized weight in natural order: the only currency between methods and formats.
 
-    codes:  uint8 [out_features, in_features], each in 0 .. 2**bits - 1
-    scales: float16 [out_features, groups]
-    zeros:  uint8 [out_features, groups], each in 0 .. 2**bits - 1; 2**(bits - 1) everywhere when symmetric
+    codes:  uint8 [out_features, in_features]
+    scales: [out_features, groups]; of integer grids float16
+    zeros:  [out_features, groups]; of integer grids uint8, 2**(bits - 1) everywhere when symmetric
     g_idx:  int32 [in_features], the group of each column, or None when column k is in group k // group_size
+    outer:  the second level of scales of grids that have one, by name: [out_features, columns of its own]
     """
 
     codes: Tensor
@@ -83,6 +89,7 @@ class QuantizedTensor:
     zeros: Tensor
     scheme: Scheme
     g_idx: Tensor | None = None
+    outer: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def out_features(self) -> int:
@@ -95,72 +102,32 @@ class QuantizedTensor:
 
 def split_rows(quantized: QuantizedTensor, rows: Sequence[int]) -> list[QuantizedTensor]:
     """Cut a tensor into tensors of so many rows each, in order."""
-    parts = (x.split(list(rows)) for x in (quantized.codes, quantized.scales, quantized.zeros))
-    return [replace(quantized, codes=c, scales=s, zeros=z) for c, s, z in zip(*parts, strict=True)]
+    parts = {name: tensor.split(list(rows)) for name, tensor in _by_row(quantized).items()}
+    return [_from_rows(quantized, {name: part[i] for name, part in parts.items()}) for i in range(len(rows))]
 
 
 def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """The tensor that `split_rows` cuts into these."""
     import torch
 
-    codes, scales, zeros = (torch.cat(x) for x in zip(*((q.codes, q.scales, q.zeros) for q in parts), strict=True))
-    return replace(parts[0], codes=codes, scales=scales, zeros=zeros)
+    tensors = [_by_row(part) for part in parts]
+    return _from_rows(parts[0], {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]})
+
+
+def map_rows(quantized: QuantizedTensor, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+    """The tensor with each of its parts, whose rows are output features, changed alike."""
+    return _from_rows(quantized, {name: change(tensor) for name, tensor in _by_row(quantized).items()})
+
+
+def _by_row(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    return {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.zeros, **quantized.outer}
+
+
+def _from_rows(like: QuantizedTensor, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    outer = {name: tensors[name] for name in like.outer}
+    return replace(like, codes=tensors["codes"], scales=tensors["scales"], zeros=tensors["zeros"], outer=outer)
 
 
 def expand(per_group: Tensor, columns: int) -> Tensor:
     """[out, groups] -> [out, groups * columns], each value repeated over the columns of its group."""
     return per_group.repeat_interleave(columns, dim=1)
-
-
-def encode(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
-    """Round each weight [out, in] to the nearest code (uint8 [out, in]) on the given grid [out, groups]."""
-    columns = weight.shape[1] // scales.shape[1]
-    grouped = weight.float().unflatten(1, (-1, columns))  # [out, groups, columns]
-    codes: Tensor = (grouped / scales.float().unsqueeze(2)).round_() + zeros.float().unsqueeze(2)
-    return codes.clamp_(0, scheme.max_code).flatten(1).byte()
-
-
-def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [out, in] that the codes stand for: (q - z) * s, computed in float32; dtype None keeps that."""
-    if quantized.g_idx is not None:
-        group = quantized.g_idx.long()
-        scales, zeros = quantized.scales.float()[:, group], quantized.zeros.float()[:, group]
-        return ((quantized.codes.float() - zeros) * scales).to(dtype or scales.dtype)
-    columns = quantized.in_features // quantized.scales.shape[1]
-    codes: Tensor = quantized.codes.float().unflatten(1, (-1, columns))
-    weight = (codes - quantized.zeros.float().unsqueeze(2)) * quantized.scales.float().unsqueeze(2)
-    return weight.flatten(1).to(dtype or weight.dtype)
-
-
-@dataclass(frozen=True)
-class Superblocks:
-    """A weight with two levels of scales, as llama.cpp's K-quants have them; superblocks of 256 input columns.
-
-        w = d * scale * (code - zero) - dmin * low
-
-    codes:  uint8 [out_features, in_features]
-    scales: int16 [out_features, in_features / columns], whole numbers; lows: the same, all 0 when nothing is subtracted
-    d:      float16 [out_features, in_features / 256]; dmin: the same
-    zero:   what is taken off every code
-    """
-
-    codes: Tensor
-    scales: Tensor
-    lows: Tensor
-    d: Tensor
-    dmin: Tensor
-    zero: int
-
-
-def two_levels(blocks: Superblocks) -> tuple[Tensor, Tensor]:
-    """Each group's step and what is subtracted, float32 [out, groups]: the two levels of scales multiplied out."""
-    groups = blocks.scales.shape[1] // blocks.d.shape[1]
-    step = expand(blocks.d.float(), groups) * blocks.scales.float()
-    return step, expand(blocks.dmin.float(), groups) * blocks.lows.float()
-
-
-def dequantize_superblocks(blocks: Superblocks) -> Tensor:
-    """The weight float32 [out, in] that superblocks stand for."""
-    step, low = two_levels(blocks)
-    columns = blocks.codes.shape[1] // step.shape[1]
-    return (blocks.codes.float() - blocks.zero) * expand(step, columns) - expand(low, columns)

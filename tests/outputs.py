@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.formats import FORMATS
-from quantkit.scheme import Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import Scheme
 from tests.tiny import load_whole
 
 

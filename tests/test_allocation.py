@@ -183,8 +183,8 @@ def rounded_whole(
     model: Path, streamed: Any, problem: Any, part: tuple[int, int], scheme: Scheme, ids: torch.Tensor
 ) -> torch.nn.Module:
     """The model with one part rounded by GPTQ on its own inputs, everything in memory at once."""
+    from quantkit.grids.registry import dequantize
     from quantkit.methods.site import METHODS, SiteInput
-    from quantkit.scheme import dequantize
     from quantkit.stats import add_inputs, empty_stats
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

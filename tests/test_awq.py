@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantkit.grids.registry import dequantize
 from quantkit.methods import awq
 from quantkit.methods.awq import candidate_scales, relative_magnitude, search_scale, site_errors
-from quantkit.methods.grid import plain_grid
 from quantkit.methods.options import Options
 from quantkit.methods.site import METHODS, SiteInput
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.stats import SiteStats, collect
+from tests.integer_parameters import encode, plain_grid
 
 COLUMNS = 64
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import InputError, ModelError, NumericsError, OutputError, QuantkitError, SchemeError
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.foreign import QUIET, W4, assert_held, foreign, rewrite, run, same, tensors, to, unpacked
 from tests.running import command, done, quantkit, run_process, started

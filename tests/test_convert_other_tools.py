@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ModelError, SchemeError
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 from tests.foreign import W4, assert_held, edit, foreign, rewrite, same, shuffled, tensors, to, unpacked
 
 

@@ -13,7 +13,8 @@ from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError, NumericsError, SchemeError
 from quantkit.formats import FORMATS, Format, TensorSpec
 from quantkit.formats.bits import pack_bits, unpack_bits, words_for
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 
 W4 = Scheme(4, 128, symmetric=False)
 W4_SYM = Scheme(4, 128, symmetric=True)

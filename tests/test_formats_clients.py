@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import FORMATS, QuantizedLayer
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 
 compressors = pytest.importorskip(
     "compressed_tensors.compressors.pack_quantized", reason="needs compressed-tensors >= 0.20 (dense packing)"

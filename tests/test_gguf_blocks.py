@@ -19,7 +19,8 @@ from quantkit.formats.gguf import (
     unpack,
     usual_type,
 )
-from quantkit.scheme import Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import Scheme
 from tests.gguf_models import INTEGERS, by_the_package, random_integers
 
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.grids.base import Parameters
+from quantkit.grids.registry import dequantize
 from quantkit.methods import columns, gptq, rtn
 from quantkit.methods.gptq import Factor, factorize
-from quantkit.methods.grid import search_grid
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
+from quantkit.scheme import QuantizedTensor, Scheme, expand
 from quantkit.stats import output_error
+from tests.integer_parameters import lattice, search_grid
 
 
 def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
@@ -202,7 +204,7 @@ def test_groups_stay_consecutive_under_act_order() -> None:
 def test_a_grid_that_is_given_is_used() -> None:
     weight, gram, scheme = weights(6, 64), gram_of(correlated(400, 64)), Scheme(4, 32, True)
     grid = (torch.full((6, 2), 0.02).half(), torch.full((6, 2), 8, dtype=torch.uint8))
-    found = gptq.quantize(weight, scheme, factorize(gram), energy=gram.diagonal(), grid=grid)
+    found = gptq.quantize(weight, scheme, factorize(gram), energy=gram.diagonal(), parameters=Parameters(scheme, *grid))
     assert torch.equal(found.scales, grid[0])
     assert torch.equal(found.codes, oracle(weight, gram, *grid, scheme, 0.01, True))
 
@@ -268,7 +270,11 @@ def test_rows_are_rounded_alike_in_any_share_of_them(parts: int) -> None:
         target = weights(rows, width).T.contiguous()[:, share].contiguous()
         part = target.clone()
         steps, errors = columns.round_run(
-            target, part, scales[:, share].contiguous(), zeros[:, share].contiguous(), group, feedback, max_code
+            target,
+            part,
+            lattice(scales[:, share].contiguous(), zeros[:, share].contiguous(), max_code),
+            group,
+            feedback,
         )
         return [target, steps, errors]
 

@@ -14,8 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.methods import awq, columns, grid, kernels
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+from quantkit import kernels
+from quantkit.grids import integer
+from quantkit.grids.base import to_float16
+from quantkit.grids.registry import dequantize
+from quantkit.methods import awq, columns
+from quantkit.scheme import QuantizedTensor, Scheme
+from tests.integer_parameters import encode, lattice
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
@@ -87,8 +92,11 @@ def test_a_block_is_rounded_as_by_torch(rows: int, width: int, groups: int, bits
     inputs, copies = (block_inputs(rows, width, groups, bits) for _ in range(2))
     max_code = (1 << bits) - 1
     steps, errors, expected_steps, expected_errors = (torch.empty(width, rows, device=DEVICE) for _ in range(4))
-    columns.round_block_by_torch(*copies, max_code, expected_steps, expected_errors)
-    kernels.round_block(*inputs, max_code, steps, errors)
+    target, base, scales, zeros, group, feedback = copies
+    expected = expected_steps, expected_errors
+    columns.round_block_by_torch(target, base, lattice(scales, zeros, max_code), group, feedback, expected)
+    target, base, scales, zeros, group, feedback = inputs
+    kernels.round_block(target, base, (scales, zeros, max_code), group, feedback, (steps, errors))
     assert all(torch.equal(a, b) for a, b in zip(inputs[1:], copies[1:], strict=True))  # the target is overwritten
     same = steps == expected_steps
     assert float((~same).double().mean()) <= 0.01
@@ -104,7 +112,7 @@ def test_ties_go_to_even_and_far_values_to_the_ends() -> None:
     scales, zeros = torch.ones(1, 8, device=DEVICE), torch.full((1, 8), 8.0, device=DEVICE)
     group, feedback = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
     steps, errors = torch.empty_like(target), torch.empty_like(target)
-    kernels.round_block(target, target.clone(), scales, zeros, group, feedback, 15, steps, errors)
+    kernels.round_block(target, target.clone(), (scales, zeros, 15), group, feedback, (steps, errors))
     assert steps.tolist() == [[0, 2, 2, 0, -2, 7, -8, 7]]
 
 
@@ -118,10 +126,10 @@ def test_the_grid_search_is_as_good_as_by_torch(scheme: Scheme, min_zero: int) -
     importance = energy.view(1, -1, scheme.group_size)
     grouped = weight.unflatten(1, (-1, scheme.group_size)).contiguous()
     found = kernels.search(grouped, importance, scheme, min_zero)
-    expected = grid.search_by_torch(grouped, importance, scheme, min_zero)
+    expected = integer.search_by_torch(grouped, importance, scheme, min_zero)
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
-        scales, zeros = grid.to_float16(scale), zero.to(torch.uint8)
+        scales, zeros = to_float16(scale), zero.to(torch.uint8)
         rounded = dequantize(QuantizedTensor(encode(weight, scales, zeros, scheme), scales, zeros, scheme))
         errors: Tensor = ((rounded - weight).square() * energy).unflatten(1, (-1, scheme.group_size)).sum(2)
         return errors
@@ -165,13 +173,21 @@ def test_a_group_is_improved_as_by_torch(columns_: int, rows: int, bits: int) ->
     pull[:, 1:2] = 1e9  # a scale beyond float16
     before = x * scale
 
-    def improved(by: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
+    def by_kernel(codes: Tensor, size: Tensor, errors: Tensor) -> None:
+        grid = size, zero, max_code
+        kernels.improve_group(codes, pull.clone(), bend.clone(), (energy, feedback), grid, errors)
+
+    def by_torch(codes: Tensor, size: Tensor, errors: Tensor) -> None:
+        grid = lattice(size.unsqueeze(0), zero.unsqueeze(0), max_code)
+        columns.improve_group_by_torch(codes, pull.clone(), bend.clone(), (energy, feedback), grid, errors)
+
+    def improved(by: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Tensor, Tensor, Tensor]:
         codes, size, errors = x.clone(), scale.clone(), torch.empty_like(x)
-        by(codes, pull.clone(), bend.clone(), energy, feedback, size, zero, max_code, errors)
+        by(codes, size, errors)
         return codes, size, errors
 
-    codes, size, errors = improved(kernels.improve_group)
-    expected = improved(columns.improve_group_by_torch)
+    codes, size, errors = improved(by_kernel)
+    expected = improved(by_torch)
     torch.testing.assert_close(errors, before - codes * size, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     torch.testing.assert_close(size, expected[1], rtol=2e-3, atol=0)  # to the next float16
     assert float((codes != expected[0]).double().mean()) <= 0.02

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 # The package in eight layers, each resting on those above it in this list. A part is a file, or a folder, of quantkit.
 LAYERS: dict[str, str] = {
     "words": "errors units dtypes jsonfile resources hardware",
-    "numbers": "scheme stats methods formats",
+    "numbers": "scheme kernels grids stats methods formats",
     "files": "checkpoint calibration recipe verdict",
     "models": "model plan quantized",
     "engines": "serving settings",
@@ -32,8 +32,10 @@ ALLOWED: dict[str, str] = {
     "resources": "errors",
     "units": "errors",
     # numbers
-    "formats": "dtypes errors scheme",
-    "methods": "errors hardware scheme stats",
+    "formats": "dtypes errors grids scheme",
+    "grids": "errors kernels scheme",
+    "kernels": "scheme",
+    "methods": "errors hardware grids kernels scheme stats",
     "scheme": "errors",
     "stats": "errors hardware",
     # files
@@ -44,15 +46,15 @@ ALLOWED: dict[str, str] = {
     # models
     "model": "errors hardware jsonfile checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe model",
-    "quantized": "errors jsonfile formats scheme checkpoint model plan",
+    "quantized": "errors jsonfile formats grids checkpoint model plan",
     # engines
     "serving": "dtypes errors hardware jsonfile formats scheme checkpoint model plan quantized",
     "settings": "errors resources formats scheme checkpoint recipe",
     # streams
-    "convert": "dtypes errors hardware formats methods scheme checkpoint model plan quantized",
+    "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": (
-        "dtypes errors hardware formats methods scheme stats calibration checkpoint model plan quantized"
-        " serving pipeline.activations pipeline.forward"
+        "dtypes errors hardware formats grids methods scheme stats calibration checkpoint model plan"
+        " quantized serving pipeline.activations pipeline.forward"
     ),
     "pipeline.activations": "errors hardware",
     "pipeline.fisher": "errors hardware calibration model pipeline.activations pipeline.forward",
@@ -60,7 +62,7 @@ ALLOWED: dict[str, str] = {
     "pipeline.head": "hardware formats methods scheme stats model pipeline.activations pipeline.forward",
     "pipeline.job": "hardware methods calibration checkpoint model plan pipeline.forward",
     "pipeline.layer": (
-        "dtypes errors hardware methods scheme stats model plan pipeline.activations pipeline.forward"
+        "dtypes errors hardware grids methods scheme stats model plan pipeline.activations pipeline.forward"
         " pipeline.job pipeline.site_inputs"
     ),
     "pipeline.measure": (
@@ -76,7 +78,7 @@ ALLOWED: dict[str, str] = {
     ),
     "pipeline.site_inputs": "model pipeline.activations pipeline.forward",
     "pipeline.tuning": (
-        "hardware methods scheme calibration checkpoint model pipeline.activations pipeline.fisher"
+        "hardware grids methods scheme calibration checkpoint model pipeline.activations pipeline.fisher"
         " pipeline.forward pipeline.job pipeline.layer pipeline.resample"
     ),
     # results
@@ -91,7 +93,7 @@ ALLOWED: dict[str, str] = {
     "__init__": "",
     "__main__": "cli",
     "allocation": (
-        "errors hardware units formats methods scheme stats calibration checkpoint recipe model plan"
+        "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
         " quantized serving settings pipeline.activations pipeline.forward pipeline.head pipeline.job"
         " pipeline.layer pipeline.site_inputs commands.quantize"
     ),
@@ -151,7 +153,7 @@ LIBRARIES: dict[str, str] = {
 }
 
 # Pure parts: tensors in, tensors out.
-PURE = ("errors", "scheme", "stats", "units", "methods", "formats")
+PURE = ("errors", "scheme", "kernels", "grids", "stats", "units", "methods", "formats")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "safetensors", "mmap", "glob", "fcntl"}
 
 

@@ -13,7 +13,8 @@ from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError
 from quantkit.formats import FORMATS, QuantizedLayer, TensorSpec
 from quantkit.formats.reading import read_schemes, unpack
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 
 SHAPE = (64, 128)
 NAMES = [f"model.layers.{i}.{n}" for i in (0, 1, 11) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]

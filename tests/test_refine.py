@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.grids.registry import dequantize
 from quantkit.methods import gptq, refine, rtn
 from quantkit.methods.gptq import factorize
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
+from quantkit.scheme import QuantizedTensor, Scheme, expand
 from quantkit.stats import output_error
 from tests.test_gptq import correlated, gram_of, weights
 

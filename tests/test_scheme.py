@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode, expand
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme, expand
+from tests.integer_parameters import encode
 
 
 def grid(rows: int, groups: int, scheme: Scheme, seed: int = 0) -> tuple[Tensor, Tensor]:

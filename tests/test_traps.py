@@ -23,10 +23,11 @@ from quantkit.errors import EngineError, SchemeError
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.names import with_fused
 from quantkit.formats.reading import unpack
+from quantkit.grids.registry import dequantize
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.serving.engines import LOADERS, heads_of, reasons, require_engine, why_not
 from quantkit.serving.fit import fit_checkpoint
 from tests.conftest import TINY, make_qwen2

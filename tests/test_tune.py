@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantkit.grids.base import Levels, Spacing
+from quantkit.grids.registry import dequantize
 from quantkit.methods import rtn
 from quantkit.methods.tune import INSIDE, _dequantize, offsets, tune
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, expand
+from quantkit.scheme import QuantizedTensor, Scheme, expand
 
 
 def problem(scheme: Scheme, rows: int = 24) -> tuple[Tensor, Tensor, QuantizedTensor]:
@@ -59,7 +61,7 @@ def test_gradients_are_those_of_codes_times_scale_where_rounding_is_the_identity
     scale, zero = torch.rand(3, 2, generator=generator) + 0.1, torch.tensor([[3.0, 2], [1, 0], [4, 7]])
     upstream = torch.randn(3, 8, generator=generator)
     moved, fitted = position.clone().requires_grad_(), scale.clone().requires_grad_()
-    (_dequantize(moved, fitted, zero, 7, torch.float32) * upstream).sum().backward()
+    (_dequantize(moved, fitted, Spacing(scale, zero), Levels(7), torch.float32) * upstream).sum().backward()
     codes, plain = position.round().clamp(0, 7).requires_grad_(), scale.clone().requires_grad_()
     ((codes - expand(zero, 4)) * expand(plain, 4) * upstream).sum().backward()
     assert moved.grad is not None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantkit.errors import ModelError
 from quantkit.formats import FORMATS
-from quantkit.scheme import Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import Scheme
 from tests.conftest import make_qwen2
 from tests.outputs import naive_figures
 from tests.verified import GPTQ, Change, grid, verify, write_foreign

@@ -14,7 +14,8 @@ from torch import Tensor
 from quantkit.commands.quantize import Request, quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.formats import FORMATS
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 from tests.tiny import load_whole
 
 QUIET = Console(quiet=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quantkit.allocation.menu import HEAD, Entry, Part
 from quantkit.calibration.load import TokenSet
+from quantkit.grids.registry import dequantize
 from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import gptq
 from quantkit.methods.site import METHODS, SiteInput
@@ -54,7 +55,7 @@ from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import as_written, folded, quantize_layer
 from quantkit.pipeline.site_inputs import Passage
-from quantkit.scheme import Scheme, dequantize
+from quantkit.scheme import Scheme
 from quantkit.stats import SiteStats, output_error
 
 Swap = tuple[Part, Entry]

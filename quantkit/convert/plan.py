@@ -30,9 +30,10 @@ from quantkit.formats.awq import AWQ
 from quantkit.formats.base import SCALES
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.reading import CODES, read_schemes, unpack, unpack_zeros
+from quantkit.grids.base import to_float16
+from quantkit.grids.registry import dequantize
 from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import rtn
-from quantkit.methods.grid import to_float16
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import OUTSIDE, STORED, LinearPlan, ShardPlan
@@ -44,7 +45,7 @@ from quantkit.quantized import (
     read_config,
     stored_linears,
 )
-from quantkit.scheme import MAX_BITS, MIN_BITS, QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import MAX_BITS, MIN_BITS, QuantizedTensor, Scheme
 
 WEIGHTS_AT_ONCE = 1 << 22  # as floats
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from quantkit.errors import ModelError, SchemeError
 from quantkit.formats.bits import pack_bits, unpack_bits
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.scheme import QuantizedTensor, Scheme, Superblocks, dequantize_superblocks, expand
+from quantkit.grids.registry import dequantize
+from quantkit.scheme import NAMED, QuantizedTensor, Scheme, expand
 
 BLOCK, SUPERBLOCK = 32, 256
 
@@ -190,12 +191,13 @@ GGUF = replace(
 # ---------------------------------------------------------------- two levels of scales
 
 
-def pack_superblocks(blocks: Superblocks, name: str) -> Tensor:
+def pack_superblocks(quantized: QuantizedTensor) -> Tensor:
     """K-quants -> blocks, uint8 [out_features, row bytes]."""
-    rows, superblocks = blocks.d.shape
-    codes = blocks.codes.view(rows, superblocks, SUPERBLOCK)
-    d, dmin = _bytes(blocks.d), _bytes(blocks.dmin)
-    scales = blocks.scales.view(rows, superblocks, -1)
+    name = quantized.scheme.grid
+    rows, superblocks = quantized.outer["d"].shape
+    codes = quantized.codes.view(rows, superblocks, SUPERBLOCK)
+    d, dmin = _bytes(quantized.outer["d"]), _bytes(quantized.outer["dmin"])
+    scales = quantized.scales.view(rows, superblocks, -1)
     if name == "q6_k":
         quarters = codes.view(rows, superblocks, 2, 4, 32)  # columns l, l + 32, l + 64, l + 96 share bytes
         low = quarters[..., :2, :] & 15 | (quarters[..., 2:, :] & 15) << 4
@@ -203,7 +205,7 @@ def pack_superblocks(blocks: Superblocks, name: str) -> Tensor:
         assert isinstance(high, Tensor)
         signed = scales.to(torch.int8).view(torch.uint8)
         return torch.cat([low.flatten(2), high.flatten(2), signed, d], 2).flatten(1)
-    six = _six_bits(scales.to(torch.uint8), blocks.lows.view(rows, superblocks, -1).to(torch.uint8))
+    six = _six_bits(scales.to(torch.uint8), quantized.zeros.view(rows, superblocks, -1).to(torch.uint8))
     pairs = codes.view(rows, superblocks, 4, 2, 32)
     low = pairs[..., 0, :] & 15 | (pairs[..., 1, :] & 15) << 4
     fifth = [] if name == "q4_k" else [_fifth_bits(codes)]
@@ -235,7 +237,7 @@ def _fifth_bits(codes: Tensor) -> Tensor:
     return pack_bits((columns >> 4).contiguous().flatten(2), 1).view(torch.uint8)
 
 
-def unpack_superblocks(raw: Tensor, name: str) -> Superblocks:
+def unpack_superblocks(raw: Tensor, name: str) -> QuantizedTensor:
     """Blocks uint8 [out_features, row bytes] -> K-quants."""
     rows = raw.shape[0]
     blocks = raw.view(rows, -1, TYPES[name].nbytes)
@@ -247,7 +249,8 @@ def unpack_superblocks(raw: Tensor, name: str) -> Superblocks:
         codes = (four | upper << 4).flatten(1)
         signed = scales.contiguous().view(torch.int8).to(torch.int16).flatten(1)
         step = _halffloats(d)
-        return Superblocks(codes, signed, torch.zeros_like(signed), step, torch.zeros_like(step), 32)
+        outer = {"d": step, "dmin": torch.zeros_like(step)}
+        return QuantizedTensor(codes, signed, torch.zeros_like(signed), NAMED[name], outer=outer)
     sizes = [2, 2, 12, 128] if name == "q4_k" else [2, 2, 12, 32, 128]
     d, dmin, six, *fifth, low = blocks.split(sizes, dim=2)
     codes = _unhalves(low.reshape(rows, -1, 4, 32)).flatten(2)
@@ -255,7 +258,8 @@ def unpack_superblocks(raw: Tensor, name: str) -> Superblocks:
         bits = unpack_bits(fifth[0].contiguous().view(torch.int32), 1, SUPERBLOCK).view(rows, -1, 32, 8)
         codes = codes | (bits.transpose(2, 3).flatten(2) << 4)
     scales, lows = (part.to(torch.int16).flatten(1) for part in _unsix(six))
-    return Superblocks(codes.flatten(1), scales, lows, _halffloats(d), _halffloats(dmin), 0)
+    outer = {"d": _halffloats(d), "dmin": _halffloats(dmin)}
+    return QuantizedTensor(codes.flatten(1), scales, lows, NAMED[name], outer=outer)
 
 
 def _halffloats(raw: Tensor) -> Tensor:
@@ -279,7 +283,7 @@ def dequantize_blocks(raw: Tensor, name: str) -> Tensor:
     if name in ("f32", "f16"):
         return raw.contiguous().view(torch.float32 if name == "f32" else torch.float16).float()
     if name in K_TYPES:
-        return dequantize_superblocks(unpack_superblocks(raw, name))
+        return dequantize(unpack_superblocks(raw, name))
     blocks = raw.view(rows, -1, kind.nbytes)
     d = _halffloats(blocks[..., :2]).float().unsqueeze(2)
     if name == "q8_0":

@@ -21,6 +21,7 @@ from quantkit.errors import ModelError, OutputError, SchemeError
 from quantkit.formats import Format
 from quantkit.formats.gguf import (
     INTEGER_TYPES,
+    K_TYPES,
     TYPES,
     dequantize_blocks,
     inexact_lows,
@@ -41,12 +42,13 @@ from quantkit.gguf.architecture import (
 )
 from quantkit.gguf.file import TensorInfo, Value, file_bytes, open_gguf, write_gguf
 from quantkit.gguf.tokenizer import tokenizer_metadata
-from quantkit.methods import kquants, rtn
+from quantkit.grids.registry import dequantize
+from quantkit.methods import rtn
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import LinearPlan
 from quantkit.quantized import packed_names, quantization_of, stored_linears
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time
@@ -348,7 +350,7 @@ def encode_rows(name: str, rows: Tensor, kind: str) -> Tensor:
         return rows.float()
     if kind == "f16":
         return to_stored(name, rows)
-    if kind in kquants.KINDS:
-        return pack_superblocks(kquants.quantize(rows, kind), kind)
+    if kind in K_TYPES:
+        return pack_superblocks(rtn.quantize(rows, NAMED[kind]))
     scheme = Scheme(8 if kind == "q8_0" else 4, 32, kind != "q4_1")
     return pack(rtn.quantize(rows, scheme, search=kind != "q8_0"), kind, exact=False)

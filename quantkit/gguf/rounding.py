@@ -18,13 +18,13 @@ from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
-from quantkit.formats.gguf import TYPES, dequantize_blocks, pack, pack_superblocks, settle
+from quantkit.formats.gguf import K_TYPES, TYPES, dequantize_blocks, pack, pack_superblocks, settle
 from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
 from quantkit.gguf.file import TensorInfo, write_gguf
 from quantkit.gguf.reading import SCHEMES
 from quantkit.hardware.batching import samples_per_sum
-from quantkit.methods import gptq, kquants, rtn
+from quantkit.methods import gptq, rtn
 from quantkit.methods.refine import refine
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
@@ -44,7 +44,7 @@ from quantkit.pipeline.forward import (
     open_states,
     run_dtype,
 )
-from quantkit.scheme import Scheme
+from quantkit.scheme import NAMED, Scheme
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
 REFINEMENTS = 4
@@ -160,8 +160,11 @@ def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | 
     factor: None rounds to nearest, on grids that weigh each column by its energy.
     """
     energy = gram.diagonal()
-    if kind in kquants.KINDS:
-        return pack_superblocks(kquants.quantize(weight, kind, energy, factor), kind)
+    if kind in K_TYPES:
+        scheme = NAMED[kind]
+        if factor is None:
+            return pack_superblocks(rtn.quantize(weight, scheme, energy=energy))
+        return pack_superblocks(gptq.quantize(weight, scheme, factor, energy=energy))
     scheme = Scheme(8 if kind == "q8_0" else 4, 32, kind != "q4_1")
     if factor is None:
         return pack(rtn.quantize(weight, scheme, energy=energy), kind, exact=False)

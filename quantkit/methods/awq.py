@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit import kernels
+from quantkit.grids.registry import dequantize, encode, plain
 from quantkit.hardware.matmul import fast_16bit
 from quantkit.hardware.ranks import ALONE, Ranks
-from quantkit.methods import kernels
-from quantkit.methods.grid import plain_grid
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+from quantkit.scheme import Scheme
 from quantkit.stats import output_error
 
 POWERS = tuple(i / 20 for i in range(1, 20))
@@ -72,7 +72,7 @@ def site_errors(
     totals = torch.zeros(len(scales), dtype=torch.float64, device=gram.device)
     judging = gram.bfloat16() if fast_16bit(gram) else gram  # once for all
     for weight, scheme in zip(weights, schemes, strict=True):
-        fits = kernels.usable(weight) and scheme.columns_per_group(weight.shape[1]) <= kernels.WIDEST_GROUP
+        fits = kernels.usable(weight) and kernels.rounds(scheme, weight.shape[1])
         differences = kernels.scaled_differences if fits else scaled_differences_by_torch
         at_once = 1 if gram.device.type == "cpu" else max(1, AT_ONCE_GPU // weight.numel())
         for part, total in zip(scales.split(at_once), totals.split(at_once), strict=True):
@@ -89,8 +89,7 @@ def scaled_differences_by_torch(weight: Tensor, scales: Tensor, scheme: Scheme, 
     It is the oracle of `kernels.scaled_differences`, and what runs without it.
     """
     scaled = (weight.float() * scales.unsqueeze(1)).flatten(0, 1)
-    grid = plain_grid(scaled, scheme, min_zero)
-    rounded = dequantize(QuantizedTensor(encode(scaled, *grid, scheme), *grid, scheme))
+    rounded = dequantize(encode(scaled, plain(scaled, scheme, min_zero)))
     difference: Tensor = rounded.sub_(scaled).unflatten(0, (len(scales), -1))
     return difference.div_(scales.unsqueeze(1))
 

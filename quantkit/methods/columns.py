@@ -14,13 +14,13 @@ matrix hears of them in one large product, which is where the time goes.
 import torch
 from torch import Tensor
 
-from quantkit.methods import kernels
-from quantkit.methods.grid import nearest_float16
+from quantkit import kernels
+from quantkit.grids.base import Lattice, stored_in_float16
 
 BLOCK = 128  # columns that the loop itself goes over; the errors of a block reach the next ones in one product
 WIDE = {"cpu": 128}
 WIDE_ELSEWHERE = 1024  # on a GPU products with few terms would only move memory
-TOLD = 16  # columns that torch tells of each error as it is made; those behind them hear of all in one product
+NEAR = 16  # columns updated one at a time; later columns get the errors of these in one matmul
 
 
 def wide(device: torch.device) -> int:
@@ -28,110 +28,87 @@ def wide(device: torch.device) -> int:
     return WIDE.get(device.type, WIDE_ELSEWHERE)
 
 
-def round_run(
-    target: Tensor,
-    base: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group: Tensor,
-    feedback: Tensor,
-    max_code: int,
-) -> tuple[Tensor, Tensor]:
+def round_run(target: Tensor, base: Tensor, lattice: Lattice, group: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
     """Round columns in order; overwrites target.
 
-    target, base: float32 [columns, out]; scales, zeros: float32 [groups, out]; group: int64 [columns], the row of
-    scales and zeros of each column; feedback: float32 [columns, columns], f_kj in row j; its lower triangle counts
-    -> steps (codes minus zero points) and errors (base minus what the codes stand for), float32 [columns, out]
+    target, base: float32 [columns, out]; lattice: of [groups, out]; group: int64 [columns], the row of the lattice of
+    each column; feedback: float32 [columns, columns], f_kj in row j; its lower triangle counts
+    -> levels and errors (base minus what the levels stand for), float32 [columns, out]
     """
-    round_block = kernels.round_block if kernels.usable(target) else round_block_by_torch
-    steps, errors = torch.empty_like(target), torch.empty_like(target)
+    levels, errors = torch.empty_like(target), torch.empty_like(target)
     for start in range(0, len(target), BLOCK):
         stop = min(start + BLOCK, len(target))
         part = slice(start, stop)
-        round_block(
-            target[part],
-            base[part],
-            scales,
-            zeros,
-            group[part],
-            feedback[part, part],
-            max_code,
-            steps[part],
-            errors[part],
-        )
+        _round_block(target[part], base[part], lattice, group[part], feedback[part, part], (levels[part], errors[part]))
         if stop < len(target):
             target[stop:].addmm_(feedback[stop:, part], errors[part])
-    return steps, errors
+    return levels, errors
+
+
+def _round_block(
+    target: Tensor, base: Tensor, lattice: Lattice, group: Tensor, feedback: Tensor, results: tuple[Tensor, Tensor]
+) -> None:
+    if kernels.usable(target) and lattice.levels.table is None:
+        grid = lattice.scales, lattice.zeros, lattice.levels.max_code
+        kernels.round_block(target, base, grid, group, feedback, results)
+    else:
+        round_block_by_torch(target, base, lattice, group, feedback, results)
 
 
 def round_block_by_torch(
-    target: Tensor,
-    base: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    group: Tensor,
-    feedback: Tensor,
-    max_code: int,
-    steps: Tensor,
-    errors: Tensor,
+    target: Tensor, base: Tensor, lattice: Lattice, group: Tensor, feedback: Tensor, results: tuple[Tensor, Tensor]
 ) -> None:
-    """The loop itself, for one block: see `round_run`; fills steps and errors, overwrites target.
+    """The loop itself, for one block: see `round_run`; fills the results, levels and errors, overwrites target.
 
     It is the oracle of `kernels.round_block`, and what runs without it.
     """
-    scale, low = scales[group], -zeros[group]
-    by_column = target, base, scale, low, low + max_code, steps, errors
+    levels, errors = results
+    scale, low = lattice.scales[group], -lattice.zeros[group]
+    table = lattice.levels.table
+    middles = None if table is None else lattice.levels.middles
+    by_column = target, base, scale, low, low + lattice.levels.max_code, levels, errors
     later = feedback.tril(-1)  # what is moved by a column, without itself and those before it
-    for start in range(0, len(target), TOLD):
-        part = slice(start, min(start + TOLD, len(target)))
-        told = target[part].addmm_(feedback[part, :start], errors[:start])
+    for start in range(0, len(target), NEAR):
+        part = slice(start, min(start + NEAR, len(target)))
+        near = target[part].addmm_(feedback[part, :start], errors[:start])
         columns = zip(*(matrix[part].unbind() for matrix in by_column), later[part, part].unbind(1), strict=True)
-        for value, whole, size, least, most, step, error, moved in columns:
-            torch.div(value, size, out=step)
-            torch.clamp(step.round_(), least, most, out=step)
-            torch.addcmul(whole, step, size, value=-1, out=error)
-            told.add_(moved.unsqueeze(1) * error)  # not addr_, which rounds the last few rows in another way
+        for value, whole, size, least, most, level, error, moved in columns:
+            torch.div(value, size, out=level)
+            if table is None or middles is None:
+                torch.clamp(level.round_(), least, most, out=level)
+            else:
+                level.copy_(table[torch.bucketize(level, middles)])
+            torch.addcmul(whole, level, size, value=-1, out=error)
+            near.add_(moved.unsqueeze(1) * error)  # not addr_, which rounds the last few rows in another way
 
 
 def improve_group(
-    x: Tensor,
-    pull: Tensor,
-    bend: Tensor,
-    energy: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    max_code: int,
-    errors: Tensor,
+    x: Tensor, pull: Tensor, bend: Tensor, quadratic: tuple[Tensor, Tensor], lattice: Lattice, errors: Tensor
 ) -> None:
-    """Move the scale of one group to the bottom of its parabola, as float16 holds it, then round its columns once
-    more; see `refine`. In place: x, scale; overwritten: pull, bend.
+    """Move the scale of one group to the bottom of its parabola, as it can be stored, then round its columns once
+    more; see `refine`. In place: x, the lattice's scale; overwritten: pull, bend.
 
-    x: steps, pull: (H + ridge I)(W - Q), bend: (H + ridge I) x, float32 [columns, out]; energy: diag(H + ridge I),
-    float32 [columns]; feedback: as in `round_run`; scale, zero: float32 [out]
+    x: levels, pull: (H + ridge I)(W - Q), bend: (H + ridge I) x, float32 [columns, out]; quadratic: diag(H + ridge I),
+    float32 [columns], and the feedback as in `round_run`; lattice: of [1, out]
     -> errors [columns, out], filled with what Q has lost by that
     """
-    one_launch = kernels.usable(x) and len(x) <= kernels.WIDEST_IMPROVED
-    improve = kernels.improve_group if one_launch else improve_group_by_torch
-    improve(x, pull, bend, energy, feedback, scale, zero, max_code, errors)
+    plain = lattice.levels.table is None and lattice.store is stored_in_float16
+    if plain and kernels.usable(x) and len(x) <= kernels.WIDEST_IMPROVED:
+        grid = lattice.scales[0], lattice.zeros[0], lattice.levels.max_code
+        kernels.improve_group(x, pull, bend, quadratic, grid, errors)
+    else:
+        improve_group_by_torch(x, pull, bend, quadratic, lattice, errors)
 
 
 def improve_group_by_torch(
-    x: Tensor,
-    pull: Tensor,
-    bend: Tensor,
-    energy: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    max_code: int,
-    errors: Tensor,
+    x: Tensor, pull: Tensor, bend: Tensor, quadratic: tuple[Tensor, Tensor], lattice: Lattice, errors: Tensor
 ) -> None:
     """The oracle of `kernels.improve_group`, and what runs without it."""
+    (energy, feedback), scale = quadratic, lattice.scales[0]
     curvature = (x * bend).sum(0)
     wanted = scale + (x * pull).sum(0) / curvature.clamp(min=1e-30)
-    stored = nearest_float16(wanted).float()
-    # A group whose codes are all at zero, or whose scale would change its sign, keeps what it has.
+    stored = lattice.store(wanted, None if lattice.units is None else lattice.units[0])
+    # A group whose levels are all zero, or whose scale would change its sign, keeps what it has.
     sound = (curvature > 0) & (stored.sign() == scale.sign()) & stored.isfinite()
     stored = torch.where(sound, stored, scale)
     lost = scale - stored
@@ -139,8 +116,7 @@ def improve_group_by_torch(
     stands = x * stored
     target = pull.addcmul_(bend, lost).div_(energy.unsqueeze(1)).add_(stands)
     torch.mul(x, lost, out=errors)
-    grid = scale.unsqueeze(0), zero.unsqueeze(0)
     group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    steps, rounded = round_run(target, stands, *grid, group, feedback, max_code)
-    x.copy_(steps)
+    levels, rounded = round_run(target, stands, lattice, group, feedback)
+    x.copy_(levels)
     errors += rounded

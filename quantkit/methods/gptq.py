@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.grids.base import Lattice, Parameters
+from quantkit.grids.registry import from_columns, lattice_of, search
 from quantkit.hardware.matmul import accumulate_, accumulate_gram_, linear, product
 from quantkit.methods.columns import round_run, wide
-from quantkit.methods.grid import search_grid
 from quantkit.scheme import QuantizedTensor, Scheme
 
 MAX_DAMP = 10.0
@@ -141,32 +142,33 @@ def quantize(
     *,
     energy: Tensor,
     min_zero: int = 0,
-    grid: tuple[Tensor, Tensor] | None = None,
+    parameters: Parameters | None = None,
 ) -> QuantizedTensor:
     """Quantize weight [out, in], spreading each column's error over the columns still to come; dead columns become 0.
 
-    energy [in] is diag(H), the weight of each column in the search for the grid; `grid` gives scales and zeros
+    energy [in] is diag(H), the weight of each column in the search for the grid's parameters; `parameters` gives them
     instead of searching.
     """
     weight = weight.float().masked_fill(factor.dead, 0)  # before the grid: what is dead needs no range
-    scales, zeros = grid or search_grid(weight, scheme, energy, min_zero)
-    group = factor.order // (weight.shape[1] // scales.shape[1])
-    per_group = scales.float().T.contiguous(), zeros.float().T.contiguous()
-    codes = solve(weight.T.contiguous()[factor.order], *per_group, group, factor.feedback, scheme.max_code)
-    natural = codes[torch.argsort(factor.order)]
-    return QuantizedTensor(natural.T.contiguous(), scales, zeros, scheme)
+    parameters = parameters or search(weight, scheme, energy, min_zero)
+    lattice, lows = lattice_of(parameters)
+    columns = weight.shape[1] // len(lattice.scales)
+    wanted = weight.T.contiguous()
+    if lows is not None:
+        wanted += lows.repeat_interleave(columns, 0)
+    levels = solve(wanted[factor.order], lattice, factor.order // columns, factor.feedback)
+    return from_columns(parameters, lattice, levels[torch.argsort(factor.order)])
 
 
-def solve(weight: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, feedback: Tensor, max_code: int) -> Tensor:
-    """The columns of a weight as rows, float32 [in, out] in rounding order -> codes, uint8 [in, out].
+def solve(weight: Tensor, lattice: Lattice, group: Tensor, feedback: Tensor) -> Tensor:
+    """The columns of a weight as rows, float32 [in, out] in rounding order -> levels, float32 [in, out].
 
-    scales, zeros: float32 [groups, out]; group: int64 [in], the group of each column; feedback: as in `Factor`.
+    lattice: of [groups, out]; group: int64 [in], the group of each column; feedback: as in `Factor`.
     """
-    work, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    work, levels = weight.clone(), torch.empty_like(weight)
     for start in range(0, len(weight), wide(weight.device)):
         stop = min(start + wide(weight.device), len(weight))
         part = slice(start, stop)
-        steps, errors = round_run(work[part], weight[part], scales, zeros, group[part], feedback[part, part], max_code)
-        codes[part] = steps.add_(zeros[group[part]]).to(torch.uint8)
+        levels[part], errors = round_run(work[part], weight[part], lattice, group[part], feedback[part, part])
         accumulate_(work[stop:], feedback[stop:, part].T, errors)
-    return codes
+    return levels

@@ -5,9 +5,9 @@
 
 Scale refit (arXiv 2602.02126): given the codes, the error is a parabola in the scale of each group,
 
-    ds_g = x_g [(W - Q) H]_g / (x_g H_gg x_g^T)          x = codes minus zero points
+    ds_g = x_g [(W - Q) H]_g / (x_g H_gg x_g^T)          x = levels: codes minus zero points
 
-and the scale is moved to the bottom of it, in float16 as it will be stored.
+and the scale is moved to the bottom of it, as the grid will store it.
 
 Coordinate descent (QuantEase, arXiv 2309.01885): given all other columns, the best value of column j is
 q_j + [(W - Q) H]_j / H_jj, rounded to the grid. GPTQ rounds each column once, before the later ones are known; this
@@ -19,14 +19,14 @@ columns, and that is where the time goes. A GPU makes it of single bfloat16 prod
 residual 2^-9 off is still one downhill (`LOG.md` has what it costs).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from quantkit.grids.base import Lattice, parameters_of
+from quantkit.grids.registry import columns_of, dequantize, from_columns
 from quantkit.hardware.matmul import accumulate_, batched_product, fast_16bit, product
 from quantkit.methods.columns import improve_group, wide
-from quantkit.scheme import QuantizedTensor, dequantize
+from quantkit.scheme import QuantizedTensor
 from quantkit.stats import output_error
 
 SMALLEST_DAMP = 1e-6  # a column without any energy must still have one best value
@@ -47,79 +47,54 @@ def refine(
     ridge = float(max(damp, SMALLEST_DAMP) * diagonal.mean().clamp(min=1e-30))
     # Columns as rows, [in, out], so that a column is contiguous; scales and zeros [groups, out] likewise.
     dead = (diagonal <= 0).unsqueeze(1)  # these stay at zero, as GPTQ left them
-    zeros = quantized.zeros.float().T.contiguous()
-    scales = quantized.scales.float().T.contiguous()
-    columns = quantized.in_features // len(scales)
-    group = torch.arange(quantized.in_features, device=gram.device) // columns
-    steps = quantized.codes.T.contiguous().float().sub_(zeros[group])  # codes minus zero points
-    difference = _difference(weight, steps, scales[group], dead)
+    lattice, levels, lows = columns_of(quantized)
+    columns = len(levels) // len(lattice.scales)
+    group = torch.arange(len(levels), device=gram.device) // columns
+
+    def difference() -> Tensor:
+        """(W - Q)^T: nothing in dead columns."""
+        wanted = weight.float().T.clone(memory_format=torch.contiguous_format)
+        if lows is not None:
+            wanted += lows
+        return wanted.addcmul_(levels, lattice.scales[group], value=-1).masked_fill_(dead, 0)
+
     rough = gram.bfloat16() if fast_16bit(gram) else gram  # once for all products
-    residual = product(rough, difference.to(rough.dtype)).add_(difference, alpha=ridge)  # (H + ridge I)(W - Q)
-    del difference
+    lost = difference()
+    residual = product(rough, lost.to(rough.dtype)).add_(lost, alpha=ridge)  # (H + ridge I)(W - Q)
+    del lost
     at_once = max(1, wide(gram.device) // columns)  # groups that hear of each other's errors at once
     for _ in range(rounds):
-        for first in range(0, len(scales), at_once):
-            some = slice(first, min(first + at_once, len(scales)))
+        for first in range(0, len(lattice.scales), at_once):
+            some = slice(first, min(first + at_once, len(lattice.scales)))
             span = slice(first * columns, some.stop * columns)
-            errors = _go_over(
-                steps[span],
-                scales[some],
-                zeros[some],
-                residual[span],
-                gram[span, span],
-                rough[span, span],
-                ridge,
-                quantized.scheme.max_code,
-            )
+            grams = gram[span, span], rough[span, span]
+            errors = _go_over(levels[span], lattice.part(some), residual[span], grams, ridge)
             accumulate_(residual, rough[span], errors)
             residual[span].add_(errors, alpha=ridge)
-    difference = _difference(weight, steps, scales[group], dead)
+    lost = difference()
     # Summed along rows in memory, so that how many there are does not decide the last bits.
-    error = residual.sub_(difference, alpha=ridge).mul_(difference).T.contiguous().sum(1)
-    del residual, difference
-    codes = steps.add_(zeros[group]).to(torch.uint8).T.contiguous()
-    return replace(quantized, codes=codes, scales=scales.T.to(torch.float16).contiguous()), error
+    error = residual.sub_(lost, alpha=ridge).mul_(lost).T.contiguous().sum(1)
+    del residual, lost
+    return from_columns(parameters_of(quantized), lattice, levels), error
 
 
-def _difference(weight: Tensor, steps: Tensor, scales: Tensor, dead: Tensor) -> Tensor:
-    """(W - Q)^T: what weight [out, in] is above steps times scales, both [in, out]; nothing in dead columns [in, 1]."""
-    return weight.float().T.contiguous().addcmul_(steps, scales, value=-1).masked_fill_(dead, 0)
+def _go_over(x: Tensor, lattice: Lattice, residual: Tensor, grams: tuple[Tensor, Tensor], ridge: float) -> Tensor:
+    """Refit and round groups of columns in order; levels and scales in place.
 
-
-def _go_over(
-    x: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    residual: Tensor,
-    gram: Tensor,
-    rough: Tensor,
-    ridge: float,
-    max_code: int,
-) -> Tensor:
-    """Refit and round groups of columns in order; steps and scales in place.
-
-    x: steps, residual: [columns, out]; scales, zeros: [groups, out]; gram, rough: [columns, columns], the latter in the
+    x: levels, residual: [columns, out]; lattice: of [groups, out]; grams: twice [columns, columns], the second in the
     type of the products
     -> errors: what Q has lost by that, [columns, out] in that type
     """
-    columns = len(x) // len(scales)
+    gram, rough = grams
+    columns = len(x) // len(lattice.scales)
     pull, energy = residual.clone(), gram.diagonal() + ridge
     feedback = gram / energy.unsqueeze(1)  # of a symmetric matrix, so that row j holds what moves column j
     bend = _within_groups(rough, x, ridge, columns)
     errors = torch.empty_like(pull, dtype=rough.dtype)
-    for group in range(len(scales)):
+    for group in range(len(lattice.scales)):
         part = slice(group * columns, (group + 1) * columns)
-        improve_group(
-            x[part],
-            pull[part],
-            bend[group],
-            energy[part],
-            feedback[part, part],
-            scales[group],
-            zeros[group],
-            max_code,
-            errors[part],
-        )
+        quadratic = energy[part], feedback[part, part]
+        improve_group(x[part], pull[part], bend[group], quadratic, lattice.part(slice(group, group + 1)), errors[part])
         if part.stop < len(x):
             accumulate_(pull[part.stop :], rough[part, part.stop :], errors[part])
     return errors

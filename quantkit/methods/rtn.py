@@ -3,8 +3,8 @@
 
 from torch import Tensor
 
-from quantkit.methods.grid import plain_grid, search_grid
-from quantkit.scheme import QuantizedTensor, Scheme, encode
+from quantkit.grids import registry
+from quantkit.scheme import QuantizedTensor, Scheme
 
 
 def quantize(
@@ -12,8 +12,9 @@ def quantize(
 ) -> QuantizedTensor:
     """Round weight [out, in] to the nearest codes.
 
-    With `search` the grid minimises the squared error weighted by energy [in] (see `grid`); without it the grid just
-    spans each group.
+    With `search` the grid minimises the squared error weighted by energy [in] (see `grids`); without it the grid just
+    spans each group, unless it is one that is always searched.
     """
-    scales, zeros = search_grid(weight, scheme, energy, min_zero) if search else plain_grid(weight, scheme, min_zero)
-    return QuantizedTensor(encode(weight, scales, zeros, scheme), scales, zeros, scheme)
+    if search or registry.grid_of(scheme).searches:
+        return registry.encode(weight, registry.search(weight, scheme, energy, min_zero))
+    return registry.encode(weight, registry.plain(weight, scheme, min_zero))

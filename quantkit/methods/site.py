@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.grids.registry import dequantize
 from quantkit.hardware.batching import weights_at_once
 from quantkit.hardware.matmul import product
 from quantkit.hardware.ranks import ALONE, Ranks
@@ -20,7 +21,7 @@ from quantkit.methods import awq, gptq, rtn
 from quantkit.methods.options import Options
 from quantkit.methods.refine import refine
 from quantkit.methods.tune import offsets
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, join_rows, split_rows
+from quantkit.scheme import QuantizedTensor, Scheme, join_rows, map_rows, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_, rescale_drift_
 
 
@@ -132,8 +133,8 @@ def _round(
             _round_rows(part, pull, scheme, stats, factor, site.min_zero, options)
             for part, pull in zip(parts, pulls, strict=True)
         ]
-        own, gather = join_rows([part for part, _ in found]), site.ranks.gather
-        together = replace(own, codes=gather(own.codes), scales=gather(own.scales), zeros=gather(own.zeros))
+        gather = site.ranks.gather
+        together = map_rows(join_rows([part for part, _ in found]), gather)
         by_row = {key: gather(torch.cat([part[key] for _, part in found])).split(rows) for key in found[0][1]}
         by_name = split_rows(together, rows)
         for name, part, lost, whole in zip(names, by_name, by_row["error"], by_row["energy"], strict=True):

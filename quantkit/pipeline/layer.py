@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from quantkit.dtypes import to_stored
 from quantkit.errors import NumericsError
+from quantkit.grids.registry import dequantize, divide_rows
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.methods.gptq import Factor
-from quantkit.methods.grid import to_float16
 from quantkit.methods.site import METHODS, SiteInput, SiteResult
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
@@ -23,7 +23,7 @@ from quantkit.pipeline.forward import Progress, loaded
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize
+from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.stats import SiteStats, collect, require_finite_stats
 
 
@@ -239,8 +239,7 @@ def _fold(
         weight = exact(f"{producer}.weight")
         changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
     else:
-        scales = to_float16(done.scales.float() / scale.unsqueeze(1))
-        result.quantized[producer] = settle(replace(done, scales=scales))
+        result.quantized[producer] = settle(divide_rows(done, scale))
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
     to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
     kept = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}

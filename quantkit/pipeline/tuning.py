@@ -16,6 +16,7 @@ from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard
+from quantkit.grids.registry import dequantize
 from quantkit.hardware.batching import TOKENS_A_STEP
 from quantkit.methods.tune import Loss, tune
 from quantkit.model.streaming import embed, run_layer
@@ -25,7 +26,7 @@ from quantkit.pipeline.forward import Progress
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import LayerResult, assign_float
 from quantkit.pipeline.resample import resample
-from quantkit.scheme import QuantizedTensor, dequantize
+from quantkit.scheme import QuantizedTensor
 
 TUNING = "tuning"
 TUNING_FILE = f"{TUNING}.st"  # not *.safetensors: engines load all that are called so

@@ -30,6 +30,11 @@ def usable(like: Tensor) -> bool:
     return triton is not None and (like.device.type == "cuda" or _interpreted())
 
 
+def rounds(scheme: Scheme, in_features: int) -> bool:
+    """Whether `scaled_differences` rounds this scheme."""
+    return scheme.grid == "integer" and scheme.columns_per_group(in_features) <= WIDEST_GROUP
+
+
 def _interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 has the kernels run in Python, as the tests do on a CPU."""
     return not isinstance(_round_block, triton.JITFunction)
@@ -45,16 +50,17 @@ def _precise() -> str:
 def round_block(
     target: Tensor,
     base: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
+    grid: tuple[Tensor, Tensor, int],
     group: Tensor,
     feedback: Tensor,
-    max_code: int,
-    steps: Tensor,
-    errors: Tensor,
+    results: tuple[Tensor, Tensor],
 ) -> None:
-    """`columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. Overwrites target."""
+    """`methods.columns.round_block_by_torch` in one launch: rows in parallel, errors in registers. Overwrites target.
+
+    grid: scales, zeros, and the largest code; results: levels and errors, filled
+    """
     columns, rows = target.shape
+    (scales, zeros, max_code), (steps, errors) = grid, results
     assert all(x.is_contiguous() for x in (target, base, scales, zeros, group, steps, errors))
     assert feedback.stride(1) == 1
     _round_block[(triton.cdiv(rows, ROWS),)](
@@ -82,17 +88,17 @@ def improve_group(
     x: Tensor,
     pull: Tensor,
     bend: Tensor,
-    energy: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    max_code: int,
+    quadratic: tuple[Tensor, Tensor],
+    grid: tuple[Tensor, Tensor, int],
     errors: Tensor,
 ) -> None:
-    """`columns.improve_group_by_torch` in one launch, for a group of up to `WIDEST_IMPROVED` columns. Overwrites
-    pull and bend; errors may be of 16 bit.
+    """`methods.columns.improve_group_by_torch` in one launch, for a group of up to `WIDEST_IMPROVED` columns.
+
+    Overwrites pull and bend; errors may be of 16 bit.
+    quadratic: energy and feedback; grid: scale, zero, the largest code
     """
     columns, rows = x.shape
+    (energy, feedback), (scale, zero, max_code) = quadratic, grid
     assert all(t.is_contiguous() for t in (x, pull, bend, energy, scale, zero, errors))
     assert feedback.stride(1) == 1
     _improve_group[(triton.cdiv(rows, ROWS),)](
@@ -117,7 +123,7 @@ def improve_group(
 
 
 def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]:
-    """`grid.search_by_torch` in one pass over the weights: a group's candidates are judged in registers."""
+    """`grids.integer.search_by_torch` in one pass over the weights: a group's candidates are judged in registers."""
     out, groups, columns = w.shape
     scale, zero = (torch.empty(out, groups, device=w.device) for _ in range(2))
     width = triton.next_power_of_2(columns)
@@ -144,7 +150,10 @@ def search(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int) -> tupl
 def scaled_differences(
     weight: Tensor, scales: Tensor, scheme: Scheme, min_zero: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """`awq.scaled_differences_by_torch` in one pass, in a type of 16 bit; scales beyond float16 are its largest."""
+    """`methods.awq.scaled_differences_by_torch` in one pass, in a type of 16 bit.
+
+    Scales beyond float16 are its largest.
+    """
     out, columns = weight.shape
     groups = scheme.groups(columns)
     differences = torch.empty(len(scales), out, columns, dtype=dtype, device=weight.device)
@@ -301,7 +310,7 @@ if triton is not None:
 
     @triton.jit
     def _stored(scale):
-        """As `grid.nearest_float16`, but for scales beyond float16."""
+        """As `grids.base.nearest_float16`, but for scales beyond float16."""
         sign = tl.where(scale < 0, -1.0, 1.0)
         held = tl.minimum(tl.maximum(tl.abs(scale), 5.9604644775390625e-08), 65504.0)
         return (held * sign).to(tl.float16).to(tl.float32)
@@ -378,7 +387,7 @@ if triton is not None:
 
     @triton.jit
     def _spanning(w, max_code, middle, min_zero, SYMMETRIC: tl.constexpr):
-        """As `grid._spanning`, for w [rows, columns] of one group."""
+        """As `grids.integer._spanning`, for w [rows, columns] of one group."""
         low, high = tl.minimum(tl.min(w, 1), 0.0), tl.maximum(tl.max(w, 1), 0.0)
         tiny = 5.9604644775390625e-08
         if SYMMETRIC:

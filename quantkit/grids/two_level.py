@@ -9,20 +9,31 @@ As in llama.cpp (ggml-quants.c) the error that is minimised weighs each input co
     sum_j e_j (w_j - Q(w_j))^2            e = diag(H), the energy of column j
 
 by trying several ranges per group, each with its least-squares step and low. What is added: after the scales became
-whole numbers, the superblock's d and dmin are fitted again to the codes, the neighbouring whole numbers are tried with
-the codes they lead to, and, with a factorised Gram matrix, the codes are chosen by GPTQ on the grid found so.
+whole numbers, the superblock's d and dmin are fitted again to the codes, and the neighbouring whole numbers are tried
+with the codes they lead to.
+
+A `QuantizedTensor` of these has the whole numbers s as int16 scales, l as int16 zeros, and d, dmin as its `outer`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.methods.gptq import Factor, solve
-from quantkit.methods.grid import ROWS_AT_ONCE, ROWS_AT_ONCE_GPU, SMALLEST_SCALE, to_float16
-from quantkit.scheme import Superblocks, dequantize_superblocks, expand, two_levels
+from quantkit.grids.base import (
+    ROWS_AT_ONCE,
+    ROWS_AT_ONCE_GPU,
+    SMALLEST_SCALE,
+    Grid,
+    Parameters,
+    Spacing,
+    relative_energy,
+    to_float16,
+)
+from quantkit.scheme import Scheme, expand
 
 SUPERBLOCK = 256
 RANGES = tuple(0.08 * i for i in range(-12, 13))  # added to the largest code: how much of a group's range it spans
@@ -42,76 +53,100 @@ class Kind:
 KINDS = {"q4_k": Kind(32, 15, 0, 63), "q5_k": Kind(32, 31, 0, 63), "q6_k": Kind(16, 63, 32, 127)}
 
 
-def quantize(weight: Tensor, name: str, energy: Tensor | None = None, factor: Factor | None = None) -> Superblocks:
-    """Round weight [out, in] to K-quants.
-
-    energy [in]: diag of the Gram matrix (None weighs all columns alike); factor: choose the codes by GPTQ (see `gptq`)
-    instead of to nearest.
+def search(weight: Tensor, scheme: Scheme, energy: Tensor | None = None, min_zero: int = 0) -> Parameters:
+    """Scales and lows of both levels with the least weighted squared error; weight [out, in], energy [in].
 
     Raises:
         SchemeError: rows that are no whole number of superblocks.
     """
-    kind = KINDS[name]
+    return _found(weight, scheme, energy, RANGES, ROUNDS)
+
+
+def plain(weight: Tensor, scheme: Scheme, min_zero: int = 0) -> Parameters:
+    """The same with each group's whole range, quickly."""
+    return _found(weight, scheme, None, (), 0)
+
+
+def _found(weight: Tensor, scheme: Scheme, energy: Tensor | None, ranges: tuple[float, ...], rounds: int) -> Parameters:
+    kind = KINDS[scheme.grid]
     if weight.shape[1] % SUPERBLOCK:
-        raise SchemeError(f"{name} cuts rows into superblocks of {SUPERBLOCK}, got in_features {weight.shape[1]}")
-    weight = weight.float()
-    if factor is not None:
-        weight = weight.masked_fill(factor.dead, 0)
-    energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy.float()
-    energy = energy / energy.mean().clamp(min=1e-30) + 1e-4  # as in `grid`: dead columns must have a little say
-    importance = energy.view(1, -1, SUPERBLOCK // kind.columns, kind.columns)
+        raise SchemeError(f"{scheme} cuts rows into superblocks of {SUPERBLOCK}, got in_features {weight.shape[1]}")
+    importance = relative_energy(energy, weight).view(1, -1, SUPERBLOCK // kind.columns, kind.columns)
     at_once = ROWS_AT_ONCE if weight.device.type == "cpu" else ROWS_AT_ONCE_GPU
-    found = [_search(rows, kind, importance) for rows in weight.split(max(1, at_once // weight.shape[1]))]
-    codes, scales, lows, d, dmin = (torch.cat(parts) for parts in zip(*found, strict=True))
-    blocks = Superblocks(codes, scales, lows, d, dmin, kind.zero)
-    return blocks if factor is None else _compensate(weight, blocks, kind, factor)
+    parts = weight.float().split(max(1, at_once // weight.shape[1]))
+    results = [_search(rows, kind, importance, ranges, rounds) for rows in parts]
+    scales, lows, d, dmin = (torch.cat(tensors) for tensors in zip(*results, strict=True))
+    return Parameters(scheme, scales, lows, {"d": d, "dmin": dmin})
 
 
-def weighted_error(weight: Tensor, blocks: Superblocks, energy: Tensor) -> float:
-    """What `quantize` minimises without a factor."""
-    return float(((dequantize_superblocks(blocks) - weight.float()).square() * energy.float()).sum())
+def spacing(parameters: Parameters) -> Spacing:
+    """The two levels of scales multiplied out."""
+    kind = KINDS[parameters.scheme.grid]
+    units, low_units = _per_group(parameters)
+    scales = units * parameters.scales.float()
+    zeros = torch.full_like(scales, kind.zero)
+    lows = None if kind.zero else low_units * parameters.zeros.float()
+    return Spacing(scales, zeros, lows, units)
 
 
-def _compensate(weight: Tensor, blocks: Superblocks, kind: Kind, factor: Factor) -> Superblocks:
-    """GPTQ on a fixed grid: with the lows added to the weights, what is left is a step and whole numbers."""
-    step, low = two_levels(blocks)
-    step = torch.where(step == 0, SMALLEST_SCALE, step).T.contiguous()
-    shifted = (weight + expand(low, kind.columns)).T[factor.order].contiguous()
-    zero = torch.full_like(step, kind.zero)
-    codes = solve(shifted, step, zero, factor.order // kind.columns, factor.feedback, kind.max_code)
-    natural = torch.empty_like(codes)
-    natural[factor.order] = codes
-    return replace(blocks, codes=natural.T.contiguous())
+def _per_group(parameters: Parameters) -> tuple[Tensor, Tensor]:
+    """d and dmin for each group, float32 [out, groups]."""
+    d, dmin = parameters.outer["d"], parameters.outer["dmin"]
+    groups = parameters.scales.shape[1] // d.shape[1]
+    return expand(d.float(), groups), expand(dmin.float(), groups)
+
+
+def store(scales: Tensor, units: Tensor | None, kind: Kind) -> Tensor:
+    """The nearest whole multiples of the units."""
+    assert units is not None
+    return _allowed(torch.round(scales / units), kind) * units
+
+
+def restored(parameters: Parameters, scales: Tensor) -> Parameters:
+    """The parameters with other scales of the groups, as whole multiples of d."""
+    whole = _allowed(torch.round(scales / _per_group(parameters)[0]), KINDS[parameters.scheme.grid])
+    return replace(parameters, scales=whole.to(torch.int16).contiguous())
+
+
+def divided(parameters: Parameters, divisors: Tensor) -> Parameters:
+    """The parameters of the weight with its rows divided: d and dmin are."""
+    outer = {name: to_float16(unit.float() / divisors.unsqueeze(1)) for name, unit in parameters.outer.items()}
+    return replace(parameters, outer=outer)
+
+
+GRIDS = tuple(
+    Grid(name, plain, search, spacing, partial(store, kind=kind), restored, divided, searches=True)
+    for name, kind in KINDS.items()
+)
 
 
 # ---------------------------------------------------------------- the search: [rows, superblocks, groups(, columns)]
 
 
-def _search(rows: Tensor, kind: Kind, importance: Tensor) -> tuple[Tensor, ...]:
-    """codes, scales, lows, d, dmin of `Superblocks`, for some rows [rows, in]."""
+def _search(rows: Tensor, kind: Kind, importance: Tensor, ranges: tuple[float, ...], rounds: int) -> tuple[Tensor, ...]:
+    """The whole scales and lows, d and dmin of some rows [rows, in]."""
     w = rows.view(len(rows), *importance.shape[1:])
-    step, low = _signed(w, kind, importance) if kind.zero else _ranges(w, kind, importance)
+    step, low = (_signed if kind.zero else _ranges)(w, kind, importance, ranges)
     curvature = importance.sum(3).expand(step.shape)
     d = _first_level(step, curvature, kind.max_scale)
     dmin = torch.zeros_like(d) if kind.zero else _first_level(low, curvature, kind.max_scale)
     scales, lows = _whole(step, d, kind), torch.zeros_like(low) if kind.zero else _whole(low, dmin, kind)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         codes = _codes(w, d, dmin, scales, lows, kind)
         d, dmin = _refit(w, codes, scales, lows, d, dmin, importance, kind)
         scales, lows = _neighbours(w, d, dmin, scales, lows, importance, kind)
-    codes = (_codes(w, d, dmin, scales, lows, kind) + kind.zero).to(torch.uint8)
     whole = (part.flatten(1).to(torch.int16) for part in (scales, lows))
-    return codes.flatten(1), *whole, d.to(torch.float16), dmin.to(torch.float16)
+    return *whole, d.to(torch.float16), dmin.to(torch.float16)
 
 
-def _ranges(w: Tensor, kind: Kind, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _ranges(w: Tensor, kind: Kind, importance: Tensor, ranges: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """The best step and low (not below 0) of each group by itself."""
     floor, top = w.amin(3).clamp(max=0), w.amax(3)
     span = (top - floor).clamp(min=SMALLEST_SCALE)
     total, total_w = importance.sum(3), (importance * w).sum(3)
     best_step, best_low = span / kind.max_code, -floor
     best = _error(w, _round(w, best_step, best_low, kind), best_step, best_low, importance)
-    for more in RANGES:
+    for more in ranges:
         codes = _round(w, span / (kind.max_code + more), -floor, kind)
         weighted = importance * codes
         c, cc, cw = weighted.sum(3), (weighted * codes).sum(3), (weighted * w).sum(3)
@@ -127,7 +162,7 @@ def _ranges(w: Tensor, kind: Kind, importance: Tensor) -> tuple[Tensor, Tensor]:
     return best_step, best_low
 
 
-def _signed(w: Tensor, kind: Kind, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _signed(w: Tensor, kind: Kind, importance: Tensor, ranges: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """The best step, of either sign, of each group by itself."""
     low, high = w.amin(3), w.amax(3)
     largest = torch.where(-low >= high, low, high)  # gets the longer half of the codes
@@ -135,7 +170,7 @@ def _signed(w: Tensor, kind: Kind, importance: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.zeros_like(largest)
     best_step = -largest / kind.zero
     best = _error(w, _round(w, best_step, none, kind), best_step, none, importance)
-    for more in RANGES:
+    for more in ranges:
         codes = _round(w, -largest / (kind.zero + more), none, kind)
         weighted = importance * codes
         step = (weighted * w).sum(3) / (weighted * codes).sum(3)

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import NumericsError, SchemeError
-from quantkit.methods import grid, rtn
-from quantkit.methods.grid import SMALLEST_SCALE, plain_grid, search_grid, to_float16
-from quantkit.scheme import QuantizedTensor, Scheme, dequantize, encode
+from quantkit.grids import integer
+from quantkit.grids.base import SMALLEST_SCALE, to_float16
+from quantkit.grids.registry import dequantize
+from quantkit.methods import rtn
+from quantkit.scheme import QuantizedTensor, Scheme
+from tests.integer_parameters import encode, plain_grid, search_grid
 
 SCHEMES = [Scheme(bits, 32, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
@@ -182,7 +185,7 @@ def test_the_result_does_not_depend_on_how_many_rows_are_searched_at_once(
 ) -> None:
     weight, energy = normal(37, 64), torch.rand(64, generator=torch.Generator().manual_seed(2))
     expected = search_grid(weight, scheme, energy)
-    monkeypatch.setattr(grid, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(integer, "ROWS_AT_ONCE", rows_at_once)
     found = search_grid(weight, scheme, energy)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

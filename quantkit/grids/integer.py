@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the grid: the scale and zero point of each group of weights.
+"""Integers with a float16 scale for each group:
+
+    w = (q - z) * s          0 <= q <= 2**bits - 1
+
+Symmetric schemes fix z = 2**(bits - 1). Their scales may be negative: the code range is one longer below zero than
+above it, and a negative scale puts the longer side where the larger weight is.
 
 The plain grid spans the smallest to the largest weight of its group. A narrower one clips the few outermost weights
-and represents all the others more finely. `search_grid` minimises, for each row of each group,
+and represents all the others more finely. `search` minimises, for each row of each group,
 
     sum_j d_j (w_j - Q(w_j))^2          d = diag(H), the energy of input column j
 
@@ -11,70 +16,69 @@ over the shrinkage of the range, the neighbouring zero points, and then the scal
 many that do not (llm-compressor issue 2094 measured the loss).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from quantkit.errors import NumericsError
-from quantkit.methods import kernels
+from quantkit import kernels
+from quantkit.grids.base import (
+    ROWS_AT_ONCE,
+    ROWS_AT_ONCE_GPU,
+    SMALLEST_SCALE,
+    Grid,
+    Parameters,
+    Spacing,
+    nearest_float16,
+    relative_energy,
+    stored_in_float16,
+    to_float16,
+)
 from quantkit.scheme import Scheme
 
-SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 SHRINKAGES = tuple(1.0 - 0.04 * i for i in range(17))  # 1.00 .. 0.36
 FINE_STEPS = (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06)
-ROWS_AT_ONCE = 1 << 18  # weights in temporaries at a time on a CPU, where they stay in its cache
-ROWS_AT_ONCE_GPU = 1 << 25  # the result does not depend on it
 
 
-def to_float16(scales: Tensor) -> Tensor:
-    """Round scales to what is stored, keeping their sign and never reaching zero.
-
-    Raises:
-        NumericsError: a scale is beyond float16.
-    """
-    if not bool((scales.abs() <= 65504).all()):
-        raise NumericsError("a group's scale is beyond float16 (65504): the weights are too large or not finite")
-    return nearest_float16(scales)
-
-
-def nearest_float16(scales: Tensor) -> Tensor:
-    """The same without looking at the values, for which a GPU would have to be waited for: infinite beyond float16."""
-    sign = torch.where(scales < 0, -1.0, 1.0)
-    return (scales.abs().clamp(min=SMALLEST_SCALE) * sign).to(torch.float16)
-
-
-def plain_grid(weight: Tensor, scheme: Scheme, min_zero: int = 0) -> tuple[Tensor, Tensor]:
-    """The grid that just spans each group (round to nearest without clipping).
-
-    weight [out, in] -> scales float16 [out, groups], zeros uint8 [out, groups].
-    """
+def plain(weight: Tensor, scheme: Scheme, min_zero: int = 0) -> Parameters:
+    """The grid that just spans each group of weight [out, in]: round to nearest without clipping."""
     grouped = weight.float().unflatten(1, (scheme.groups(weight.shape[1]), -1))  # [out, groups, columns]
     scale, zero = _spanning(grouped, scheme, min_zero)
-    return to_float16(scale), zero.to(torch.uint8)
+    return Parameters(scheme, to_float16(scale), zero.to(torch.uint8))
 
 
-def search_grid(
-    weight: Tensor, scheme: Scheme, energy: Tensor | None = None, min_zero: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The grid with the least weighted squared error.
+def search(weight: Tensor, scheme: Scheme, energy: Tensor | None = None, min_zero: int = 0) -> Parameters:
+    """The grid with the least weighted squared error, with zero points of min_zero or more.
 
-    weight [out, in], energy [in] (diag of the Gram matrix; None weighs all columns alike)
-    -> scales float16 [out, groups], zeros uint8 [out, groups] with min_zero <= zero.
+    weight [out, in]; energy [in] (diag of the Gram matrix; None weighs all columns alike)
     """
     groups = scheme.groups(weight.shape[1])
     columns = weight.shape[1] // groups
-    energy = torch.ones(weight.shape[1], device=weight.device) if energy is None else energy.float()
-    # A little of the mean keeps dead columns from having no say at all in the range they must live in.
-    energy = energy / energy.mean().clamp(min=1e-30) + 1e-4
-    importance = energy.view(1, groups, columns)
+    importance = relative_energy(energy, weight).view(1, groups, columns)
     scales, zeros = [], []
     at_once = ROWS_AT_ONCE if weight.device.type == "cpu" else ROWS_AT_ONCE_GPU
     for rows in weight.split(max(1, at_once // weight.shape[1])):
         grouped = rows.float().unflatten(1, (groups, columns))
-        search = kernels.search if kernels.usable(grouped) and columns <= kernels.WIDEST_GROUP else search_by_torch
-        scale, zero = search(grouped, importance, scheme, min_zero)
+        fits = kernels.usable(grouped) and columns <= kernels.WIDEST_GROUP
+        scale, zero = (kernels.search if fits else search_by_torch)(grouped, importance, scheme, min_zero)
         scales.append(to_float16(scale))
         zeros.append(zero.to(torch.uint8))
-    return torch.cat(scales), torch.cat(zeros)
+    return Parameters(scheme, torch.cat(scales), torch.cat(zeros))
+
+
+def spacing(parameters: Parameters) -> Spacing:
+    """Scales and zero points as they are."""
+    return Spacing(parameters.scales.float(), parameters.zeros.float())
+
+
+def restored(parameters: Parameters, scales: Tensor) -> Parameters:
+    """The parameters with other scales [out, groups], rounded to float16."""
+    return replace(parameters, scales=to_float16(scales).contiguous())
+
+
+def divided(parameters: Parameters, divisors: Tensor) -> Parameters:
+    """The parameters of the weight with its rows divided."""
+    return restored(parameters, parameters.scales.float() / divisors.unsqueeze(1))
 
 
 def _spanning(w: Tensor, scheme: Scheme, min_zero: int) -> tuple[Tensor, Tensor]:
@@ -144,3 +148,6 @@ def search_by_torch(w: Tensor, importance: Tensor, scheme: Scheme, min_zero: int
         fitted = (weighted * w).sum(2) / norm.clamp(min=1e-30)
         consider(torch.where(norm > 0, fitted, best_scale), best_zero)
     return best_scale, best_zero
+
+
+INTEGER = Grid("integer", plain, search, spacing, stored_in_float16, restored, divided)
