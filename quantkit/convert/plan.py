@@ -29,7 +29,7 @@ from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.awq import AWQ
 from quantkit.formats.base import SCALES
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.formats.reading import CODES, read_schemes, unpack, unpack_zeros
+from quantkit.formats.reading import read_schemes, unpack, unpack_zeros
 from quantkit.grids.base import to_float16
 from quantkit.grids.registry import dequantize
 from quantkit.hardware.machine import return_freed_memory
@@ -199,10 +199,11 @@ def _held(source: Source, linear: LinearPlan, scheme: Scheme) -> Held:
     small = {
         key: read(name)
         for name in packed_names(source.format, linear)
-        if (key := name.removeprefix(f"{linear.name}.")) not in CODES
+        if (key := name.removeprefix(f"{linear.name}.")) != source.format.codes
     }
     zeros = _named(linear.name, unpack_zeros, source.format, small, scheme, _shape(linear))
-    scales = small["weight_scale" if source.format is COMPRESSED_TENSORS else "scales"]
+    scales = source.format.scales(small)
+    assert scales is not None
     exact = torch.equal(scales.to(torch.float16).float(), scales.float())
     scattered = "g_idx" in small and _blocks(small["g_idx"], scheme, linear.in_features) is None
     central = bool((zeros == scheme.middle).all())

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import SchemeError
+from quantkit.errors import ModelError, SchemeError
 from quantkit.formats.base import (
     Format,
     TensorSpec,
@@ -22,9 +22,11 @@ from quantkit.formats.base import (
     no_extra_files,
     refuse_g_idx,
     require,
+    why_not_grid,
     why_not_groups,
 )
 from quantkit.formats.bits import pack_bits, unpack_bits
+from quantkit.formats.fields import Resolve, dynamic, read_scheme, strings
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
@@ -33,9 +35,12 @@ if TYPE_CHECKING:
 
 BITS = 4
 PER_WORD = 8
+VERSIONS = ("gemm", "exllama", "ipex")  # the last two name a kernel; the tensors are those of gemm
 
 
 def why_not(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    if scheme.grid != "integer":
+        return why_not_grid("awq", scheme)
     if scheme.bits != BITS:
         return f"awq holds {BITS} bits only, got {scheme.bits}; compressed-tensors holds 2 to 8, gptq 2, 3, 4 and 8"
     if out_features % PER_WORD:
@@ -127,14 +132,39 @@ def config(
     return result
 
 
+def reads(config: Mapping[str, Any]) -> Resolve:
+    """What a config of any tool says of each linear.
+
+    The lists of 16-bit layers are matched by substring in some readers and by name in others, so only an exact name
+    counts.
+    """
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    if version not in VERSIONS:
+        raise ModelError(f"awq version {version!r:.40}: expected gemm; the layout of others is not read")
+    if config.get("backend") == "llm-awq":
+        raise ModelError("awq of llm-awq: its layout is not read; expected that of AutoAWQ")
+    base = read_scheme(config, symmetric=config.get("zero_point") is False)
+    kept = strings(config, "modules_to_not_convert")
+    listed = dynamic(config, lambda changes: base)
+
+    def resolve(name: str) -> Scheme | None:
+        return None if name in kept else listed(name, base)
+
+    return resolve
+
+
 AWQ = Format(
     name="awq",
+    quant_method="awq",
+    reads=reads,
+    codes="qweight",
     holds_mixed=False,
     specs=specs,
     why_not=why_not,
     min_zero=lambda scheme: 0,
     pack=pack,
     unpack=unpack,
+    unpack_zeros=unpack_zeros,
     config=config,
     extra_files=no_extra_files,
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.dtypes import ITEMSIZE, dtype_name
 from quantkit.errors import ModelError, NumericsError, SchemeError
+from quantkit.formats.fields import Resolve
 from quantkit.formats.names import QuantizedLayer
 from quantkit.scheme import QuantizedTensor, Scheme
 
@@ -59,11 +60,31 @@ def as_it_is(quantized: QuantizedTensor) -> QuantizedTensor:
     return quantized
 
 
+def scales_by_column(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """For formats that store `scales` as [groups, out]."""
+    return tensors["scales"].t().contiguous() if "scales" in tensors else None
+
+
+def no_older(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+    """For formats whose layout never changed."""
+    return tensors
+
+
+def as_today(key: str, scheme: Scheme, shape: tuple[int, int], dense: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for the shapes of tensors."""
+    return dense
+
+
 @dataclass(frozen=True)
 class Format:
     """A way to store quantized linears. Tensor keys are local to the linear: "qweight", not "model.layers.0...".
 
     name:        what `--format` says
+    quant_method: what config.json's `quantization_config` calls it
+    reads:       such a config, of any tool -> (full name of a linear -> its scheme, or None for 16 bit); None: the
+                 config is of another format with the same quant_method; ModelError: what is not supported
+    codes:       the key of the tensor that holds the codes
+    says_all:    whether readers go by the config alone; otherwise a linear that is stored as it was is in 16 bit
     holds_mixed: whether one checkpoint can hold several schemes
     specs:       (scheme, out_features, in_features) -> exactly the tensors that `pack` returns; SchemeError if why_not
     why_not:     (scheme, out_features, in_features) -> None, or one line: what cannot be held, and what would hold it
@@ -73,27 +94,44 @@ class Format:
     pack:        QuantizedTensor -> tensors; SchemeError if the format cannot hold it
     unpack:      (tensors, scheme, (out_features, in_features)) -> QuantizedTensor; other keys, such as "bias", are
                  ignored; ModelError if a tensor is missing or of another shape or kind
+    unpack_zeros: the same tensors, or those of the zero points alone -> zero points, uint8 [out, groups]
     config:      see ConfigBuilder
     extra_files: the quantization_config -> further JSON files of the checkpoint, by name
     block_bytes: (scheme, out_features, in_features) -> bytes of a linear in the file that an engine loads, where that
                  is another than the checkpoint: a .gguf, whose vectors are float32
+    scales:      tensors as stored -> scales [out, groups] in the type that they have, or None where there are none
+    older:       (tensors, scheme, shape) -> the tensors of an older layout as `unpack` reads them
+    older_shape: (key, scheme, shape, shape of the tensor today) -> its shape in that layout
     """
 
     name: str
+    quant_method: str
+    reads: Callable[[Mapping[str, Any]], Resolve | None]
+    codes: str
     holds_mixed: bool
     specs: Callable[[Scheme, int, int], dict[str, TensorSpec]]
     why_not: Callable[[Scheme, int, int], str | None]
     min_zero: Callable[[Scheme], int]
     pack: Callable[[QuantizedTensor], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], QuantizedTensor]
+    unpack_zeros: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], Tensor]
     config: ConfigBuilder
     extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
     block_bytes: Callable[[Scheme, int, int], int] | None = None
     settle: Callable[[QuantizedTensor], QuantizedTensor] = as_it_is
+    scales: Callable[[Mapping[str, Tensor]], Tensor | None] = scales_by_column
+    says_all: bool = False
+    older: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], Mapping[str, Tensor]] = no_older
+    older_shape: Callable[[str, Scheme, tuple[int, int], tuple[int, ...]], tuple[int, ...]] = as_today
 
 
 def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {}
+
+
+def why_not_grid(format_name: str, scheme: Scheme) -> str:
+    """Why a format of integers does not hold another grid."""
+    return f"{format_name} holds integers, got {scheme}; --format gguf holds llama.cpp's types"
 
 
 def why_not_groups(scheme: Scheme, in_features: int) -> str | None:

@@ -13,6 +13,7 @@ that hold no whole code, and cannot read this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,12 @@ from quantkit.formats.base import (
     no_extra_files,
     refuse_g_idx,
     require,
+    why_not_grid,
     why_not_groups,
 )
-from quantkit.formats.bits import pack_bits, unpack_bits, words_for
+from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
+from quantkit.formats.fields import Resolve, json_object, read_scheme, strings
+from quantkit.formats.fields import pattern as compiled
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
@@ -37,6 +41,8 @@ LAYOUT = "pack-quantized"
 
 
 def why_not(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    if scheme.grid != "integer":
+        return why_not_grid("compressed-tensors", scheme)
     return why_not_groups(scheme, in_features)
 
 
@@ -137,14 +143,123 @@ def config(
     }
 
 
+# ---------------------------------------------------------------- files of other tools
+
+
+def reads(config: Mapping[str, Any]) -> Resolve:
+    """What a config of any tool says of each linear: names come before "re:" patterns before class names."""
+    for key in ("kv_cache_scheme", "transform_config"):
+        if config.get(key):
+            raise ModelError(f"compressed-tensors {key}: not supported; only quantized weights are read")
+    if json_object(config, "sparsity_config").get("format", "dense") != "dense":
+        raise ModelError("compressed-tensors sparsity_config: sparse weights are not read")
+    targets: dict[str, Mapping[str, Any]] = {}
+    for label, group in json_object(config, "config_groups").items():
+        if not isinstance(group, Mapping):
+            raise ModelError(f"config_groups.{label}: expected an object, got {group!r:.40}")
+        complete = {"format": config.get("format")} | {key: value for key, value in group.items() if value is not None}
+        targets |= dict.fromkeys(strings(group, "targets"), complete)
+    ignored = strings(config, "ignore")
+    # As its `match_targets`: exact names, then patterns, each in order; a class name is the least specific.
+    ordered = sorted(targets, key=lambda target: ("re:" in target, target))
+    ordered = [*(t for t in ordered if t not in _CLASSES), *(t for t in ordered if t in _CLASSES)]
+
+    def resolve(name: str) -> Scheme | None:
+        if any(_matches(target, name) for target in ignored):
+            return None
+        target = next((target for target in ordered if _matches(target, name)), None)
+        return None if target is None else _group_scheme(name, targets[target])
+
+    return resolve
+
+
+_CLASSES = ("Linear", "Module")  # the classes that an nn.Linear is of
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return compiled(target.removeprefix("re:")).match(name) is not None
+    return target == name or target in _CLASSES
+
+
+def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme | None:
+    weights = json_object(group, "weights")
+    if not weights:
+        return None
+    refused = {
+        "format": (group.get("format"), (LAYOUT,)),
+        "weights.type": (weights.get("type", "int"), ("int",)),
+        "weights.dynamic": (weights.get("dynamic") or False, (False,)),
+        "weights.actorder": (weights.get("actorder") or None, (None, "weight", "static")),
+        "input_activations": (group.get("input_activations"), (None,)),
+        "output_activations": (group.get("output_activations"), (None,)),
+    }
+    for key, (found, expected) in refused.items():
+        if found not in expected:
+            raise ModelError(f"{name}: {key} {found!r:.60}: not supported; expected {expected[0]!r}")
+    group_size = weights.get("group_size")
+    strategy = weights.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
+    if strategy not in ("group", "channel"):
+        raise ModelError(f"{name}: weights.strategy {strategy!r:.40}: not supported; expected group or channel")
+    size = -1 if strategy == "channel" else group_size
+    fields = {"bits": weights.get("num_bits", 8), "group_size": size}
+    return read_scheme(fields, symmetric=bool(weights.get("symmetric", True)))
+
+
+def _padded_words(count: int, bits: int) -> int:
+    return math.ceil(count / (WORD_BITS // bits))
+
+
+def padded_shape(key: str, scheme: Scheme, shape: tuple[int, int], dense: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor of words that hold whole codes only; other tensors are as they are."""
+    out_features, in_features = shape
+    if key == "weight_packed":
+        return (dense[0], _padded_words(in_features, scheme.bits))
+    if key == "weight_zero_point":
+        return (_padded_words(out_features, scheme.bits), dense[1])
+    return dense
+
+
+def _closed_up(key: str, words: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    if key == "weight_packed":
+        return _dense(words, scheme.bits, shape[1])
+    if key == "weight_zero_point":
+        return _dense(words.t(), scheme.bits, shape[0]).t().contiguous()
+    return words
+
+
+def _dense(words: Tensor, bits: int, count: int) -> Tensor:
+    """Words [rows, w] of whole codes -> the dense stream [rows, ceil(count * bits / 32)]; a dense one is returned."""
+    rows, width = words.shape
+    if width == words_for(count, bits) or width != _padded_words(count, bits):
+        return words
+    codes = unpack_bits(words.reshape(rows * width, 1), bits, WORD_BITS // bits)
+    return pack_bits(codes.view(rows, -1)[:, :count].contiguous(), bits)
+
+
+def closed_up(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors as the library writes them from 0.20 on: words of whole codes only are closed up."""
+    return {key: _closed_up(key, tensor, scheme, shape) for key, tensor in tensors.items()}
+
+
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
+    quant_method="compressed-tensors",
+    reads=reads,
+    codes="weight_packed",
+    older=closed_up,
+    scales=lambda tensors: tensors.get("weight_scale"),
+    older_shape=padded_shape,
+    says_all=True,
     holds_mixed=True,
     specs=specs,
     why_not=why_not,
     min_zero=lambda scheme: 0,
     pack=pack,
     unpack=unpack,
+    unpack_zeros=unpack_zeros,
     config=config,
     extra_files=no_extra_files,
 )

@@ -26,9 +26,11 @@ from quantkit.formats.base import (
     check_symmetric,
     matching,
     require,
+    why_not_grid,
     why_not_groups,
 )
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
+from quantkit.formats.fields import Resolve, dynamic, read_scheme
 from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
@@ -40,6 +42,8 @@ BITS = (2, 3, 4, 8)
 
 
 def why_not(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    if scheme.grid != "integer":
+        return why_not_grid("gptq", scheme)
     if scheme.bits not in BITS:
         return f"gptq holds 2, 3, 4 and 8 bits, got {scheme.bits}; compressed-tensors holds 2 to 8"
     for what, count in (("out_features", out_features), ("in_features", in_features)):
@@ -167,16 +171,43 @@ def extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"quantize_config.json": config}
 
 
+def reads(config: Mapping[str, Any], *, checkpoint_format: str) -> Resolve | None:
+    """What a config of any tool says of each linear; None: it is of the other version.
+
+    checkpoint_format (or format) tells v1 from v2, none is v1; `dynamic` is an ordered table of regular expressions,
+    "-:" in 16 bit, of which the first that matches counts.
+    """
+    version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    if config.get("is_marlin_format") or version not in ("gptq", "gptq_v2"):
+        stored = "marlin" if config.get("is_marlin_format") else version
+        raise ModelError(
+            f"gptq checkpoint_format {stored!r:.40}: expected gptq or gptq_v2; repacked files are not read"
+        )
+    if version != checkpoint_format:
+        return None
+
+    def scheme(changes: Mapping[str, Any]) -> Scheme:
+        merged = {**config, **changes}
+        return read_scheme(merged, symmetric=bool(merged.get("sym", True)))
+
+    base, listed = scheme({}), dynamic(config, scheme)
+    return lambda name: listed(name, base)
+
+
 def _format(checkpoint_format: str, *, v1: bool) -> Format:
     builder: ConfigBuilder = partial(config, checkpoint_format=checkpoint_format)
     return Format(
         name=checkpoint_format,
+        quant_method="gptq",
+        reads=partial(reads, checkpoint_format=checkpoint_format),
+        codes="qweight",
         holds_mixed=True,
         specs=specs,
         why_not=why_not,
         min_zero=lambda scheme: int(v1 and not scheme.symmetric),
         pack=partial(pack, v1=v1),
         unpack=partial(unpack, v1=v1),
+        unpack_zeros=partial(unpack_zeros, v1=v1),
         config=builder,
         extra_files=extra_files,
     )

@@ -31,7 +31,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import InputError, SchemeError
 from quantkit.formats.names import fused_name
-from quantkit.formats.reading import READERS
+from quantkit.formats.reading import quant_methods
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan
@@ -457,7 +457,7 @@ def _stored_linears(
 ) -> tuple[str, tuple[LinearPlan, ...]]:
     """The format's name and the linears, see `stored_linears`; bytes are counted also where a format is not known."""
     method = quantization.get("quant_method")
-    if isinstance(method, str) and method in READERS:
+    if isinstance(method, str) and method in quant_methods():
         fmt, linears = stored_linears(model, checkpoint, quantization)
         return fmt.name, linears
     return str(method or SIXTEEN_BIT), sixteen_bit_linears(model)
