@@ -16,8 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.hardware.machine import versions
+from quantkit.settings.request import Request
 
 
 def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, float]:

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from interop.pairs import MODELS
 from interop.run import QUIET, WORK, client, figures, token_files
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
+from quantkit.settings.request import Request
 
 TABLE = Path(__file__).parent / "GGUF.md"
 PROMPT, NEW = 48, 64

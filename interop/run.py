@@ -39,10 +39,11 @@ from quantkit.calibration.load import load_eval
 from quantkit.commands.convert import ConvertRequest, convert
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.inspect import inspect_folder
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.errors import QuantkitError
 from quantkit.model.streaming import open_model
 from quantkit.pipeline.measure import open_quantized
+from quantkit.settings.request import Request
 
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"

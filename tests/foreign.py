@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantkit.commands.convert import ConvertRequest, convert
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.reading import unpack
 from quantkit.scheme import QuantizedTensor, Scheme
+from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 from tests.tiny import load_whole
 

@@ -24,7 +24,7 @@ from quantkit.allocation.table import choose, corrected, table_of
 from quantkit.calibration.load import TokenSet, load
 from quantkit.commands import allocate as allocating
 from quantkit.commands.allocate import AllocateRequest, allocate, attempts, budget_of, split
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
 from quantkit.methods.options import Options
 from quantkit.model.sites import sites_of
@@ -35,6 +35,7 @@ from quantkit.pipeline.job import Job
 from quantkit.recipe import Recipe, read_recipe, resolver
 from quantkit.report.terminal.progress import Display
 from quantkit.scheme import Scheme
+from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 
 QUIET = Console(quiet=True)

@@ -20,7 +20,7 @@ from quantkit.calibration import load as calibration
 from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError, ModelError
 from quantkit.formats.gguf import (
     pack,
@@ -34,6 +34,7 @@ from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_met
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
 from quantkit.pipeline.measure import open_quantized
+from quantkit.settings.request import Request
 from tests.gguf_models import (
     DEMO,
     IDS,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.fit import FitRequest, fit_request
 from quantkit.commands.inspect import inspect_folder, inspect_table
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import ModelError, SchemeError
 from quantkit.gguf.export import export
@@ -22,6 +22,7 @@ from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit_checkpoint
+from quantkit.settings.request import Request
 from tests.foreign import foreign, rewrite, shuffled
 from tests.gguf_models import DEMO, IDS, QUIET, as_the_model_with, as_transformers_reads, parameter_names, tiny
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
 from quantkit.formats import FORMATS
@@ -24,6 +24,7 @@ from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.head import quantize_head
 from quantkit.recipe import read_recipe
 from quantkit.scheme import Scheme
+from quantkit.settings.request import Request
 from quantkit.stats import add_inputs, empty_stats
 from tests.conftest import make_qwen2
 

@@ -17,9 +17,9 @@ LAYERS: dict[str, str] = {
     "files": "checkpoint calibration recipe verdict",
     "models": "model plan quantized",
     "engines": "serving settings",
-    "streams": "pipeline gguf convert",
+    "streams": "pipeline gguf convert allocation",
     "results": "report hub results",
-    "commands": "commands allocation cli __main__ __init__",
+    "commands": "commands cli __main__ __init__",
 }
 
 # What each part may import of the others, exactly. `quantkit.__version__` is free to all.
@@ -49,8 +49,13 @@ ALLOWED: dict[str, str] = {
     "quantized": "errors jsonfile formats grids checkpoint model plan",
     # engines
     "serving": "dtypes errors hardware jsonfile formats scheme checkpoint model plan quantized",
-    "settings": "errors resources formats scheme checkpoint recipe",
+    "settings": "errors resources formats methods scheme calibration checkpoint recipe verdict model",
     # streams
+    "allocation": (
+        "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
+        " quantized serving settings pipeline.activations pipeline.forward pipeline.head pipeline.job"
+        " pipeline.layer pipeline.site_inputs"
+    ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": (
         "dtypes errors hardware formats grids methods scheme stats calibration checkpoint model plan"
@@ -92,19 +97,14 @@ ALLOWED: dict[str, str] = {
     # commands
     "__init__": "",
     "__main__": "cli",
-    "allocation": (
-        "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
-        " quantized serving settings pipeline.activations pipeline.forward pipeline.head pipeline.job"
-        " pipeline.layer pipeline.site_inputs commands.quantize"
-    ),
     "cli": (
         "errors hardware units methods verdict settings hub report.card report.terminal results"
         " commands.allocate commands.convert commands.convert_gguf commands.fit commands.inspect"
         " commands.quantize commands.sweep commands.verify"
     ),
     "commands.allocate": (
-        "errors units methods calibration checkpoint recipe model serving settings pipeline.job"
-        " pipeline.memory report.terminal allocation commands.quantize"
+        "errors units methods calibration checkpoint recipe model serving settings allocation pipeline.job"
+        " pipeline.memory report.terminal commands.quantize"
     ),
     "commands.convert": (
         "errors hardware formats checkpoint verdict plan quantized serving settings convert results commands.verify"
@@ -118,11 +118,16 @@ ALLOWED: dict[str, str] = {
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe verdict model plan"
         " serving settings gguf pipeline.job pipeline.memory pipeline.run report.terminal results"
+        " commands.quantize_result"
+    ),
+    "commands.quantize_result": (
+        "errors hardware units formats scheme calibration checkpoint recipe verdict plan settings gguf"
+        " pipeline.job pipeline.run results"
     ),
     "commands.sweep": (
         "dtypes errors hardware units methods stats calibration checkpoint recipe model plan serving settings"
         " pipeline.activations pipeline.forward pipeline.job pipeline.layer pipeline.memory report.pages"
-        " report.terminal results commands.quantize"
+        " report.terminal results"
     ),
     "commands.verify": (
         "errors hardware calibration checkpoint verdict model serving settings gguf pipeline.forward"

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
+from quantkit.settings.request import Request
 
 
 def reads(monkeypatch: pytest.MonkeyPatch, model: Path, **request: Any) -> Counter[str]:

@@ -13,10 +13,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from quantkit.commands import sweep as sweeping
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
 from quantkit.pipeline.forward import advance
+from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 
 QUIET = Console(quiet=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.errors import EngineError, SchemeError
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.names import with_fused
@@ -30,6 +30,7 @@ from quantkit.plan import LinearPlan, make_plan
 from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.serving.engines import LOADERS, heads_of, reasons, require_engine, why_not
 from quantkit.serving.fit import fit_checkpoint
+from quantkit.settings.request import Request
 from tests.conftest import TINY, make_qwen2
 from tests.foreign import foreign, tensors
 from tests.running import quantkit

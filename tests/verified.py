@@ -11,11 +11,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.commands.quantize import Request, quantize
+from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.formats import FORMATS
 from quantkit.grids.registry import dequantize
 from quantkit.scheme import QuantizedTensor, Scheme
+from quantkit.settings.request import Request
 from tests.tiny import load_whole
 
 QUIET = Console(quiet=True)

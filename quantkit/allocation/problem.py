@@ -19,7 +19,6 @@ from quantkit.allocation.menu import (
     entry_name,
     parse_menu,
 )
-from quantkit.commands.quantize import Request, config_options
 from quantkit.errors import InputError, SchemeError
 from quantkit.formats import Format
 from quantkit.methods.options import Options
@@ -32,6 +31,7 @@ from quantkit.scheme import Scheme
 from quantkit.serving.engines import heads_of
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import choose_format
+from quantkit.settings.request import Request, config_options
 from quantkit.units import format_bytes
 
 Choice = dict[Part, Entry]

@@ -10,8 +10,8 @@ from quantkit.allocation.menu import HEAD, Entry, Part, entry_name
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.table import Table, total
 from quantkit.calibration.load import TokenSet
-from quantkit.commands.quantize import Request
 from quantkit.plan import number_ranges
+from quantkit.settings.request import Request
 
 MADE_BY = "# to run: quantkit"  # in every recipe that is written here
 

@@ -11,13 +11,13 @@ from quantkit.errors import InputError
 from quantkit.methods.options import Options
 
 if TYPE_CHECKING:
-    from quantkit.commands.quantize import Request
+    from quantkit.settings.request import Request
 
 
 def run_request(method: str, said: Mapping[str, Any], process: int | None = None) -> "Request":
     """The request of a run from the options of a command, whichever of them it has; process: see `choose_device`."""
-    from quantkit.commands.quantize import Request
     from quantkit.hardware.machine import choose_device
+    from quantkit.settings.request import Request
     from quantkit.units import parse_bytes, parse_tokens
     from quantkit.verdict import parse_percent
 

@@ -19,7 +19,7 @@ from quantkit.allocation.sensitivity import Measured, measure_choice, measure_me
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration.load import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
-from quantkit.commands.quantize import Request, limits_of, quantize, serving, tokens_of
+from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
 from quantkit.methods.options import Options
 from quantkit.model.families import FAMILIES
@@ -32,6 +32,8 @@ from quantkit.recipe import Recipe
 from quantkit.report.terminal.progress import display
 from quantkit.serving.fit import shapes_in
 from quantkit.settings.defaults import choose_recipe, find_model
+from quantkit.settings.request import Request, limits_of, serving
+from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
 
 PROBE_SAMPLES = 16

@@ -30,7 +30,6 @@ from quantkit.calibration.load import TokenSet, notes_of, record_of
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_chunks, write_json, write_shard, write_text
-from quantkit.commands.quantize import Request, config_options, serving, tokens_of
 from quantkit.dtypes import to_stored
 from quantkit.errors import InputError, SchemeError
 from quantkit.hardware.machine import peak_rss_bytes, return_freed_memory, versions
@@ -69,6 +68,8 @@ from quantkit.report.terminal.progress import display
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import DEFAULT_FORMATS, choose_format, choose_scheme, find_model
+from quantkit.settings.request import Request, config_options, serving
+from quantkit.settings.tokens import tokens_of
 from quantkit.stats import SiteStats
 from quantkit.units import format_bytes
 

@@ -31,6 +31,12 @@ def hub_id(name: str) -> str | None:
     return target if target.count("/") == 1 and not Path(target).exists() else None
 
 
+def label_of(model: str) -> str:
+    """A model's name without what is before it."""
+    name = Path(model).expanduser().resolve().name if Path(model).exists() else model
+    return name.rpartition("/")[2]
+
+
 def choose_recipe(file: Path | None, model: str) -> Recipe:
     """The recipe file that was given, over the one that ships under the model's name, or an empty one."""
     known = shipped().get(model, Recipe())

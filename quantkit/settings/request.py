@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user asks of a run, and what that comes to over a recipe and the defaults."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.methods.options import Options
+from quantkit.model.shapes import Shapes
+from quantkit.recipe import Recipe
+from quantkit.settings.defaults import choose_serving, positions
+from quantkit.verdict import Limits
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for. None means: not said, so the recipe or the default decides."""
+
+    method: str
+    model: str
+    command: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    format: str | None = None
+    recipe: Path | None = None
+    calib: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    seed: int = 0
+    evaluation: str | None = None
+    eval_samples: int | None = None
+    budget: int | None = None
+    context: int | None = None
+    kv: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    options: Options = field(default_factory=Options)
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    out: Path | None = None
+    fresh: bool = False
+    offline: bool = False
+    verify: bool = True
+    place: str | None = None
+    engine: str | None = None
+    vram: int | None = None
+    ram: int | None = None
+    inputs: str = "quantized"
+    amend: bool = False  # another recipe than that of the finished layers makes anew what differs
+
+
+def serving(request: Request, recipe: Recipe, model: Shapes) -> dict[str, Any]:
+    """What the result is to be served with; see `defaults.choose_serving`."""
+    return choose_serving(
+        positions(model.config), recipe.budget, budget=request.budget, context=request.context, kv=request.kv
+    )
+
+
+def config_options(options: Options) -> dict[str, Any]:
+    """What only some formats write down of how a method worked."""
+    return {"damp_percent": options.damp, "desc_act": False, "static_groups": options.act_order}
+
+
+def limits_of(request: Request, recipe: Recipe) -> Limits:
+    """The command line comes before the recipe, which comes before the defaults."""
+    said = recipe.limits
+    rise = [r for r in (request.max_ppl_increase, said.max_ppl_increase) if r is not None]
+    kl = [k for k in (request.max_kl, said.max_kl) if k is not None]
+    return Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens that a run calibrates with and is measured on."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from quantkit.calibration import load as calibration
+from quantkit.calibration.load import TokenSet
+from quantkit.errors import InputError
+from quantkit.model.streaming import StreamedModel
+from quantkit.model.tokenizer import tokenizer_of
+from quantkit.recipe import Recipe
+from quantkit.settings.defaults import DEFAULT_SAMPLES, choose_seqlen, positions
+from quantkit.settings.request import Request
+
+
+def tokens_of(
+    request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str | None]
+) -> tuple[TokenSet | None, TokenSet | None]:
+    """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
+    said, limit = recipe.calibration, positions(model.config)
+    seqlen = choose_seqlen(limit, request.seqlen, said.seqlen)
+    samples = request.samples or said.samples or DEFAULT_SAMPLES
+    vocabulary = model.config.vocab_size
+    tokenizer = tokenizer_of(directory)
+    calibrated = evaluated = None
+    if any(method != "rtn" for method in methods):
+        calibrated = calibration.load(
+            request.calib or said.source or "mix",
+            tokenizer,
+            samples=samples,
+            seqlen=seqlen,
+            seed=request.seed,
+            vocab_size=vocabulary,
+            offline=request.offline,
+        )
+        calibrated = calibration.note_left_out(calibrated, samples=request.samples, seqlen=request.seqlen)
+    if request.verify:
+        evaluated = calibration.load_eval(
+            request.evaluation or calibration.DEFAULT_EVAL,
+            tokenizer,
+            seqlen=seqlen,
+            samples=request.eval_samples,
+            vocab_size=vocabulary,
+            offline=request.offline,
+        )
+        evaluated = calibration.note_left_out(evaluated, seqlen=request.seqlen)
+    for tokens in (calibrated, evaluated):
+        if tokens is not None:
+            calibration.require_positions(tokens, limit)
+    if evaluated is not None and evaluated.seqlen < 2:
+        raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
+    return calibrated, evaluated
