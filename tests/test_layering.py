@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 
 # The package in eight layers, each resting on those above it in this list. A part is a file, or a folder, of quantkit.
 LAYERS: dict[str, str] = {
-    "words": "errors units dtypes jsonfile resources hardware",
+    "words": "errors text units dtypes jsonfile resources hardware",
     "numbers": "scheme kernels grids stats methods formats",
     "files": "checkpoint calibration recipe verdict",
     "models": "model plan quantized",
@@ -30,6 +30,7 @@ ALLOWED: dict[str, str] = {
     "hardware": "errors",
     "jsonfile": "errors",
     "resources": "errors",
+    "text": "",
     "units": "errors",
     # numbers
     "formats": "dtypes errors grids scheme",
@@ -88,17 +89,17 @@ ALLOWED: dict[str, str] = {
     ),
     # results
     "hub": "errors jsonfile units checkpoint",
-    "report.card": "report.formatting report.rendering",
-    "report.formatting": "units",
-    "report.pages": "report.formatting report.rendering",
-    "report.rendering": "",
-    "report.terminal": "units serving hub",
+    "report.card": "text report.formatting report.rendering",
+    "report.formatting": "text units",
+    "report.pages": "text report.formatting report.rendering",
+    "report.rendering": "text",
+    "report.terminal": "text units serving hub",
     "results": "errors jsonfile formats checkpoint report.card report.pages",
     # commands
     "__init__": "",
     "__main__": "cli",
     "cli": (
-        "errors hardware units methods verdict settings hub report.card report.terminal results"
+        "errors hardware text units methods verdict settings hub report.card report.terminal results"
         " commands.allocate commands.convert commands.convert_gguf commands.fit commands.inspect"
         " commands.quantize commands.sweep commands.verify"
     ),

@@ -195,7 +195,7 @@ def test_a_budget_that_nothing_fits_is_said() -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, quantkit.report.run, quantkit.report.card; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantkit.report.pages.run, quantkit.report.card; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

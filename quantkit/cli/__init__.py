@@ -14,9 +14,10 @@ import typer
 
 from quantkit import __version__
 from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
-from quantkit.cli.console import PROBLEM, fail, processes
+from quantkit.cli.console import PROBLEM, Commands, fail, processes
 
 app = typer.Typer(
+    cls=Commands,
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
     no_args_is_help=True,
     add_completion=False,

@@ -2,20 +2,22 @@
 """What the command line says: results on stdout, all else on stderr, problems in one line with an exit code."""
 
 import errno
-import json
+import io
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
 from quantkit.errors import EngineError, QuantkitError
+from quantkit.report.terminal.screen import Screen
+from quantkit.text import json_text, one_line, printable
 
 PROBLEM, FAIL, INTERRUPTED = 1, 3, 130
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -42,14 +44,40 @@ def heed_termination() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def screen() -> Console:
+class Commands(TyperGroup):
+    """The group of all commands; what is wrong with the words is shown as printable text, for it quotes them."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As typer's."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except Exception as error:
+            if not standalone_mode or not hasattr(error, "show"):  # click's, wherever typer has it from
+                raise
+            text = io.StringIO()
+            error.show(file=text)
+            for line in text.getvalue().splitlines():
+                typer.echo(printable(line), err=True)
+            code = getattr(error, "exit_code", PROBLEM)
+        return sys.exit(code) if standalone_mode else code
+
+
+def screen(*, quiet: bool = False) -> Screen:
     """Where everything but results goes."""
-    return Console(stderr=True)
+    return Screen(stderr=True, quiet=quiet)
 
 
 def print_json(document: Any) -> None:
     """The one document on stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(json_text(document, ascii_only=not (sys.stdout.encoding or "").lower().startswith("utf")))
 
 
 def command(*, without: tuple[str, ...] = ()) -> str:
@@ -71,7 +99,7 @@ def processes() -> int:
 
 def _interrupted(resumes: bool) -> NoReturn:
     kept = "; finished layers are kept. To continue" if resumes else ". To run it again"
-    typer.echo(f"\ninterrupted{kept}: {command(without=('--fresh',))}", err=True)
+    typer.echo(f"\ninterrupted{kept}: {printable(command(without=('--fresh',)))}", err=True)
     raise typer.Exit(INTERRUPTED) from None
 
 
@@ -117,4 +145,4 @@ def fail(*lines: str) -> None:
 
 def tell(line: str) -> None:
     """One line on stderr."""
-    typer.echo(f"quantkit: {' '.join(line.split())}", err=True)
+    typer.echo(f"quantkit: {one_line(line)}", err=True)

@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import typer
-from rich.console import Console
 
-from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, tell, told
+from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, screen, tell, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -114,7 +113,7 @@ def _quantize(method: str, said: Mapping[str, Any]) -> None:
         ranks = together.enter_context(joined(tell))
         quiet_libraries()
         heed_termination()
-        console = Console(stderr=True, quiet=not ranks.first)
+        console = screen(quiet=not ranks.first)
         process = ranks.local_rank if ranks.size > 1 else None
         result, out = quantize(run_request(method, said, process), console, ranks)
         console.print(summary(result, out), highlight=False)

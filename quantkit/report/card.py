@@ -17,6 +17,7 @@ import yaml
 
 from quantkit.report import formatting
 from quantkit.report.rendering import template
+from quantkit.text import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"
@@ -52,7 +53,7 @@ def render_card(result: Result, repo_id: str | None = None) -> str:
 
 def markdown(text: object) -> str:
     """Text as it is in Markdown: on one line, its special characters escaped."""
-    return re.sub(r"([\\`*_\[\]<>|#~&!{}])", r"\\\1", formatting.one_line(text))
+    return re.sub(r"([\\`*_\[\]<>|#~&!{}])", r"\\\1", one_line(text))
 
 
 def hub_id(result: Result) -> str | None:
@@ -90,7 +91,7 @@ def _front_matter(result: Result) -> str:
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "gguf" if stored == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
-        **({"license": formatting.one_line(license_name)} if license_name else {}),
+        **({"license": one_line(license_name)} if license_name else {}),
         "tags": list(dict.fromkeys([stored, *([result["method"]] if result["method"] in ("awq", "gptq") else [])]))
         + [f"{b}-bit" for b in bits]
         + ["quantkit"],
@@ -116,10 +117,10 @@ def _model_index(result: Result) -> dict[str, Any]:
     ]
     if not metrics:
         return {}
-    source = formatting.one_line((verification.get("eval") or {}).get("source") or "evaluation set")
+    source = one_line((verification.get("eval") or {}).get("source") or "evaluation set")
     task = {"type": "text-generation", "name": "Text generation"}
     measured = {"task": task, "dataset": _dataset(source), "metrics": metrics}
-    return {"model-index": [{"name": formatting.one_line(_title(result)), "results": [measured]}]}
+    return {"model-index": [{"name": one_line(_title(result)), "results": [measured]}]}
 
 
 def _dataset(source: str) -> dict[str, str]:
@@ -294,9 +295,9 @@ def _transformers(path: str) -> str:
 
 def _in_code(text: Sequence[str] | str) -> str:
     """One line inside a fenced block: a line of its own cannot begin with the closing fence."""
-    line = formatting.one_line(text)
+    line = one_line(text)
     return f" {line}" if line.startswith("```") else line
 
 
 def _in_span(text: object) -> str:
-    return formatting.one_line(text).replace("`", "'")
+    return one_line(text).replace("`", "'")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantkit.text import one_line
 from quantkit.units import format_bytes
 
 NOT_MEASURED = "not measured"
@@ -77,11 +78,6 @@ def overall_scheme(result: Mapping[str, Any]) -> str:
         return f"mixed, {figure(result['bits_per_weight'], 3)} bits per weight"
     asked = result["scheme"]
     return next(iter(found), scheme(asked["bits"], asked["group_size"], asked["symmetric"]))
-
-
-def one_line(text: object) -> str:
-    """Text without line breaks or control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def short_name(model: object) -> str:

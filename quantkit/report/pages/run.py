@@ -12,6 +12,7 @@ from quantkit.report import formatting
 from quantkit.report.pages import charts
 from quantkit.report.pages.parts import Card, Chart, Result, Table, memory
 from quantkit.report.rendering import template
+from quantkit.text import one_line
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -236,7 +237,7 @@ def _ran(result: Result) -> list[list[tuple[str, Table]]]:
     """What was run: tables with a heading, on the left and on the right."""
     limits = (result.get("verification") or {}).get("limits") or {}
     settings = [
-        ("model", formatting.one_line(result["model"])),
+        ("model", one_line(result["model"])),
         ("method", result["method"]),
         ("format", result["format"]),
         ("scheme asked for", formatting.scheme(*(result["scheme"][k] for k in ("bits", "group_size", "symmetric")))),
@@ -275,7 +276,7 @@ def _layers(result: Result) -> Table:
     extra = [k for k in ("scale_gain", "damp_raised_to") if any(layer.get(k) is not None for layer in layers)]
     rows = [
         [
-            formatting.one_line(layer["name"]),
+            one_line(layer["name"]),
             formatting.scheme(layer["bits"], layer["group_size"], layer["symmetric"]),
             layer.get("method") or "",
             formatting.figure(layer.get("loss"), 3),
