@@ -43,7 +43,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
 
     from quantkit.calibration.load import TokenSet
     from quantkit.formats import FORMATS
-    from quantkit.methods.options import Options
+    from quantkit.methods.table import Options
     from quantkit.model.streaming import open_model
     from quantkit.pipeline.job import Job
     from quantkit.pipeline.memory import laid_out, lay_out_job

@@ -28,7 +28,7 @@ from quantkit.formats import FORMATS
 from quantkit.hardware.machine import choose_device, versions
 from quantkit.hardware.ranks import ALONE, Ranks, joined
 from quantkit.methods.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.config import config_from_dict
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of

@@ -67,6 +67,9 @@ class Scheme:
 
 # Schemes that have a name of their own.
 NAMED = {
+    "q4_0": Scheme(4, 32, True),
+    "q4_1": Scheme(4, 32, False),
+    "q8_0": Scheme(8, 32, True),
     "q4_k": Scheme(4, 32, False, "q4_k"),
     "q5_k": Scheme(5, 32, False, "q5_k"),
     "q6_k": Scheme(6, 16, True, "q6_k"),

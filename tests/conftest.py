@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)  # tests run side by side
+settings.register_profile("quantkit", deadline=None)  # a busy machine is no failure
+settings.load_profile("quantkit")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY: dict[str, Any] = {

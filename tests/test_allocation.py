@@ -26,7 +26,7 @@ from quantkit.commands import allocate as allocating
 from quantkit.commands.allocate import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
 from quantkit.pipeline import memory
@@ -185,7 +185,7 @@ def rounded_whole(
 ) -> torch.nn.Module:
     """The model with one part rounded by GPTQ on its own inputs, everything in memory at once."""
     from quantkit.grids.registry import dequantize
-    from quantkit.methods.site import METHODS, SiteInput
+    from quantkit.methods.site import QUANTIZE, SiteInput
     from quantkit.stats import add_inputs, empty_stats
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -199,7 +199,7 @@ def rounded_whole(
         handle.remove()
         weights = {name: linear.get_parameter("weight").data for name, linear in linears.items()}
         site = SiteInput(weights, dict.fromkeys(weights, scheme), stats, None)
-        for name, quantized in METHODS["gptq"](site, Options(refine=0)).quantized.items():
+        for name, quantized in QUANTIZE["gptq"](site, Options(refine=0)).quantized.items():
             linears[name].weight.data = dequantize(quantized)
     return whole
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from quantkit.grids.registry import dequantize
 from quantkit.methods import awq
 from quantkit.methods.awq import candidate_scales, relative_magnitude, search_scale, site_errors
-from quantkit.methods.options import Options
-from quantkit.methods.site import METHODS, SiteInput
+from quantkit.methods.site import QUANTIZE, SiteInput
+from quantkit.methods.table import Options
 from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.stats import SiteStats, collect
 from tests.integer_parameters import encode, plain_grid
@@ -162,7 +162,7 @@ def site_input(channel: Tensor | None, schemes: list[Scheme | None]) -> SiteInpu
 def test_awq_returns_the_scale_that_its_codes_need(rounding: str) -> None:
     scheme = Scheme(4, 32, False)
     site = site_input(torch.arange(COLUMNS), [scheme] * 3)
-    result = METHODS["awq"](site, Options(rounding=rounding))
+    result = QUANTIZE["awq"](site, Options(rounding=rounding))
     assert result.scale is not None
     assert set(result.quantized) == {"q", "k", "v"}
     x = inputs().double()
@@ -177,7 +177,7 @@ def test_awq_returns_the_scale_that_its_codes_need(rounding: str) -> None:
 def test_awq_loses_less_than_rounding_and_gptq_after_it_less_again() -> None:
     def loss(method: str, rounding: str) -> float:
         site = site_input(torch.arange(COLUMNS), [Scheme(3, 32, False)] * 3)
-        records = METHODS[method](site, Options(rounding=rounding)).records
+        records = QUANTIZE[method](site, Options(rounding=rounding)).records
         return float(sum(record["loss"] for record in records.values()))
 
     assert loss("awq", "gptq") < loss("awq", "nearest") < loss("rtn", "nearest")
@@ -185,36 +185,36 @@ def test_awq_loses_less_than_rounding_and_gptq_after_it_less_again() -> None:
 
 def test_awq_where_nothing_absorbs_a_scale_is_gptq() -> None:
     site = site_input(None, [Scheme(4, 32, False)] * 3)
-    awq_result, gptq_result = METHODS["awq"](site, Options()), METHODS["gptq"](site, Options())
+    awq_result, gptq_result = QUANTIZE["awq"](site, Options()), QUANTIZE["gptq"](site, Options())
     assert awq_result.scale is None
     for name, quantized in awq_result.quantized.items():
         assert torch.equal(quantized.codes, gptq_result.quantized[name].codes)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZE)
 def test_linears_that_stay_in_16_bit_are_left_out(method: str) -> None:
     scheme = Scheme(4, 32, False)
-    result = METHODS[method](site_input(torch.arange(COLUMNS), [scheme, None, scheme]), Options(rounding="nearest"))
+    result = QUANTIZE[method](site_input(torch.arange(COLUMNS), [scheme, None, scheme]), Options(rounding="nearest"))
     assert set(result.quantized) == set(result.records) == {"q", "v"}
-    nothing = METHODS[method](site_input(torch.arange(COLUMNS), [None] * 3), Options())
+    nothing = QUANTIZE[method](site_input(torch.arange(COLUMNS), [None] * 3), Options())
     assert not nothing.quantized
     assert nothing.scale is None
 
 
 def test_linears_of_a_site_may_have_schemes_of_their_own() -> None:
     schemes: list[Scheme | None] = [Scheme(4, 32, False), Scheme(8, 64, True), Scheme(2, 16, False)]
-    for method in METHODS:
-        result = METHODS[method](site_input(torch.arange(COLUMNS), schemes), Options())
+    for method in QUANTIZE:
+        result = QUANTIZE[method](site_input(torch.arange(COLUMNS), schemes), Options())
         assert [q.scheme for q in result.quantized.values()] == schemes
         losses = [result.records[name]["loss"] for name in ("k", "q", "v")]
         assert losses == sorted(losses)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZE)
 def test_methods_are_deterministic_and_leave_the_weights_alone(method: str) -> None:
     """The statistics are theirs to use up: AWQ rescales the Gram matrix in place, which has no second copy to spare."""
     first_site, second_site = (site_input(torch.arange(COLUMNS), [Scheme(4, 32, False)] * 3) for _ in range(2))
-    first, second = METHODS[method](first_site, Options()), METHODS[method](second_site, Options())
+    first, second = QUANTIZE[method](first_site, Options()), QUANTIZE[method](second_site, Options())
     for name, weight in zip(("q", "k", "v"), linears(), strict=True):
         assert torch.equal(first.quantized[name].codes, second.quantized[name].codes)
         assert torch.equal(first.quantized[name].scales, second.quantized[name].scales)
@@ -223,7 +223,7 @@ def test_methods_are_deterministic_and_leave_the_weights_alone(method: str) -> N
 
 def test_rtn_needs_no_statistics() -> None:
     weights = dict(zip("qkv", linears(), strict=True))
-    result = METHODS["rtn"](SiteInput(weights, dict.fromkeys("qkv", Scheme(4, 32, True)), None, None), Options())
+    result = QUANTIZE["rtn"](SiteInput(weights, dict.fromkeys("qkv", Scheme(4, 32, True)), None, None), Options())
     for name, quantized in result.quantized.items():
         assert torch.equal(dequantize(quantized), round_to_nearest(weights[name], Scheme(4, 32, True)))
         error = (dequantize(quantized) - weights[name]).square().sum() / weights[name].square().sum()
@@ -235,5 +235,5 @@ def test_damping_that_had_to_rise_is_recorded() -> None:
     assert site.stats is not None
     site.stats.gram = torch.ones(COLUMNS, COLUMNS) - 1e-3 * (1 - torch.eye(COLUMNS)) * 2
     site.stats.gram -= 1e-2 * torch.eye(COLUMNS)
-    records = METHODS["gptq"](site, Options(damp=0.0)).records
+    records = QUANTIZE["gptq"](site, Options(damp=0.0)).records
     assert all(record["damp_raised_to"] >= 1e-4 for record in records.values())

@@ -180,7 +180,7 @@ def test_compressed_tensors_3_bit_is_dense_and_rounds_the_words_up() -> None:
 
 @st.composite
 def held(draw: st.DrawFn) -> tuple[Format, QuantizedTensor]:
-    item = FORMATS[draw(st.sampled_from(sorted(FORMATS)))]
+    item = FORMATS[draw(st.sampled_from(sorted(set(FORMATS) - {"gguf"})))]
     bits = draw(st.sampled_from({"awq": [4], "compressed-tensors": list(range(2, 9))}.get(item.name, [2, 3, 4, 8])))
     step_out = {"awq": 8, "compressed-tensors": 1}.get(item.name, 32)
     step_in = 1 if item.name in ("awq", "compressed-tensors") else 32

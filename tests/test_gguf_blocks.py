@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import SchemeError
-from quantkit.formats.gguf import (
-    TYPES,
-    dequantize_blocks,
-    inexact_lows,
-    pack,
-    settle,
-    unpack,
-    usual_type,
-)
+from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, settle, unpack
+from quantkit.formats.gguf import TYPES, usual_type
 from quantkit.grids.registry import dequantize
 from quantkit.scheme import Scheme
 from tests.gguf_models import INTEGERS, by_the_package, random_integers

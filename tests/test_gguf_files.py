@@ -22,9 +22,7 @@ from quantkit.checkpoint.journal import open_journal
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError, ModelError
-from quantkit.formats.gguf import (
-    pack,
-)
+from quantkit.formats.blocks import pack
 from quantkit.gguf.architecture import rope_factors
 from quantkit.gguf.export import layout
 from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf

@@ -17,8 +17,8 @@ from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import EngineError, InputError, OutputError, SchemeError
 from quantkit.formats import FORMATS
 from quantkit.hardware.matmul import mirror_
-from quantkit.methods.options import Options
-from quantkit.methods.site import METHODS, SiteInput
+from quantkit.methods.site import QUANTIZE, SiteInput
+from quantkit.methods.table import Options
 from quantkit.pipeline import head as heads
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.head import quantize_head
@@ -153,7 +153,7 @@ def test_rows_are_rounded_as_if_together(options: Options, monkeypatch: pytest.M
     scheme = Scheme(4, 16, True)
     monkeypatch.setattr(heads, "HEAD_ROWS", 16)
     found, record = quantize_head(weight, scheme, options, stats, FORMATS["compressed-tensors"])
-    expected = METHODS["gptq"](SiteInput({"w": weight}, {"w": scheme}, stats, None), options)
+    expected = QUANTIZE["gptq"](SiteInput({"w": weight}, {"w": scheme}, stats, None), options)
     assert torch.equal(found.codes, expected.quantized["w"].codes)
     assert torch.equal(found.scales, expected.quantized["w"].scales)
     assert record["loss"] == pytest.approx(expected.records["w"]["loss"], rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.calibration.load import TokenSet
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.pipeline.job import Job
 
 

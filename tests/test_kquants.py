@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.errors import SchemeError
-from quantkit.formats.gguf import (
-    K_TYPES,
-    TYPES,
-    dequantize_blocks,
-    pack_superblocks,
-    unpack_superblocks,
-)
+from quantkit.formats.blocks import dequantize_blocks, pack_superblocks, unpack_superblocks
+from quantkit.formats.gguf import K_TYPES, TYPES
 from quantkit.grids.registry import dequantize
 from quantkit.grids.two_level import KINDS, Kind
 from quantkit.methods import gptq, rtn

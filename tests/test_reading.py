@@ -223,7 +223,7 @@ def test_padded_words_of_older_compressed_tensors(bits: int, symmetric: bool) ->
     assert torch.equal(dequantize(unpack(fmt, files, scheme, SHAPE)), dequantize(tensor))
 
 
-@pytest.mark.parametrize("fmt", list(FORMATS))
+@pytest.mark.parametrize("fmt", [name for name in FORMATS if name != "gguf"])
 def test_scales_in_bfloat16_stay_exact(fmt: str) -> None:
     """A scale of 1e-6 has 11 bits less in float16."""
     scheme = Scheme(4, 32, False)

@@ -11,7 +11,7 @@ from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import OutputError
 from quantkit.formats import FORMATS
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.streaming import open_model
 from quantkit.pipeline import tuning
 from quantkit.pipeline.fisher import spilled_bytes

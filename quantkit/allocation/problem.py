@@ -21,7 +21,7 @@ from quantkit.allocation.menu import (
 )
 from quantkit.errors import InputError, SchemeError
 from quantkit.formats import Format
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.families import Site
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan

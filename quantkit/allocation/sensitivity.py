@@ -27,7 +27,8 @@ from quantkit.calibration.load import TokenSet
 from quantkit.grids.registry import dequantize
 from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import gptq
-from quantkit.methods.site import METHODS, SiteInput
+from quantkit.methods.site import QUANTIZE, SiteInput
+from quantkit.methods.table import METHODS
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import (
@@ -297,9 +298,9 @@ def _rounded(
     schemes = [entry for entry in dict.fromkeys(entries) if entry is not None]
     options = job.options
     factor = None
-    if schemes and job.method == "gptq":
+    if schemes and METHODS[job.method].shares_factor:
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
-    channel = fold_channels(job.model, index, site) if job.method == "awq" else None
+    channel = fold_channels(job.model, index, site) if METHODS[job.method].folds else None
     channel = None if channel is None else channel.to(job.device)
     for scheme in schemes:
         # Scaling rescales the Gram matrix in place: each entry needs its own.
@@ -307,7 +308,7 @@ def _rounded(
         site_input = SiteInput(
             weights, dict.fromkeys(weights, scheme), own, channel, job.plan.format.min_zero(scheme), factor
         )
-        outcome = METHODS[job.method](site_input, options)
+        outcome = QUANTIZE[job.method](site_input, options)
         found, error = {}, 0.0
         for name, quantized in outcome.quantized.items():
             computed = dequantize(job.plan.format.settle(quantized))

@@ -15,6 +15,7 @@ import typer
 from quantkit import __version__
 from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes
+from quantkit.methods.table import METHODS
 
 app = typer.Typer(
     cls=Commands,
@@ -24,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _method, _help in quantize.METHODS.items():
-    app.command(_method, help=_help)(quantize.command_of(_method))
+for _method in METHODS.values():
+    app.command(_method.name, help=_method.help)(quantize.command_of(_method.name))
 for _command in (
     fit.fit,
     verify.verify,
@@ -53,9 +54,9 @@ def options(
     ] = False,
 ) -> None:
     """Quantize, verify and publish large language models on one card."""
-    if processes() > 1 and context.invoked_subcommand not in quantize.METHODS:
+    if processes() > 1 and context.invoked_subcommand not in METHODS:
         if os.environ["RANK"] == "0":
-            fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(quantize.METHODS)} take several")
+            fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
         from quantkit.hardware.ranks import give_way
 
         give_way(PROBLEM)

@@ -50,13 +50,7 @@ from quantkit.cli.options import (
     WBit,
 )
 from quantkit.cli.requests import run_request
-from quantkit.methods.options import Options
-
-METHODS = {
-    "awq": "Quantize with AWQ. Scales the channels that matter, then rounds with error compensation.",
-    "gptq": "Quantize with GPTQ. Rounds column by column; later columns make up for the error of earlier ones.",
-    "rtn": "Quantize by rounding to the nearest code. Needs no calibration.",
-}
+from quantkit.methods.table import Options
 
 
 def command_of(method: str) -> Callable[..., None]:

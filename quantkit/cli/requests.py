@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.cli.console import command
 from quantkit.cli.options import Engine, Kernels, Quality, States
 from quantkit.errors import InputError
-from quantkit.methods.options import Options
+from quantkit.methods.table import METHODS, Options
 
 if TYPE_CHECKING:
     from quantkit.settings.request import Request
@@ -37,10 +37,10 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         drift_samples=said.get("drift_samples"),
         tune=said.get("quality") is Quality.best,
     )
-    if options.tune and method == "rtn":
-        raise InputError("--quality best: rtn uses no calibration; use awq or gptq")
-    if options.rounding == "nearest" and method == "gptq":
-        raise InputError("--rounding nearest: gptq rounds with error compensation; use awq or rtn")
+    if options.tune and not METHODS[method].calibrates:
+        raise InputError(f"--quality best: {method} uses no calibration; use awq or gptq")
+    if options.rounding == "nearest" and not METHODS[method].nearest:
+        raise InputError(f"--rounding nearest: {method} rounds with error compensation; use awq or rtn")
     states = plain("states")
     return Request(
         method=method,

@@ -31,10 +31,9 @@ from quantkit.cli.options import (
     Sym,
     Vram,
 )
-from quantkit.cli.quantize import METHODS
 from quantkit.cli.requests import listed, numbers, run_request
 from quantkit.errors import InputError
-from quantkit.methods.options import Options
+from quantkit.methods.table import METHODS, Options
 
 
 def sweep(

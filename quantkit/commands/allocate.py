@@ -21,7 +21,7 @@ from quantkit.calibration.load import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
-from quantkit.methods.options import Options
+from quantkit.methods.table import METHODS, Options
 from quantkit.model.families import FAMILIES
 from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
@@ -88,7 +88,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         InputError: a budget that nothing of the menu fits in, with by how much and what would; a menu that cannot be.
     """
     run = request.run
-    if run.method == "rtn":
+    if not METHODS[run.method].calibrates:
         raise InputError("--method: expected gptq or awq; rtn needs no calibration and is not measured")
     recipe = choose_recipe(None, run.model)
     _require_place(request.recipe)

@@ -44,7 +44,7 @@ from quantkit.settings.defaults import choose_serving, positions
 from quantkit.verdict import Limits, verification_block
 
 FP16 = "fp16"
-TARGETS = (*FORMATS, FP16)
+TARGETS = (*(name for name, row in FORMATS.items() if row.quant_method), FP16)
 NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verification: what belongs to a folder
 
 

@@ -72,7 +72,7 @@ def _lone_gguf(out: Path) -> Path | None:
 
 def _inspect_gguf(path: Path) -> dict[str, Any]:
     from quantkit.gguf.file import open_gguf  # imports torch
-    from quantkit.gguf.reading import SCHEMES
+    from quantkit.scheme import NAMED
 
     file = open_gguf(path)
     layers, kept = [], []
@@ -83,7 +83,7 @@ def _inspect_gguf(path: Path) -> dict[str, Any]:
             number, local = str(OUTSIDE), "output"
         elif len(info.shape) != 2 or not number.isdigit():
             continue
-        scheme = SCHEMES.get(info.type)
+        scheme = NAMED.get(info.type)
         if scheme is None:
             kept.append(name)
             continue

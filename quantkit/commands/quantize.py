@@ -25,7 +25,7 @@ from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.hardware.ranks import ALONE, Ranks
-from quantkit.methods.options import Options
+from quantkit.methods.table import METHODS, Options
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import keep, laid_out, lay_out_job
@@ -38,7 +38,6 @@ from quantkit.results.folder import links_left_out, require_another
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import (
-    DEFAULT_FORMATS,
     choose_format,
     choose_recipe,
     choose_scheme,
@@ -66,7 +65,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     asked = _resolve(request, recipe)
     model, plan = asked.model, asked.plan
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
-    methods = {linear.method for linear in plan.quantized}
+    methods = methods_of(plan, request.method)
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
     job = Job(
         model,
@@ -146,8 +145,8 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
             method_of=method_resolver(recipe, request.method),
             **config_options(request.options),
         )
-    if request.options.tune and any(linear.method == "rtn" for linear in plan.quantized):
-        raise InputError("--quality best: tunes what gptq and awq round; the recipe has rules with method: rtn")
+    if request.options.tune and not all(map(_calibrates, methods_of(plan, request.method))):
+        raise InputError("--quality best: tunes what is calibrated; the recipe has rules with method: rtn")
     return _Asked(limits, scheme, model, plan, out)
 
 
@@ -159,6 +158,15 @@ def _refuse_together(request: Request, ranks: Ranks) -> None:
     for option, said in (("--quality best", request.options.tune), ("--inputs original", original)):
         if said and ranks.size > 1:
             raise InputError(f"{option}: in one process only; leave it out, or start the command without torchrun")
+
+
+def _calibrates(method: str | None) -> bool:
+    return method is not None and METHODS[method].calibrates
+
+
+def methods_of(plan: Plan, usual: str) -> set[str]:
+    """The methods that a plan needs; usual: that of linears which name none."""
+    return {linear.method or usual for linear in plan.quantized}
 
 
 def _require_samples_for_all(job: Job) -> None:
@@ -188,7 +196,7 @@ def _unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:
 
 def _without_calibration(request: Request, recipe: Recipe) -> tuple[Request, list[str]]:
     """Where no method calibrates, the request without what only calibration uses, and a note that names it."""
-    if request.method != "rtn" or any(rule.method not in (None, "rtn") for rule in recipe.rules):
+    if any(map(_calibrates, [request.method, *(rule.method for rule in recipe.rules)])):
         return request, []
     options = request.options
     given = {
@@ -217,7 +225,7 @@ def _too_large(memory: Mapping[str, Any], evaluated: TokenSet | None) -> str:
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     """outputs/<model>-<method>-w<bits>-g<group>[-<format>]."""
-    usual = fmt.name == DEFAULT_FORMATS[request.method]
+    usual = fmt.name == METHODS[request.method].format
     label = label_of(request.model)
     tail = "" if usual else f"-{fmt.name}"
     return Path("outputs") / f"{label}-{request.method}-w{scheme.bits}-g{scheme.group_size}{tail}"

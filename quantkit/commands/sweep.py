@@ -34,6 +34,7 @@ from quantkit.dtypes import to_stored
 from quantkit.errors import InputError, SchemeError
 from quantkit.hardware.machine import peak_rss_bytes, return_freed_memory, versions
 from quantkit.methods import gptq
+from quantkit.methods.table import METHODS
 from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import (
@@ -67,7 +68,7 @@ from quantkit.report.pages.sweep import render_sweep
 from quantkit.report.terminal.progress import display
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
-from quantkit.settings.defaults import DEFAULT_FORMATS, choose_format, choose_scheme, find_model
+from quantkit.settings.defaults import choose_format, choose_scheme, find_model
 from quantkit.settings.request import Request, config_options, serving
 from quantkit.settings.tokens import tokens_of
 from quantkit.stats import SiteStats
@@ -182,7 +183,7 @@ def settings_of(
             for group in request.groups:
                 scheme = choose_scheme(method, Recipe(), bits, group, run.symmetric)
                 fmt = choose_format(run.format, method, scheme, Recipe())
-                name = f"{method} {scheme}" + ("" if fmt.name == DEFAULT_FORMATS[method] else f" {fmt.name}")
+                name = f"{method} {scheme}" + ("" if fmt.name == METHODS[method].format else f" {fmt.name}")
                 document = {
                     "name": name,
                     "method": method,
@@ -325,7 +326,7 @@ def _measure(
 def _factors(settings: Sequence[Setting], stats: Sequence[SiteStats]) -> list[gptq.Factor | None]:
     """GPTQ's factor of each site's Gram matrix, if a setting has a use for it."""
     options = settings[0].job.options
-    if not any(setting.job.method == "gptq" for setting in settings):
+    if not any(METHODS[setting.job.method].shares_factor for setting in settings):
         return [None] * len(stats)
     return [gptq.factorize(each.gram, damp=options.damp, act_order=options.act_order) for each in stats]
 
@@ -334,9 +335,9 @@ def _own(
     job: Job, sites: Sequence[Site], stats: Sequence[SiteStats], factors: Sequence[gptq.Factor | None]
 ) -> tuple[Sequence[SiteStats | None], Sequence[gptq.Factor | None]]:
     """What a setting may have of the shared statistics: AWQ rescales its Gram matrices in place."""
-    if job.method == "rtn":
+    if not METHODS[job.method].calibrates:
         return [None] * len(sites), [None] * len(sites)
-    if job.method == "gptq":
+    if METHODS[job.method].shares_factor:
         return stats, factors
     return [replace(each, gram=each.gram.clone()) for each in stats], [None] * len(sites)
 

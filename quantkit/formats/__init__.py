@@ -7,9 +7,10 @@ FORMATS["awq"].pack(quantized) -> {"qweight": ..., "qzeros": ..., "scales": ...}
 from quantkit.formats.awq import AWQ
 from quantkit.formats.base import Format, TensorSpec
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
+from quantkit.formats.gguf import GGUF
 from quantkit.formats.gptq import GPTQ, GPTQ_V2
 from quantkit.formats.names import QuantizedLayer
 
-FORMATS: dict[str, Format] = {item.name: item for item in (AWQ, GPTQ, GPTQ_V2, COMPRESSED_TENSORS)}
+FORMATS: dict[str, Format] = {item.name: item for item in (AWQ, GPTQ, GPTQ_V2, COMPRESSED_TENSORS, GGUF)}
 
 __all__ = ["FORMATS", "Format", "QuantizedLayer", "TensorSpec"]

@@ -80,7 +80,7 @@ class Format:
     """A way to store quantized linears. Tensor keys are local to the linear: "qweight", not "model.layers.0...".
 
     name:        what `--format` says
-    quant_method: what config.json's `quantization_config` calls it
+    quant_method: what config.json's `quantization_config` calls it; empty where no checkpoint is read by it
     reads:       such a config, of any tool -> (full name of a linear -> its scheme, or None for 16 bit); None: the
                  config is of another format with the same quant_method; ModelError: what is not supported
     codes:       the key of the tensor that holds the codes

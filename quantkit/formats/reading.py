@@ -44,7 +44,7 @@ def read_schemes(
     """
     method = quantization_config.get("quant_method")
     for fmt in FORMATS.values():
-        resolve = fmt.reads(quantization_config) if fmt.quant_method == method else None
+        resolve = fmt.reads(quantization_config) if method and fmt.quant_method == method else None
         if resolve is not None:
             schemes = {name: resolve(name) for name in linears}
             return fmt, {name: _held_against(stored, name, linears[name], schemes[name], fmt) for name in linears}
@@ -53,7 +53,7 @@ def read_schemes(
 
 def quant_methods() -> list[str]:
     """Every `quant_method` that is read."""
-    return list(dict.fromkeys(fmt.quant_method for fmt in FORMATS.values()))
+    return list(dict.fromkeys(fmt.quant_method for fmt in FORMATS.values() if fmt.quant_method))
 
 
 def codes_keys() -> list[str]:

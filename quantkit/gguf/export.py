@@ -19,17 +19,8 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_fini
 from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import ModelError, OutputError, SchemeError
 from quantkit.formats import Format
-from quantkit.formats.gguf import (
-    INTEGER_TYPES,
-    K_TYPES,
-    TYPES,
-    dequantize_blocks,
-    inexact_lows,
-    pack,
-    pack_superblocks,
-    usual_type,
-    why_not,
-)
+from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, pack_superblocks
+from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, usual_type, why_not
 from quantkit.formats.reading import unpack
 from quantkit.gguf.architecture import (
     ARCHITECTURES,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from quantkit.checkpoint.writer import write_chunks
 from quantkit.errors import ModelError
-from quantkit.formats.gguf import TYPES, BlockType, dequantize_blocks
+from quantkit.formats.blocks import dequantize_blocks
+from quantkit.formats.gguf import TYPES, BlockType
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]

@@ -20,17 +20,8 @@ from quantkit.gguf.architecture import ARCHITECTURES, permutation, tensor_name
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.streaming import Architecture
 from quantkit.plan import OUTSIDE, LinearPlan
-from quantkit.scheme import Scheme
+from quantkit.scheme import NAMED
 from quantkit.serving.fit import Stored
-
-SCHEMES: Mapping[str, Scheme] = {  # the nearest that a type is to a scheme: what is shown of it
-    "q4_0": Scheme(4, 32, True),
-    "q4_1": Scheme(4, 32, False),
-    "q8_0": Scheme(8, 32, True),
-    "q4_k": Scheme(4, 32, False),
-    "q5_k": Scheme(5, 32, False),
-    "q6_k": Scheme(6, 16, True),
-}
 
 
 @dataclass(frozen=True)
@@ -115,11 +106,11 @@ def open_gguf_model(path: Path, architecture: Architecture) -> GGUFModel:
             if isinstance(module, nn.Linear):
                 name = f"{architecture.layer_name(index)}.{local}"
                 kind = _checked(file, f"{name}.weight", (module.out_features, module.in_features))
-                scheme = SCHEMES.get(kind)
+                scheme = NAMED.get(kind)
                 linears.append(LinearPlan(name, index, local, module.out_features, module.in_features, scheme))
     head = architecture.head_name
     for name, shape in architecture.outside().items():
-        scheme = SCHEMES.get(_checked(file, name, shape))
+        scheme = NAMED.get(_checked(file, name, shape))
         if head and scheme is not None and name == f"{head}.weight":
             linears.append(LinearPlan(head, OUTSIDE, head, shape[0], shape[1], scheme))
     return GGUFModel(file, config, tuple(linears))

@@ -18,11 +18,11 @@ from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
-from quantkit.formats.gguf import K_TYPES, TYPES, dequantize_blocks, pack, pack_superblocks, settle
+from quantkit.formats.blocks import dequantize_blocks, pack, pack_superblocks, settle
+from quantkit.formats.gguf import K_TYPES, TYPES
 from quantkit.gguf.architecture import permutation, rope_factors
 from quantkit.gguf.export import Layout, encode_rows, read_rows
 from quantkit.gguf.file import TensorInfo, write_gguf
-from quantkit.gguf.reading import SCHEMES
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.methods import gptq, rtn
 from quantkit.methods.refine import refine
@@ -175,7 +175,7 @@ def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | 
 
 def _record(name: str, index: int, kind: str, weight: Tensor, loss: float) -> dict[str, Any]:
     rows, columns = weight.shape
-    scheme = SCHEMES[kind]
+    scheme = NAMED[kind]
     return {
         "name": name,
         "layer": index,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods: how the integers of one site are chosen. Each is a pure function of its weights and statistics.
+"""How the codes of one site are chosen: a pure function of its weights and statistics for each row of `table`.
 
 rtn   nearest codes on a grid that just spans each group; needs no calibration
 gptq  grid by weighted search, then error-compensating rounding
@@ -18,8 +18,8 @@ from quantkit.hardware.batching import weights_at_once
 from quantkit.hardware.matmul import product
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods import awq, gptq, rtn
-from quantkit.methods.options import Options
 from quantkit.methods.refine import refine
+from quantkit.methods.table import Options
 from quantkit.methods.tune import offsets
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows, map_rows, split_rows
 from quantkit.stats import SiteStats, output_error, rescale_, rescale_drift_
@@ -55,9 +55,6 @@ class SiteResult:
     scale: Tensor | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     offsets: dict[str, Tensor] = field(default_factory=dict)
-
-
-Method = Callable[[SiteInput, Options], SiteResult]
 
 
 def round_to_nearest(site: SiteInput, options: Options) -> SiteResult:
@@ -100,7 +97,11 @@ def scale_and_round(site: SiteInput, options: Options) -> SiteResult:
     return replace(result, scale=search.scale)
 
 
-METHODS: dict[str, Method] = {"rtn": round_to_nearest, "gptq": compensate, "awq": scale_and_round}
+QUANTIZE: dict[str, Callable[[SiteInput, Options], SiteResult]] = {
+    "rtn": round_to_nearest,
+    "gptq": compensate,
+    "awq": scale_and_round,
+}
 
 
 def _round(

@@ -14,8 +14,8 @@ from quantkit.formats import Format
 from quantkit.hardware.batching import HEAD_ROWS, samples_per_sum
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods import gptq
-from quantkit.methods.options import Options
-from quantkit.methods.site import METHODS, SiteInput
+from quantkit.methods.site import SiteInput, compensate, round_to_nearest
+from quantkit.methods.table import Options
 from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
 from quantkit.pipeline.activations import Stream, regrouped
 from quantkit.pipeline.forward import ending_names, loaded
@@ -70,7 +70,7 @@ def quantize_head(
     factor, min_zero = None, fmt.min_zero(scheme)
     if stats is not None and options.rounding == "gptq":
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
-    round_rows = METHODS["rtn" if stats is None else "gptq"]
+    round_rows = round_to_nearest if stats is None else compensate
     parts, lost, energy = [], 0.0, 0.0
     for rows in weight.split(HEAD_ROWS):
         found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor, ranks), options)

@@ -13,7 +13,7 @@ from quantkit.calibration.load import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.hardware.machine import device_name
 from quantkit.hardware.ranks import ALONE, Ranks
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.streaming import StreamedModel
 from quantkit.pipeline.forward import run_dtype
 from quantkit.plan import LinearPlan, Plan

@@ -14,7 +14,8 @@ from quantkit.grids.registry import dequantize, divide_rows
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.methods.gptq import Factor
-from quantkit.methods.site import METHODS, SiteInput, SiteResult
+from quantkit.methods.site import QUANTIZE, SiteInput, SiteResult
+from quantkit.methods.table import METHODS
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
@@ -79,7 +80,7 @@ def quantize_layer(
         method = job.method_of(linears[site.linears[0]])
         name = f"{prefix}.{site.linears[0]}"
         stats = None if observed is None else observed[number]
-        if stats is None and calibration is not None and method != "rtn":
+        if stats is None and calibration is not None and METHODS[method].calibrates:
             progress.stage(f"calibrate {kinds(site)}")
             stats = _collect(job, layer, site, calibration, original, last=site is last)
             require_finite_stats(stats, name)
@@ -89,7 +90,7 @@ def quantize_layer(
         if factors is not None:
             inputs = replace(inputs, factor=factors[number])
         try:
-            outcome = METHODS[method](inputs, job.options)
+            outcome = QUANTIZE[method](inputs, job.options)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         settle = job.plan.format.settle
@@ -186,7 +187,7 @@ def _last_calibrated(job: Job, sites: Sequence[Site], linears: Mapping[str, Line
     """The last site whose inputs are summed up."""
     for site in reversed(sites):
         present = [linears[name] for name in site.linears if linears[name].scheme is not None]
-        if present and job.method_of(present[0]) != "rtn":
+        if present and METHODS[job.method_of(present[0])].calibrates:
             return site
     return None
 

@@ -31,6 +31,7 @@ from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, pin, return_freed_memory
 from quantkit.methods.site import SiteResult
+from quantkit.methods.table import METHODS
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
@@ -373,7 +374,7 @@ def _quantize_head(
     """Quantize the head from streams that have left the last layer, and write it with what else comes after those."""
     assert head.scheme is not None
     stats = None
-    if calibration is not None and job.method_of(head) != "rtn":
+    if calibration is not None and METHODS[job.method_of(head)].calibrates:
         stats = head_stats(job.model, calibration, beside, job.device, job.dtype, samples, job.ranks)
     weight = f"{head.name}.weight"
     source = read_outside(job.model, [*(name for name in shard.tensors if name in job.model.outside()), weight])

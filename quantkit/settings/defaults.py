@@ -9,6 +9,8 @@ from typing import Any
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
+from quantkit.formats.gguf import BLOCK
+from quantkit.methods.table import METHODS
 from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
 from quantkit.scheme import Scheme
 from quantkit.settings.models import model_of
@@ -16,8 +18,6 @@ from quantkit.settings.models import model_of
 DEFAULT_BUDGET = 22 * 2**30  # bytes
 DEFAULT_CONTEXT = 8192  # tokens
 DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048  # windows of calibration, tokens of each
-DEFAULT_FORMATS = {"awq": "awq", "rtn": "awq", "gptq": "gptq"}
-SYMMETRIC = {"awq": False, "rtn": False, "gptq": True}  # what engines run fastest in each method's usual format
 
 
 def find_model(name: str, *, offline: bool) -> Path:
@@ -57,14 +57,12 @@ def choose_scheme(
     """
     default = recipe.default
     if format == "gguf":
-        from quantkit.formats.gguf import BLOCK  # imports torch, which the other formats' plans do without
-
         group_size = BLOCK if group_size is None else group_size
         symmetric = True if symmetric is None and (bits or default.bits) == 8 else symmetric
     return Scheme(
         next(b for b in (bits, default.bits, 4) if b is not None),
         next(g for g in (group_size, default.group_size, 128) if g is not None),
-        next(s for s in (symmetric, default.symmetric, SYMMETRIC[method]) if s is not None),
+        next(s for s in (symmetric, default.symmetric, METHODS[method].symmetric) if s is not None),
     )
 
 
@@ -74,15 +72,11 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
     Raises:
         InputError: no format of that name.
     """
-    if name == "gguf":
-        from quantkit.formats.gguf import GGUF
-
-        return GGUF
     if name is not None:
         if name not in FORMATS:
-            raise InputError(f"--format: expected {', '.join(FORMATS)} or gguf, got {name!r}")
+            raise InputError(f"--format: expected {', '.join(FORMATS)}, got {name!r}")
         return FORMATS[name]
-    usual = DEFAULT_FORMATS[method]
+    usual = METHODS[method].format
     if recipe.rules or (usual == "awq" and scheme.bits != 4):
         return FORMATS["compressed-tensors"]
     return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quantkit.methods.options import Options
+from quantkit.methods.table import Options
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import Recipe
 from quantkit.settings.defaults import choose_serving, positions

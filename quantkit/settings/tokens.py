@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.calibration import load as calibration
 from quantkit.calibration.load import TokenSet
 from quantkit.errors import InputError
+from quantkit.methods.table import METHODS
 from quantkit.model.streaming import StreamedModel
 from quantkit.model.tokenizer import tokenizer_of
 from quantkit.recipe import Recipe
@@ -15,7 +16,7 @@ from quantkit.settings.request import Request
 
 
 def tokens_of(
-    request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str | None]
+    request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str]
 ) -> tuple[TokenSet | None, TokenSet | None]:
     """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
     said, limit = recipe.calibration, positions(model.config)
@@ -24,7 +25,7 @@ def tokens_of(
     vocabulary = model.config.vocab_size
     tokenizer = tokenizer_of(directory)
     calibrated = evaluated = None
-    if any(method != "rtn" for method in methods):
+    if any(METHODS[method].calibrates for method in methods):
         calibrated = calibration.load(
             request.calib or said.source or "mix",
             tokenizer,
