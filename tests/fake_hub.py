@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -71,7 +71,9 @@ class Repository:
 
 @dataclass(frozen=True)
 class Fault:
-    """status: answer with it. cut "half": drop the connection in mid-body; "lost": do the work, then drop it."""
+    """status: answer with it. cut "half": drop the connection in mid-body; "lost": do the work, then drop it;
+    "silent": answer nothing until the hub ends.
+    """
 
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class FakeHub:
         self.lies: set[str] = set()  # names that the listing gives a wrong hash
         self.faults: dict[str, deque[Fault]] = {route: deque() for route in ROUTES}
         self.lock = Lock()
+        self.ended = Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.thread = Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
@@ -107,6 +110,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
@@ -159,6 +163,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 hub.calls[route] += 1
                 faults = hub.faults.get(route)
                 fault = faults.popleft() if faults else Fault()
+            if fault.cut == "silent":
+                hub.ended.wait()
+                raise DroppedError
             if fault.cut == "half" and route != "resolve":
                 self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
                 raise DroppedError

@@ -2,10 +2,12 @@
 """Reading model folders and finding models: what is read back, and one clear line for everything that is wrong."""
 
 import json
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from quantkit import network
 from quantkit.checkpoint import reader
 from quantkit.checkpoint.header import DTYPES, decode, encode
 from quantkit.checkpoint.reader import fingerprint, open_checkpoint, require_finite
@@ -439,6 +442,20 @@ def test_a_hub_that_refuses(hub: HTTPServer, tmp_path: Path, status: int, code: 
         resolve(HUB_ID, offline=False, revision="main", recipe_models={}, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
     assert "hf_secret" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None  # where the library's own error would stand
+
+
+def test_a_hub_that_stays_silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It accepts connections and never answers."""
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's own tries
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with pytest.raises(ModelError, match=r"org/tiny: .*cannot be reached"):
+            resolve(HUB_ID, offline=False, recipe_models={}, cache_dir=tmp_path)
 
 
 def test_a_hub_that_does_not_answer(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from quantkit import network
 from quantkit.errors import InputError, OutputError
 from quantkit.hub.files import WEIGHTS, check, files_to_push, with_note
 from quantkit.hub.push import PushResult, push, require_names
@@ -441,6 +442,36 @@ def test_patience_ends(hub: FakeHub, pusher: Pusher, fault: str) -> None:
     assert pusher.waits == [1.0, 2.0, 4.0, 8.0, 16.0]
 
 
+@pytest.mark.parametrize("route", [*ROUTES, "yaml", "info"])
+def test_a_silent_hub_is_asked_again(
+    out: Path, hub: FakeHub, pusher: Pusher, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.1)
+    hub.cut(route, times=2, how="silent")
+    pusher(private=True)  # which asks for "info" too
+    assert hub.files(REPO) == contents(out)
+    assert len(pusher.waits) == 2
+
+
+@pytest.mark.parametrize("route", ["create", "tree", "put"])
+def test_a_hub_that_stays_silent_is_left(
+    hub: FakeHub, pusher: Pusher, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """Whether the library tries again by itself, or only we do."""
+    monkeypatch.setattr(network, "ANSWER_SECONDS", 0.05)
+    hub.cut(route, times=1000, how="silent")
+    with pytest.raises(OutputError, match=r"the connection failed \(.*\); check the network, then run the same"):
+        pusher()
+    assert hub.calls[route] == network.TRIES
+
+
+def test_a_wait_of_hours_is_not_slept_by_the_library(hub: FakeHub, pusher: Pusher) -> None:
+    hub.fail("tree", 429, headers={"Retry-After": "86400"})
+    with pytest.raises(OutputError, match=r"too many requests \(HTTP 429\); wait 86400 seconds"):
+        pusher()
+    assert pusher.waits == []
+
+
 def test_an_interrupted_push_goes_on_with_what_is_missing(out: Path, hub: FakeHub, pusher: Pusher) -> None:
     shards = sorted(out.glob("*.safetensors"))
     hub.cut("put", times=1000)
@@ -553,6 +584,44 @@ def test_the_token_is_never_repeated(
         assert TOKEN[3:] not in text
     assert "SIGNED" not in shown
     assert "\n" not in str(caught.value)
+
+
+ODD_WAITS = ["\u00b2", "9" * 400, "-5", "inf", "nan", "1_0", "Thu, 99 Foo", "Mon, 01 Jan 99999 00:00:00 GMT", ";t=9"]
+
+
+@pytest.mark.parametrize("after", ODD_WAITS)
+@pytest.mark.parametrize("route", ["create", "tree", "put", "commit"])
+def test_an_odd_answer_escapes_nowhere(hub: FakeHub, pusher: Pusher, route: str, after: str) -> None:
+    """No error that is raised has one before it, in which the hub might have quoted the token."""
+    hub.fail(route, 429, times=100, headers={"Retry-After": after, "RateLimit": after, "X-Error-Message": TOKEN})
+    with pytest.raises(OutputError) as caught:
+        pusher()
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert TOKEN not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("Private repository storage limit reached", "(HTTP 403): Private repository storage limit reached; see http"),
+        (f"\x9b2J not by Bearer {TOKEN}", "(HTTP 403): \ufffd2J not by ***; see http"),
+        (f"not by {TOKEN[8:-2]}", "(HTTP 403): not by ***; see http"),
+    ],
+)
+def test_the_hubs_own_reason_is_told(hub: FakeHub, pusher: Pusher, reason: str, shown: str) -> None:
+    hub.fail("preupload", 403, headers={"X-Error-Message": reason})
+    with pytest.raises(OutputError) as caught:
+        pusher()
+    assert shown in str(caught.value)
+
+
+def test_what_the_hub_calls_things_is_cleaned(hub: FakeHub, pusher: Pusher) -> None:
+    pusher()
+    repo = hub.repos[REPO]
+    files = repo.commits[repo.branches["main"]]
+    repo.commit("main", {**files, f"a\x1b{TOKEN}": files["config.json"]})
+    assert pusher().others == ("a\ufffd***",)
 
 
 def test_a_successful_push_never_shows_the_token(

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 
 # The package in eight layers, each resting on those above it in this list. A part is a file, or a folder, of quantkit.
 LAYERS: dict[str, str] = {
-    "words": "errors text units dtypes jsonfile resources hardware",
+    "words": "errors text units dtypes jsonfile resources hardware network",
     "numbers": "scheme kernels grids stats methods formats",
     "files": "checkpoint calibration recipe verdict",
     "models": "model plan quantized",
@@ -29,6 +29,7 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     "hardware": "errors",
     "jsonfile": "errors",
+    "network": "text",
     "resources": "errors",
     "text": "",
     "units": "errors",
@@ -40,8 +41,8 @@ ALLOWED: dict[str, str] = {
     "scheme": "errors",
     "stats": "errors hardware",
     # files
-    "calibration": "errors resources",
-    "checkpoint": "dtypes errors",
+    "calibration": "errors network resources text",
+    "checkpoint": "dtypes errors network",
     "recipe": "errors resources units formats scheme",
     "verdict": "errors units",
     # models
@@ -88,7 +89,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.forward pipeline.job pipeline.layer pipeline.resample"
     ),
     # results
-    "hub": "errors jsonfile units checkpoint",
+    "hub": "errors jsonfile network text units checkpoint",
     "report.card": "text report.formatting report.rendering",
     "report.formatting": "text units",
     "report.pages": "text report.formatting report.rendering",
@@ -141,7 +142,7 @@ NARROW = {("recipe", "formats"): "quantkit.formats.names"}
 
 # Libraries with effects, and the only parts that may import them.
 LIBRARIES: dict[str, str] = {
-    "huggingface_hub": "calibration checkpoint hub",
+    "huggingface_hub": "network calibration checkpoint hub",
     "datasets": "calibration",
     "requests": "",
     "httpx": "",

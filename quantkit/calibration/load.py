@@ -36,7 +36,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import InputError
+from quantkit.network import patient_library
 from quantkit.resources import calibration_dir
+from quantkit.text import clean_line
 
 MIX = ("general", "code", "chinese", "reasoning")
 DEFAULT_EVAL = "eval"
@@ -448,25 +450,29 @@ def _hub(source: str, *, offline: bool, shuffle: int | None, enough: int, size: 
         )
     import datasets  # only here: it is slow to import
 
+    fault = ""
     try:
-        stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
-        if shuffle is not None:
-            stream = stream.shuffle(seed=shuffle, buffer_size=1000)
-        characters = 0
-        for number, record in enumerate(stream, 1):
-            document = _document(record, f"{source}: row {number}")
-            yield document
-            length = len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
-            characters += min(length, size)
-            if characters >= enough * _CHARACTERS_PER_TOKEN:
-                return
+        with patient_library():
+            stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
+            if shuffle is not None:
+                stream = stream.shuffle(seed=shuffle, buffer_size=1000)
+            characters = 0
+            for number, record in enumerate(stream, 1):
+                document = _document(record, f"{source}: row {number}")
+                yield document
+                length = len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
+                characters += min(length, size)
+                if characters >= enough * _CHARACTERS_PER_TOKEN:
+                    return
     except InputError:
         raise
     except Exception as error:  # the library raises a dozen unrelated types for a wrong name or a lost connection
+        fault = f"{type(error).__name__}: {clean_line(error)}"
+    if fault:  # raised here, so that it carries no error of the library, which may quote a token
         raise InputError(
-            f"{source}: expected a dataset with split {split!r}, got {type(error).__name__}: {_first_line(error)}; "
+            f"{source}: expected a dataset with split {split!r}, got {fault}; "
             "check the name, the config and the connection"
-        ) from None
+        )
 
 
 # Token files

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.errors import ModelError
+from quantkit.network import patient_library, status_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -101,12 +102,16 @@ def _missing_files(snapshot: Path) -> list[str]:
 def _download(hub_id: str, revision: str | None, cache: Path) -> Path:
     from huggingface_hub import snapshot_download
 
+    fault = ""
     try:
-        folder = snapshot_download(
-            hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
-        )
+        with patient_library(bars=True):
+            folder = snapshot_download(
+                hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            )
     except Exception as error:  # each version of the hub's library brings its own network library, with its own errors
-        raise ModelError(f"{hub_id}: {_why(error, hub_id, revision, cache)}") from error
+        fault = _why(error, hub_id, revision, cache)
+    if fault:  # raised here, so that it carries no error of the library, which may quote a token
+        raise ModelError(f"{hub_id}: {fault}")
     if missing := _missing_files(Path(folder)):  # older versions of the library return what there is when they fail
         raise ModelError(
             f"{hub_id}: the copy in {folder} lacks {shorten(missing)}; "
@@ -129,7 +134,7 @@ def _why(error: BaseException, hub_id: str, revision: str | None, cache: Path) -
         return f"no such model at {page} (a private one needs `hf auth login`)"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"no revision {revision}; see {page}/tree/main"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if status in (401, 403):
         return f"not allowed (HTTP {status}); log in with `hf auth login`, and see {page} for terms to accept"
     if status is not None:

@@ -14,7 +14,7 @@ import typer
 
 from quantkit import __version__
 from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
-from quantkit.cli.console import PROBLEM, Commands, fail, processes
+from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
 from quantkit.methods.table import METHODS
 
 app = typer.Typer(
@@ -65,6 +65,14 @@ def options(
 def main() -> None:
     """The `quantkit` console script."""
     _let_memory_grow()
+    try:
+        _run()
+    except Exception as error:
+        tell_bug(error)
+        sys.exit(PROBLEM)
+
+
+def _run() -> None:
     if processes() == 1 or os.environ["RANK"] == "0":
         app(prog_name="quantkit")
     try:  # what is wrong with the words is told once, by the first of several processes

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ from typer.core import TyperGroup
 
 from quantkit.errors import EngineError, QuantkitError
 from quantkit.report.terminal.screen import Screen
-from quantkit.text import json_text, one_line, printable
+from quantkit.text import json_text, one_line, printable, printable_lines, without_secrets
 
 PROBLEM, FAIL, INTERRUPTED = 1, 3, 130
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -105,7 +106,7 @@ def _interrupted(resumes: bool) -> NoReturn:
 
 @contextmanager
 def told(*, resumes: bool = False) -> Iterator[None]:
-    """Problems the user can fix in one line on stderr, with the exit code; anything else keeps its traceback.
+    """Problems the user can fix in one line on stderr, with the exit code; anything else is a bug and goes on.
 
     resumes: whether the same command goes on from where it stopped.
     """
@@ -145,4 +146,10 @@ def fail(*lines: str) -> None:
 
 def tell(line: str) -> None:
     """One line on stderr."""
-    typer.echo(f"quantkit: {one_line(line)}", err=True)
+    typer.echo(f"quantkit: {without_secrets(one_line(line))}", err=True)
+
+
+def tell_bug(error: Exception) -> None:
+    """The traceback of a bug without the errors before it and without secrets: what libraries raise quotes requests."""
+    text = "".join(traceback.format_exception(error, chain=False))
+    typer.echo(printable_lines(without_secrets(text)), err=True)

@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from quantkit.errors import OutputError, QuantkitError
-from quantkit.hub.failures import TRIES, asked_wait, deepest, is_dropped, safe_line, status_of, wait_before
+from quantkit.network import TRIES, ImpatientError, asked_wait, deepest, is_dropped, reason_of, status_of, wait_before
+from quantkit.text import clean_line
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -31,7 +32,7 @@ class Branch:
         """Do it, again after a wait when the hub is busy or the connection drops; `action` must bear repeating.
 
         Raises:
-            OutputError: one line, without the token. The cause is cut off, for it may quote the token.
+            OutputError: one line, without the token. It has no cause and no context, which may quote the token.
         """
         for tried in count(1):
             try:
@@ -39,12 +40,10 @@ class Branch:
             except QuantkitError:
                 raise
             except Exception as error:  # each version of the hub's library brings its own network library and errors
-                wait = wait_before(error, tried)
-                if wait is None:
-                    raise OutputError(f"{self.repo_id}: {what}: {self._why(error)}") from None
-                status = status_of(error)
-                said = "the connection failed" if status is None else f"HTTP {status}"
-                self.say(f"{what}: {said}; again in {wait:.0f} s ({TRIES - tried} more tries)")
+                wait, reason = self._judged(error, tried)
+            if wait is None:
+                raise OutputError(f"{self.repo_id}: {what}: {reason}")
+            self.say(f"{what}: {reason}; again in {wait:.0f} s ({TRIES - tried} more tries)")
             self.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -57,13 +56,31 @@ class Branch:
 
     def head(self) -> str:
         info = self.call("reading the branch", lambda: self.api.model_info(self.repo_id, revision=self.branch))
-        return str(info.sha)
+        return self.clean(info.sha)
+
+    def clean(self, text: object) -> str:
+        """What the hub said, fit to be shown."""
+        return clean_line(text, self.token)
+
+    def _judged(self, error: BaseException, tried: int) -> tuple[float | None, str]:
+        """The seconds to wait before the next try (None: there is none), and what to say; nothing is raised here."""
+        try:
+            wait = wait_before(error, tried)
+            if wait is None:
+                return None, self._why(error)
+            status = status_of(error)
+            return wait, "the connection failed" if status is None else f"HTTP {status}"
+        except Exception as fault:  # an answer that cannot even be looked at
+            return None, f"the hub's answer cannot be read ({type(fault).__name__}); run the same command again later"
 
     def _why(self, error: BaseException) -> str:
-        status, owner = status_of(error), self.repo_id.partition("/")[0]
+        status, reason, owner = status_of(error), reason_of(error, self.token), self.repo_id.partition("/")[0]
+        page = f"{self.api.endpoint}/{self.repo_id}"
         again = "run the same command again: what is up is not sent again"
         if status == 401 or type(deepest(error)).__name__ == "XetAuthenticationError":
             return "the token was not accepted (HTTP 401); run `hf auth login`, or set HF_TOKEN to one that may write"
+        if status == 403 and reason:
+            return f"not allowed (HTTP 403): {reason}; see {page}"
         if status == 403:
             return f"not allowed (HTTP 403); use a token with the right to write to {owner}, and be a member of it"
         if status == 404:
@@ -76,9 +93,9 @@ class Branch:
         if status is not None and status >= 500:
             return f"the hub failed (HTTP {status}); wait a while, then {again}"
         if status is not None:
-            said = safe_line(getattr(error, "server_message", None) or "", self.token)
-            return f"refused (HTTP {status}){f': {said}' if said else ''}; see {self.api.endpoint}/{self.repo_id}"
-        kind = type(deepest(error)).__name__
+            return f"refused (HTTP {status}){f': {reason}' if reason else ''}; see {page}"
+        last = deepest(error)
         if is_dropped(error):
+            kind = str(last) if isinstance(last, ImpatientError) else type(last).__name__
             return f"the connection failed ({kind}); check the network, then {again}"
-        return f"{kind}: {safe_line(deepest(error), self.token)}; {again}"
+        return f"{type(last).__name__}: {self.clean(last)}; {again}"

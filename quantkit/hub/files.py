@@ -12,8 +12,8 @@ from typing import Any
 
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.errors import OutputError
-from quantkit.hub.failures import safe_line
 from quantkit.jsonfile import read_object
+from quantkit.text import clean_line
 
 RESULT, CARD, JOURNAL = "quantkit.json", "README.md", "journal.jsonl"
 REQUIRED = ("config.json",)  # beside safetensors: a .gguf says itself what it is
@@ -90,8 +90,8 @@ def _objections(result: Mapping[str, Any], uploads: Mapping[str, Upload]) -> lis
         reasons.append(f"{RESULT} holds no verification")
     elif verification.get("verdict") != "pass":
         why = verification.get("reasons")
-        said = f" ({'; '.join(map(safe_line, why[:3]))})" if isinstance(why, list) and why else ""
-        reasons.append(f"the verdict is {safe_line(verification.get('verdict'))}, not pass{said}")
+        said = f" ({'; '.join(map(clean_line, why[:3]))})" if isinstance(why, list) and why else ""
+        reasons.append(f"the verdict is {clean_line(verification.get('verdict'))}, not pass{said}")
     listed = _manifest(result)
     for name, (size, sha256) in listed.items():
         found = uploads[name]
@@ -130,7 +130,7 @@ def _manifest(result: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
         fields = entry if isinstance(entry, dict) else {}
         size, sha256 = fields.get("bytes"), fields.get("sha256")
         if not isinstance(size, int) or not isinstance(sha256, str):
-            raise OutputError(f"{RESULT}: files: expected name, bytes and sha256, got {safe_line(entry)}")
+            raise OutputError(f"{RESULT}: files: expected name, bytes and sha256, got {clean_line(entry)}")
         manifest[_plain(fields.get("name"), Path(RESULT))] = (size, sha256)
     return manifest
 
@@ -144,7 +144,7 @@ def _plain(name: Any, where: Path) -> str:
         or set(name) & set('/\\:*?"<>|')
     ):
         raise OutputError(
-            f"{where}: {safe_line(name)} is not a plain name of a file of the checkpoint; it must not go up"
+            f"{where}: {clean_line(name)} is not a plain name of a file of the checkpoint; it must not go up"
         )
     return name
 
@@ -179,7 +179,7 @@ def with_note(card: str, reasons: Sequence[str]) -> str:
     """The model card with a note on top, below its metadata, that says the push was forced, and why."""
     header = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
     end = header.end() if header else 0
-    lines = [f"> - {html.escape(safe_line(reason), quote=False)}" for reason in reasons]
+    lines = [f"> - {html.escape(clean_line(reason), quote=False)}" for reason in reasons]
     note = "\n".join(["> [!WARNING]", "> Pushed with `--force`, without a passing and matching verification:", *lines])
     return f"{card[:end]}\n{note}\n\n{card[end:].lstrip()}"
 

@@ -7,15 +7,13 @@ the whole checkpoint or none of it, and `push` is its own resume: contents that 
 committed or not) are not sent again. That is why this does not use `HfApi.upload_folder`, which publishes a large
 folder in several commits.
 
-Messages never hold the token, a signed address, or a server's text as it came; see `failures.safe_line`.
+Messages never hold the token, a signed address, or a server's text as it came; see `text.clean_line`.
 """
 
 import hashlib
-import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,14 +21,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from quantkit.checkpoint.source import HUB_ID
 from quantkit.errors import InputError, OutputError
 from quantkit.hub.branch import Branch, Say
-from quantkit.hub.failures import safe_line
 from quantkit.hub.files import CARD, Upload, check, files_to_push, forced_card, named_card
+from quantkit.network import patient_library
+from quantkit.text import clean_line
 from quantkit.units import format_bytes
 
 MAX_REPO_ID = 96  # the hub's own limit
@@ -129,7 +126,7 @@ def push(
         raise InputError("HF_HUB_OFFLINE is set, and a push needs the hub; unset it, or use --dry-run")
     secret = token or _token()
     hub = Branch(HfApi(endpoint=address, token=secret), repo_id, branch, secret, sleep, say)
-    with _library(bars=bars):
+    with patient_library(bars=bars):
         return _push(hub, plan, private=private)
 
 
@@ -146,11 +143,11 @@ def require_names(repo_id: str, revision: str | None) -> None:
         or "--" in repo_id
         or ".." in repo_id
     ):
-        raise InputError(f"{safe_line(repo_id)}: expected a repository as org/name (letters, digits and single - _ .)")
+        raise InputError(f"{clean_line(repo_id)}: expected a repository as org/name (letters, digits and single - _ .)")
     if revision is not None and (
         not BRANCH.fullmatch(revision) or ".." in revision or revision.endswith((".", ".lock")) or len(revision) > 200
     ):
-        raise InputError(f"--revision {safe_line(revision)}: expected the name of a branch, as `w4-g128`")
+        raise InputError(f"--revision {clean_line(revision)}: expected the name of a branch, as `w4-g128`")
 
 
 def _push(hub: Branch, plan: PushResult, *, private: bool) -> PushResult:
@@ -165,11 +162,12 @@ def _push(hub: Branch, plan: PushResult, *, private: bool) -> PushResult:
     for upload in plan.files:
         if difference := _difference(upload, published.get(upload.name)):
             raise OutputError(
-                f"{hub.repo_id}: {upload.name} is not on the hub as it is here: {difference} (commit {commit}); "
+                f"{hub.repo_id}: {upload.name} is not on the hub as it is here: {hub.clean(difference)} "
+                f"(commit {commit}); "
                 "do not use that commit; run the same command again"
             )
     names = {upload.name for upload in plan.files} | {".gitattributes"}
-    others = tuple(sorted(name for name in published if name not in names))
+    others = tuple(sorted(hub.clean(name) for name in published if name not in names))
     return replace(plan, commit=commit, sent=tuple(upload.name for upload in lacking), others=others)
 
 
@@ -219,7 +217,7 @@ def _publish(hub: Branch, plan: PushResult, operations: Sequence[CommitOperation
             hub.repo_id, list(operations), commit_message=title, revision=hub.branch, num_threads=1
         ).oid
 
-    return hub.call("committing", commit)
+    return hub.clean(hub.call("committing", commit))
 
 
 def _difference(upload: Upload, remote: RepoFile | None) -> str | None:
@@ -248,30 +246,12 @@ def _difference(upload: Upload, remote: RepoFile | None) -> str | None:
 
 def _token() -> str:
     try:
-        token = get_token()
+        token, fault = get_token(), "no token"
     except Exception as error:
-        raise InputError(f"the token cannot be read ({type(error).__name__}); run `hf auth login`") from None
+        token, fault = None, f"the token cannot be read ({type(error).__name__})"
     if not token:
-        raise InputError("no token; run `hf auth login`, or set HF_TOKEN to a token that may write")
+        raise InputError(f"{fault}; run `hf auth login`, or set HF_TOKEN to a token that may write")
     return token
-
-
-@contextmanager
-def _library(*, bars: bool) -> Iterator[None]:
-    """The hub's library with or without its progress bars, and without its warnings, which quote signed addresses.
-
-    Both are settings of the whole process, which the library knows no other way for; they are put back.
-    """
-    verbosity, silence = hub_logging.get_verbosity(), not bars and not are_progress_bars_disabled()
-    hub_logging.set_verbosity(logging.ERROR)
-    if silence:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(verbosity)
-        if silence:
-            enable_progress_bars()
 
 
 def _silent(line: str) -> None:
