@@ -41,7 +41,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from rich.console import Console
     from safetensors.torch import load_file
 
-    from quantkit.calibration.load import TokenSet
+    from quantkit.calibration.tokens import TokenSet
     from quantkit.formats import FORMATS
     from quantkit.methods.table import Options
     from quantkit.model.streaming import open_model

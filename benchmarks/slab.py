@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.writer import write_json, write_shard
 from quantkit.formats import FORMATS
 from quantkit.hardware.machine import choose_device, versions

@@ -21,7 +21,8 @@ from quantkit.allocation.menu import HEAD, entry_name, parse_menu
 from quantkit.allocation.problem import Problem, pose
 from quantkit.allocation.sensitivity import Measured, Swap, measure_choice, measure_menu
 from quantkit.allocation.table import choose, corrected, table_of
-from quantkit.calibration.load import TokenSet, load
+from quantkit.calibration.load import load
+from quantkit.calibration.tokens import TokenSet
 from quantkit.commands import allocate as allocating
 from quantkit.commands.allocate import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.commands.quantize import quantize

@@ -21,17 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quantkit.calibration import load as calibration
-from quantkit.calibration.load import (
-    BUNDLED,
-    MIX,
-    TokenSet,
-    load,
-    load_eval,
-    note_left_out,
-    notes_of,
-    parse_hub,
-    render,
-)
+from quantkit.calibration.chat import render
+from quantkit.calibration.load import load, load_eval
+from quantkit.calibration.sources import BUNDLED, MIX, parse_hub
+from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
 

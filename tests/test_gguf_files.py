@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from quantkit.calibration import load as calibration
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.load import load
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.quantize import quantize
@@ -177,7 +177,7 @@ def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -
 def load_calibration(folder: Path) -> TokenSet:
     save_file({"input_ids": IDS}, folder / "ids.safetensors")
     source = str(folder / "ids.safetensors")
-    return calibration.load(source, pytest.fail, samples=2, seqlen=24, seed=0, vocab_size=4104)
+    return load(source, pytest.fail, samples=2, seqlen=24, seed=0, vocab_size=4104)
 
 
 def test_rotations_of_llama_3_are_those_of_transformers() -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.methods.table import Options
 from quantkit.pipeline.job import Job
 

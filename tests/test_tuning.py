@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.journal import open_journal
 from quantkit.errors import OutputError
 from quantkit.formats import FORMATS

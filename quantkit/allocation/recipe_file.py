@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.allocation.menu import HEAD, Entry, Part, entry_name
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.table import Table, total
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.plan import number_ranges
 from quantkit.settings.request import Request
 

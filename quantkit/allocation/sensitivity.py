@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.allocation.menu import HEAD, Entry, Part
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.grids.registry import dequantize
 from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import gptq

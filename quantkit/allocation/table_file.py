@@ -13,7 +13,7 @@ from quantkit import __version__
 from quantkit.allocation.menu import Entry, Part, entry_name, parse_menu
 from quantkit.allocation.problem import Problem
 from quantkit.allocation.sensitivity import Measured
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import write_json
 from quantkit.errors import InputError

@@ -17,7 +17,7 @@ from quantkit.allocation.problem import Budget, Choice, Problem, pose, require_r
 from quantkit.allocation.recipe_file import MADE_BY, document_of, recipe_text
 from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
-from quantkit.calibration.load import TokenSet, notes_of
+from quantkit.calibration.tokens import TokenSet, notes_of
 from quantkit.checkpoint.writer import write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError

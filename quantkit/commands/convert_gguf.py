@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.calibration import load as calibration
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.load import load
+from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of, record_of, require_positions
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, require_disk, write_json
@@ -223,7 +223,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
         "model": fingerprint(model.checkpoint),
     }
     _say(console, out, f"{len(types)} linears as {kind}; calibration: {tokens.source}, {tokens.samples} windows")
-    for note in calibration.notes_of(tokens):
+    for note in notes_of(tokens):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     with open_journal(out, identity, fresh=request.fresh) as journal:
         unit = journal.finished.get("gguf")
@@ -241,7 +241,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
             copy_file(path, out / path.name)
     written = open_gguf_model(out / unit.file, model)
     document = _document(request, None, written, unit, out, request.source)
-    document |= {"layers": unit.record["layers"], "calibration": calibration.record_of(tokens)}
+    document |= {"layers": unit.record["layers"], "calibration": record_of(tokens)}
     document |= {"method": "rtn" if request.nearest else "gptq", "seconds": time.monotonic() - began}
     return _finish(request, document, None, out, console), out
 
@@ -267,7 +267,7 @@ def _types(model: StreamedModel, kind: str) -> dict[str, str]:
 
 def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
     seqlen = choose_seqlen(positions(model.config), request.seqlen)
-    tokens = calibration.load(
+    tokens = load(
         request.calib or "mix",
         tokenizer_of(model.directory),
         samples=request.samples or DEFAULT_SAMPLES,
@@ -276,8 +276,8 @@ def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
         vocab_size=model.config.vocab_size,
         offline=request.offline,
     )
-    calibration.require_positions(tokens, positions(model.config))
-    return calibration.note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
+    require_positions(tokens, positions(model.config))
+    return note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
 
 
 # ---------------------------------------------------------------- the folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quantkit.calibration.load import TokenSet, notes_of
+from quantkit.calibration.tokens import TokenSet, notes_of
 from quantkit.checkpoint.journal import Unit
 from quantkit.commands.quantize_result import (
     continued_note,

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.calibration import load as calibration
-from quantkit.calibration.load import notes_of
+from quantkit.calibration.tokens import notes_of, record_of
 from quantkit.checkpoint.journal import Unit
 from quantkit.errors import OutputError
 from quantkit.formats.gguf import GGUF
@@ -46,7 +45,7 @@ def document_of(
         "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
         "options": job.chosen_options() | {"seed": request.seed, "inputs": request.inputs},
         "recipe": resolved(plan, request.method),
-        "calibration": calibration.record_of(job.calibration),
+        "calibration": record_of(job.calibration),
         "layers": [record for unit in outcome.units for record in unit.record["linears"]],
         "bits_per_weight": plan.bits_per_weight,
         "total_bytes": plan.file_bytes,
@@ -103,7 +102,7 @@ def _still_valid(out: Path, files: list[dict[str, Any]]) -> dict[str, Any] | Non
 def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
     if outcome.measured is None:
         return None
-    return verification_block(outcome.measured, calibration.record_of(job.evaluation), limits, memory)
+    return verification_block(outcome.measured, record_of(job.evaluation), limits, memory)
 
 
 def _beyond(outcome: Outcome, ram: int | None) -> list[str]:

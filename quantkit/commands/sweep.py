@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.calibration.load import TokenSet, notes_of, record_of
+from quantkit.calibration.tokens import TokenSet, notes_of, record_of
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_chunks, write_json, write_shard, write_text

@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.calibration import load as calibration
-from quantkit.calibration.load import BUNDLED, DEFAULT_EVAL, TokenSet
+from quantkit.calibration.load import load_eval
+from quantkit.calibration.sources import BUNDLED, DEFAULT_EVAL
+from quantkit.calibration.tokens import TokenSet, note_left_out, record_of, require_positions
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, shorten
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
@@ -247,7 +248,7 @@ def _load_eval(
 ) -> TokenSet:
     limit = positions(original.config)
     length = choose_seqlen(limit, request.seqlen, seqlen)
-    tokens = calibration.load_eval(
+    tokens = load_eval(
         source,
         tokenizer_of(original.directory),
         seqlen=length,
@@ -255,8 +256,8 @@ def _load_eval(
         vocab_size=original.config.vocab_size,
         offline=request.offline,
     )
-    calibration.require_positions(tokens, limit)
-    return calibration.note_left_out(tokens, seqlen=request.seqlen)
+    require_positions(tokens, limit)
+    return note_left_out(tokens, seqlen=request.seqlen)
 
 
 def _noted(tokens: TokenSet, note: str) -> TokenSet:
@@ -297,7 +298,7 @@ def _verification(
     memory: dict[str, Any] | None,
     reasons: list[str],
 ) -> dict[str, Any]:
-    return verification_block(measured, calibration.record_of(tokens), _limits(request, recorded), memory, reasons)
+    return verification_block(measured, record_of(tokens), _limits(request, recorded), memory, reasons)
 
 
 def _limits(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> Limits:

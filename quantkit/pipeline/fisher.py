@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.errors import NumericsError
 from quantkit.hardware.batching import TOKENS_A_STEP
 from quantkit.hardware.matmul import accumulate_, linear

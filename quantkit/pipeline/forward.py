@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.dtypes import dtype_name, finite, torch_dtype
 from quantkit.errors import NumericsError
 from quantkit.hardware.batching import samples_per_sum

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quantkit import __version__
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.hardware.machine import device_name
 from quantkit.hardware.ranks import ALONE, Ranks

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.errors import ModelError
 from quantkit.formats import Format

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.journal import Journal, Unit, open_journal
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import require_disk, write_shard

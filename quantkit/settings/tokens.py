@@ -4,8 +4,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from quantkit.calibration import load as calibration
-from quantkit.calibration.load import TokenSet
+from quantkit.calibration.load import load, load_eval
+from quantkit.calibration.sources import DEFAULT_EVAL
+from quantkit.calibration.tokens import TokenSet, note_left_out, require_positions
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS
 from quantkit.model.streaming import StreamedModel
@@ -26,7 +27,7 @@ def tokens_of(
     tokenizer = tokenizer_of(directory)
     calibrated = evaluated = None
     if any(METHODS[method].calibrates for method in methods):
-        calibrated = calibration.load(
+        calibrated = load(
             request.calib or said.source or "mix",
             tokenizer,
             samples=samples,
@@ -35,20 +36,20 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        calibrated = calibration.note_left_out(calibrated, samples=request.samples, seqlen=request.seqlen)
+        calibrated = note_left_out(calibrated, samples=request.samples, seqlen=request.seqlen)
     if request.verify:
-        evaluated = calibration.load_eval(
-            request.evaluation or calibration.DEFAULT_EVAL,
+        evaluated = load_eval(
+            request.evaluation or DEFAULT_EVAL,
             tokenizer,
             seqlen=seqlen,
             samples=request.eval_samples,
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        evaluated = calibration.note_left_out(evaluated, seqlen=request.seqlen)
+        evaluated = note_left_out(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
         if tokens is not None:
-            calibration.require_positions(tokens, limit)
+            require_positions(tokens, limit)
     if evaluated is not None and evaluated.seqlen < 2:
         raise InputError(f"{evaluated.source}: windows of 1 token predict nothing; expected 2 or more")
     return calibrated, evaluated
