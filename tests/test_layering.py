@@ -46,7 +46,7 @@ ALLOWED: dict[str, str] = {
     "recipe": "errors resources units formats scheme",
     "verdict": "errors units",
     # models
-    "model": "errors hardware jsonfile checkpoint",
+    "model": "errors hardware jsonfile text checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe model",
     "quantized": "errors jsonfile formats grids checkpoint model plan",
     # engines
