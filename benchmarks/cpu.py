@@ -48,6 +48,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from quantkit.pipeline.job import Job
     from quantkit.pipeline.memory import laid_out, lay_out_job
     from quantkit.pipeline.run import run
+    from quantkit.pipeline.runtime import Runtime
     from quantkit.plan import make_plan
     from quantkit.recipe import Recipe, resolver
     from quantkit.report.terminal.progress import display
@@ -64,10 +65,10 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])
     tokens = TokenSet(load_file(ids)["input_ids"][:samples], "ids", "ids", "ids")
     inputs = values.get("--inputs", "quantized")
-    job = Job(opened, plan, method, options, tokens, None, out, torch.device("cpu"), inputs=inputs)
+    job = Job(Runtime(opened, torch.device("cpu"), out), plan, method, options, tokens, inputs=inputs)
 
     def work() -> None:
-        with display(Console(stderr=True), job.device) as progress:
+        with display(Console(stderr=True), job.runtime.device) as progress:
             run(laid_out(job, lay_out_job(job, [])), progress)
 
     return work

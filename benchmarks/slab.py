@@ -35,8 +35,9 @@ from quantkit.model.sites import sites_of
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import kinds
-from quantkit.pipeline.memory import keep, laid_out, lay_out_job
+from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.run import run
+from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.settings.defaults import choose_scheme
@@ -129,7 +130,7 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
     energy that the told error is a share of. run: the last site's linears
     """
     linears = job.plan.layer(0)
-    tokens, beside = (0 if found is None else found.input_ids.numel() for found in (job.calibration, job.beside))
+    tokens, beside = (0 if found is None else found.input_ids.numel() for found in (job.calibration, job.reference))
     found = {"read": Floor(bytes=2 * sum(x.out_features * x.in_features for x in linears.values()))}
     found["write"] = Floor(bytes=next(x for x in job.plan.shards if x.unit == "layer.0").tensor_bytes)
     run = 0  # for each token
@@ -223,13 +224,13 @@ def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = AL
     ids = torch.randint(said.vocabulary, (said.samples, said.seqlen), generator=generator)
     tokens = None if said.method == "rtn" else TokenSet(ids, "random", "random", "random")
     device = choose_device(said.device, ranks.local_rank if ranks.size > 1 else None)
-    job = Job(model, plan, said.method, Options(refine=said.refine), tokens, None, out, device, ranks=ranks)
-    layout = lay_out_job(
-        job,
-        [],
+    runtime = Runtime(model, device, out, ranks=ranks)
+    job = Job(runtime, plan, said.method, Options(refine=said.refine), tokens)
+    allowance = Allowance(
         vram=parse_bytes(said.vram, "--vram") if said.vram else None,
         ram=parse_bytes(said.ram, "--ram") if said.ram else None,
     )
+    layout = lay_out_job(job, [], allowance)
     keep(layout, device)
     fastest = peak(device)
     clock = Clock(quiet=not ranks.first)

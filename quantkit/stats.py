@@ -49,44 +49,58 @@ class SiteStats:
         return self.abs_sum / max(self.tokens, 1)
 
 
+@dataclass(frozen=True)
+class Projection:
+    """What a drift is multiplied by while it is summed up.
+
+    weight:  [out_features, in_features]
+    applied: whether the originals that come in are outputs of this weight, not inputs
+    """
+
+    weight: Tensor
+    applied: bool = False
+
+
 def collect(
     inputs: Iterable[Tensor],
     in_features: int,
     device: torch.device,
     originals: Iterable[Tensor] | None = None,
     ranks: Ranks = ALONE,
-    weight: Tensor | None = None,
-    *,
-    multiplied: bool = False,
+    projection: Projection | None = None,
 ) -> SiteStats:
     """Sum up inputs [..., in_features] of any floating type, accumulating in float32.
 
-    originals: what the original model has in the place of the first of them, cut in the same way; the drift of those
-    stands for that of all. How the inputs are cut into tensors decides how the sums are split, and so their last bits.
-    ranks: all of which have these inputs, and share the work; weight: [out_features, in_features], to multiply the
-    drift by; multiplied: the originals are already.
+    How the inputs are cut into tensors decides how the sums are split, and so their last bits.
+
+    Args:
+        originals: what the original model has in the place of the first of them, cut in the same way; the drift of
+            those stands for that of all
+        ranks: all of which have these inputs, and share the work
+        projection: where only the drift times a weight is wanted
     """
-    stats, coming = empty_stats(in_features, device), iter(inputs)
+    stats, rest_of_inputs = empty_stats(in_features, device), iter(inputs)
     if originals is not None:
-        stats.drift = torch.zeros(in_features if weight is None else len(weight), in_features, device=device)
-        stats.projected = weight is not None
+        rows = in_features if projection is None else len(projection.weight)
+        stats.drift = torch.zeros(rows, in_features, device=device)
+        stats.projected = projection is not None
         rest = None
-        for original, tensor in zip(originals, coming, strict=False):
-            add_inputs(stats, tensor[: len(original)], original, ranks, weight, multiplied=multiplied)
+        for original, tensor in zip(originals, rest_of_inputs, strict=False):
+            add_inputs(stats, tensor[: len(original)], original, ranks, projection)
             rest = tensor[len(original) :]
-        followed = stats.tokens
-        if multiplied and weight is not None:
+        paired_tokens = stats.tokens
+        if projection is not None and projection.applied:
             _complete(stats.gram, ranks)
             for strip in _own_strips(stats.drift, ranks):
-                stats.drift[strip].sub_(product(weight[strip], stats.gram))
+                stats.drift[strip].sub_(product(projection.weight[strip], stats.gram))
         _send(stats.drift, ranks)
         if rest is not None and len(rest):
             add_inputs(stats, rest, None, ranks)
-    for tensor in coming:
+    for tensor in rest_of_inputs:
         add_inputs(stats, tensor, None, ranks)
     _complete(stats.gram, ranks)
     if stats.drift is not None:
-        stats.drift *= stats.tokens / followed
+        stats.drift *= stats.tokens / paired_tokens
     return stats
 
 
@@ -104,14 +118,14 @@ def add_inputs(
     inputs: Tensor,
     original: Tensor | None = None,
     ranks: Ranks = ALONE,
-    weight: Tensor | None = None,
-    *,
-    multiplied: bool = False,
+    projection: Projection | None = None,
 ) -> None:
-    """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `products.mirror_`.
+    """Add inputs [..., in_features] to the sums, in place; of the Gram matrix only one half, see `matmul.mirror_`.
 
-    ranks: that share the `products.strips` of the matrices; weight, multiplied: see `collect`, which takes what the
-    quantized model has from what is summed up here
+    Args:
+        ranks: that share the `matmul.strips` of the matrices
+        projection: see `collect`, which subtracts the quantized model's part from what is summed up here if the
+            projection is applied already
     """
     x = inputs.reshape(-1, inputs.shape[-1])
     magnitude = x.abs()
@@ -120,14 +134,15 @@ def add_inputs(
     del magnitude
     accumulate_gram_(stats.gram, x, _own_strips(stats.gram, ranks))
     if stats.drift is not None and original is not None:
-        moved = original.reshape(len(x), -1) if multiplied else original.reshape(x.shape) - x
-        beside = x if multiplied else rounded(x)  # what moved is small then
+        applied = projection is not None and projection.applied
+        moved = original.reshape(len(x), -1) if applied else original.reshape(x.shape) - x
+        right = x if applied else rounded(x)  # the difference is small then
         for strip in _own_strips(stats.drift, ranks):
-            if weight is None or multiplied:
-                part = moved[:, strip]
+            if projection is None or applied:
+                left = moved[:, strip]
             else:
-                part = linear(moved, weight[strip].to(x.dtype), exact=False)
-            accumulate_(stats.drift[strip], part, beside, exact=multiplied)
+                left = linear(moved, projection.weight[strip].to(x.dtype), exact=False)
+            accumulate_(stats.drift[strip], left, right, exact=applied)
     stats.tokens += len(x)
 
 
@@ -179,7 +194,7 @@ def rescale_drift_(stats: SiteStats, scale: Tensor) -> Tensor | None:
 def output_error(difference: Tensor, gram: Tensor, *, exact: bool = True) -> Tensor:
     """tr(D H D^T) per output row, float32 [out], for D = W - Q [out, in]: the squared error of the output.
 
-    gram: float32, or of 16 bit where a GPU multiplies that faster; exact: see `products`; False is enough to compare
+    gram: float32, or of 16 bit where a GPU multiplies that faster; exact: see `matmul`; False is enough to compare
     roundings.
     """
     d = difference.to(gram.dtype)

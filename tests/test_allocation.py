@@ -33,6 +33,7 @@ from quantkit.model.streaming import open_model
 from quantkit.pipeline import memory
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.runtime import Runtime
 from quantkit.recipe import Recipe, read_recipe, resolver
 from quantkit.report.terminal.progress import Display
 from quantkit.scheme import Scheme
@@ -169,7 +170,7 @@ def test_a_swap_is_the_model_with_that_part_rounded(model: Path, tokens: Path, t
     calibration, probe = split(load_tokens(tokens), 4)
     swaps = [((1, 3), Scheme(3, 32, True)), ((2, 0), Scheme(4, 32, True))]
     plan = problem.plan(problem.smallest())
-    job = Job(streamed, plan, "gptq", Options(refine=0, correct=0.0), calibration, None, tmp_path, CPU)
+    job = Job(Runtime(streamed, CPU, tmp_path), plan, "gptq", Options(refine=0, correct=0.0), calibration)
     found = measure_menu(job, probe, problem.menu, swaps, Display(QUIET, CPU))
     assert found.kl == 0
     assert set(found.losses[1, 3]) == {None, *problem.menu[1, 3]}
@@ -361,13 +362,15 @@ def test_the_check_is_what_a_run_leaves(tokens: Path, tmp_path: Path, method: st
     streamed = open_model(model)
     given = load_tokens(tokens)
     calibration, probe = split(given, 4)
-    job = Job(streamed, problem.plan(choice), method, Options(drift_samples=5), calibration, None, tmp_path, CPU)
+    runtime = Runtime(streamed, CPU, tmp_path)
+    job = Job(runtime, problem.plan(choice), method, Options(drift_samples=5), calibration)
     parts = [(1, 1), (0, 0), (2, 3), HEAD]
     checked = measure_choice(job, probe, given.input_ids[:3], parts, Display(QUIET, CPU))
 
     def ran(choice: Any, name: str, windows: torch.Tensor) -> float:
-        out = tmp_path / name
-        whole = replace(job, plan=problem.plan(choice), out=out, evaluation=replace(probe, input_ids=windows))
+        elsewhere = replace(runtime, folder=tmp_path / name)
+        evaluation = replace(probe, input_ids=windows)
+        whole = replace(job, plan=problem.plan(choice), runtime=elsewhere, evaluation=evaluation)
         outcome = pipeline.run(whole, Display(QUIET, CPU))
         assert outcome is not None
         assert outcome.measured is not None
@@ -387,7 +390,7 @@ def test_a_part_back_in_16_bit_costs_nothing(model: Path, tokens: Path, tmp_path
     calibration, probe = split(load_tokens(tokens), 4)
     for part in ((0, 0), (1, 1), (1, 2), (2, 3), HEAD):
         choice: Any = dict.fromkeys(problem.parts, None) | {part: Scheme(3, 32, True)}
-        job = Job(open_model(model), problem.plan(choice), method, Options(), calibration, None, tmp_path, CPU)
+        job = Job(Runtime(open_model(model), CPU, tmp_path), problem.plan(choice), method, Options(), calibration)
         found = measure_choice(job, probe, None, [part], Display(QUIET, CPU))
         assert found.swapped[part, None] < 1e-3 * found.kl
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which errors of a layer's output matter: held against what they do to the predictions when they are made."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,19 +21,10 @@ from quantkit.model.streaming import (
 )
 from quantkit.pipeline.fisher import output_directions, weighted_square
 from quantkit.pipeline.resample import SHARE, resample
+from quantkit.pipeline.runtime import Runtime, Silent
 from tests.tiny import as_float, random_ids, save_tiny
 
 CPU = torch.device("cpu")
-
-
-class Silent:
-    """Progress that nobody is shown."""
-
-    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
-    def layer(self, index: int) -> None: ...
-    def stage(self, name: str) -> None: ...
-    def finished(self, index: int, loss: float, reused: bool) -> None: ...
-    def ending(self, name: str) -> None: ...
 
 
 def tokens(samples: int) -> TokenSet:
@@ -57,7 +47,7 @@ def predictions(model: StreamedModel, ids: Tensor, layer: int, error: Tensor) ->
 @pytest.mark.parametrize("layer", [0, 2])
 def test_errors_change_the_predictions_as_much_as_their_weight_says(tmp_path: Path, layer: int) -> None:
     model = open_model(save_tiny(tmp_path, "qwen2", hidden_size=16, intermediate_size=32))
-    found = output_directions(model, tokens(128), CPU, torch.float32, Silent(), tmp_path / "spill")
+    found = output_directions(Runtime(model, CPU, tmp_path), tokens(128), Silent())
     assert [tuple(v.shape) for v in found] == [(16, 15)] * 3
     ids = random_ids(16)
     generator = torch.Generator().manual_seed(2)
@@ -83,7 +73,7 @@ def test_the_weight_of_an_even_error_is_its_square() -> None:
 def test_a_copy_is_made_of_the_copy_before_it(tmp_path: Path) -> None:
     model = open_model(save_tiny(tmp_path, "qwen2"))
     given = tokens(40)
-    copies = resample(model, given, 2, CPU, torch.float32, Silent(), tmp_path / "spill").split(40)
+    copies = resample(Runtime(model, CPU, tmp_path), given, 2, Silent()).split(40)
     first, second = (float((a != b).float().mean()) for a, b in ((copies[0], given.input_ids), (copies[1], copies[0])))
     far = float((copies[1] != given.input_ids).float().mean())
     assert 0.7 * SHARE < first < SHARE

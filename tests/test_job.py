@@ -10,6 +10,7 @@ import torch
 from quantkit.calibration.tokens import TokenSet
 from quantkit.methods.table import Options
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.runtime import Runtime
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_how_many_samples_the_original_runs_beside(
 ) -> None:
     tokens = TokenSet(torch.arange(samples).unsqueeze(1).expand(samples, seqlen), "ids", "ids", "ids")
     none = cast(Any, None)
-    job = Job(none, none, "gptq", options, tokens, None, Path(), torch.device(device), inputs=inputs)
-    found = [] if job.beside is None else job.beside.input_ids[:, 0].tolist()
+    runtime = Runtime(none, torch.device(device), Path())
+    job = Job(runtime, none, "gptq", options, tokens, inputs=inputs)
+    found = [] if job.reference is None else job.reference.input_ids[:, 0].tolist()
     assert found == list(range(expected))

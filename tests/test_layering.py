@@ -55,39 +55,57 @@ ALLOWED: dict[str, str] = {
     # streams
     "allocation": (
         "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
-        " quantized serving settings pipeline.activations pipeline.forward pipeline.head pipeline.job"
-        " pipeline.layer pipeline.site_inputs"
+        " quantized serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
+        " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": (
         "dtypes errors hardware formats grids methods scheme stats calibration checkpoint model plan"
-        " quantized serving pipeline.activations pipeline.forward"
+        " quantized serving pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
     ),
     "pipeline.activations": "errors hardware",
-    "pipeline.fisher": "errors hardware calibration model pipeline.activations pipeline.forward",
-    "pipeline.forward": "dtypes errors hardware stats calibration verdict model pipeline.activations",
-    "pipeline.head": "hardware formats methods scheme stats model pipeline.activations pipeline.forward",
-    "pipeline.job": "hardware methods calibration checkpoint model plan pipeline.forward",
+    "pipeline.compare": "dtypes hardware calibration verdict model pipeline.activations pipeline.runtime",
+    "pipeline.fisher": (
+        "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
+    ),
+    "pipeline.forward": "dtypes errors calibration model pipeline.activations pipeline.runtime",
+    "pipeline.head": (
+        "hardware formats methods scheme stats model pipeline.activations pipeline.forward pipeline.runtime"
+    ),
+    "pipeline.job": "hardware methods calibration checkpoint plan pipeline.runtime",
     "pipeline.layer": (
         "dtypes errors hardware grids methods scheme stats model plan pipeline.activations pipeline.forward"
         " pipeline.job pipeline.site_inputs"
     ),
     "pipeline.measure": (
-        "errors formats calibration checkpoint model plan quantized pipeline.activations pipeline.forward"
+        "errors formats calibration checkpoint model plan quantized pipeline.compare pipeline.forward"
+        " pipeline.runtime pipeline.walk"
     ),
-    "pipeline.memory": "errors hardware units model serving pipeline.job",
+    "pipeline.memory": "errors hardware units model serving pipeline.job pipeline.runtime",
     "pipeline.prefetch": "",
-    "pipeline.resample": "calibration model pipeline.activations pipeline.forward",
+    "pipeline.resample": "calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk",
+    "pipeline.resume": "errors checkpoint pipeline.job pipeline.tuning",
     "pipeline.run": (
-        "dtypes errors hardware methods stats calibration checkpoint model plan quantized"
-        " pipeline.activations pipeline.forward pipeline.head pipeline.job pipeline.layer pipeline.prefetch"
-        " pipeline.site_inputs pipeline.tuning"
+        "dtypes errors hardware methods stats checkpoint model plan pipeline.activations pipeline.compare"
+        " pipeline.forward pipeline.head pipeline.job pipeline.layer pipeline.prefetch pipeline.resume"
+        " pipeline.runtime pipeline.shards pipeline.site_inputs pipeline.streams pipeline.tuning"
+        " pipeline.walk"
     ),
-    "pipeline.site_inputs": "model pipeline.activations pipeline.forward",
+    "pipeline.runtime": "dtypes hardware model",
+    "pipeline.shards": "dtypes errors checkpoint model plan quantized pipeline.forward pipeline.job pipeline.layer",
+    "pipeline.site_inputs": "hardware stats model pipeline.activations pipeline.forward",
+    "pipeline.streams": (
+        "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards pipeline.tuning"
+    ),
+    "pipeline.sweep": (
+        "dtypes methods stats checkpoint model pipeline.activations pipeline.compare pipeline.forward"
+        " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
+    ),
     "pipeline.tuning": (
         "hardware grids methods scheme calibration checkpoint model pipeline.activations pipeline.fisher"
-        " pipeline.forward pipeline.job pipeline.layer pipeline.resample"
+        " pipeline.forward pipeline.job pipeline.layer pipeline.resample pipeline.runtime"
     ),
+    "pipeline.walk": "hardware model pipeline.forward pipeline.prefetch pipeline.runtime",
     # results
     "hub": "errors jsonfile network text units checkpoint",
     "report.card": "text report.formatting report.rendering",
@@ -106,7 +124,7 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe model serving settings allocation pipeline.job"
-        " pipeline.memory report.terminal commands.quantize"
+        " pipeline.memory pipeline.runtime report.terminal commands.quantize"
     ),
     "commands.convert": (
         "errors hardware formats checkpoint verdict plan quantized serving settings convert results commands.verify"
@@ -119,21 +137,20 @@ ALLOWED: dict[str, str] = {
     "commands.inspect": "errors units formats scheme checkpoint plan quantized serving gguf results",
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe verdict model plan"
-        " serving settings gguf pipeline.job pipeline.memory pipeline.run report.terminal results"
-        " commands.quantize_result"
+        " serving settings gguf pipeline.job pipeline.memory pipeline.run pipeline.runtime report.terminal"
+        " results commands.quantize_result"
     ),
     "commands.quantize_result": (
         "errors hardware units formats scheme calibration checkpoint recipe verdict plan settings gguf"
         " pipeline.job pipeline.run results"
     ),
     "commands.sweep": (
-        "dtypes errors hardware units methods stats calibration checkpoint recipe model plan serving settings"
-        " pipeline.activations pipeline.forward pipeline.job pipeline.layer pipeline.memory report.pages"
-        " report.terminal results"
+        "errors hardware units methods calibration checkpoint recipe model plan serving settings pipeline.job"
+        " pipeline.memory pipeline.runtime pipeline.sweep report.pages report.terminal results"
     ),
     "commands.verify": (
-        "errors hardware calibration checkpoint verdict model serving settings gguf pipeline.forward"
-        " pipeline.measure pipeline.memory report.terminal results"
+        "errors hardware calibration checkpoint verdict model serving settings gguf pipeline.measure"
+        " pipeline.memory pipeline.runtime report.terminal results"
     ),
 }
 
@@ -163,6 +180,8 @@ LIBRARIES: dict[str, str] = {
 PURE = ("errors", "scheme", "kernels", "grids", "stats", "units", "methods", "formats")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "safetensors", "mmap", "glob", "fcntl"}
 
+
+FEW_VALUES = ("pipeline", "allocation")  # folders whose functions take six values at most: a context, and few others
 
 APART = ("commands", "pipeline", "report")  # folders whose files are parts of their own
 
@@ -268,6 +287,17 @@ def test_pure_parts_touch_no_files(part: str) -> None:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
             }
             assert not called & {"open", "exec", "eval", "print", "input"}
+
+
+def test_functions_of_the_pipeline_take_six_values_at_most() -> None:
+    many = []
+    for path, tree in sources().items():
+        for node in ast.walk(tree):
+            if path.relative_to(PACKAGE).parts[0] in FEW_VALUES and isinstance(node, ast.FunctionDef | ast.Lambda):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls")]) > 6:
+                    many.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {', '.join(names)}")
+    assert not many
 
 
 def test_nothing_loads_pickles_or_remote_code() -> None:

@@ -15,7 +15,7 @@ from quantkit.errors import InputError
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.pipeline.memory import Layout, Streams, lay_out
+from quantkit.pipeline.memory import Allowance, Layout, Streams, lay_out
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped
 from quantkit.scheme import Scheme
@@ -61,7 +61,7 @@ def work(plan: Plan, longest: int = 2048, **changes: Any) -> Work:
 def on_gpu(
     model: Architecture, plan: Plan, vram: float, ram: float, streams: Streams = CALIBRATION, **changes: Any
 ) -> Layout:
-    return lay_out(model, work(plan, **changes), streams, GPU, vram=int(vram * GIB), ram=int(ram * GIB))
+    return lay_out(model, work(plan, **changes), streams, GPU, Allowance(int(vram * GIB), int(ram * GIB)))
 
 
 def test_the_32b_fits_a_24_gb_card_and_24_gib_of_ram(model: Architecture, plan: Plan) -> None:
@@ -116,11 +116,11 @@ def test_no_limit_refuses_nothing(model: Architecture, plan: Plan) -> None:
 
 def test_a_cpu_keeps_16_gib_and_refuses_vram(model: Architecture, plan: Plan) -> None:
     usual = work(plan, 512, on_gpu=False, itemsize=4, compared=True)
-    found = lay_out(model, usual, Streams([(4, 512)] * 4), CPU, ram=16 * GIB)
+    found = lay_out(model, usual, Streams([(4, 512)] * 4), CPU, Allowance(ram=16 * GIB))
     assert found.ram_bytes <= 16 * GIB
     assert (found.batch, found.device_bytes) == (1, 0)
     with pytest.raises(InputError, match="--vram"):
-        lay_out(model, usual, CALIBRATION, CPU, vram=GIB)
+        lay_out(model, usual, CALIBRATION, CPU, Allowance(vram=GIB))
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
@@ -138,7 +138,7 @@ def test_a_large_vocabulary_counts_in_ram(model: Architecture, plan: Plan, on_gp
 
 def test_fit_tells_what_a_run_will_count(model: Architecture, plan: Plan) -> None:
     told = fit(model, plan, budget=22 * GIB, context=8192)
-    cpu = lay_out(model, work(plan, on_gpu=False, itemsize=4, compared=True), Streams([]), CPU, place="file")
+    cpu = lay_out(model, work(plan, on_gpu=False, itemsize=4, compared=True), Streams([]), CPU, Allowance(place="file"))
     assert told["ram_bytes"] == cpu.ram_bytes
     on_gpu(model, plan, told["device_bytes"] / GIB, 64, Streams([(1, 2048)]), compared=True)
     with pytest.raises(InputError, match="--vram"):

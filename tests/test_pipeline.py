@@ -16,7 +16,7 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quantkit.pipeline import run as pipeline
+from quantkit.pipeline import run, walk
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.outputs import contents, decoded_model, naive_figures
 from tests.running import command, done, quantkit, run_process, run_words
@@ -157,8 +157,8 @@ def test_what_is_read_and_written_beside_the_work_changes_no_byte(
     def writer() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(submit=lambda write: write())
 
-    monkeypatch.setattr(pipeline, "read_ahead", read_ahead)
-    monkeypatch.setattr(pipeline, "writer", writer)
+    monkeypatch.setattr(walk, "read_ahead", read_ahead)
+    monkeypatch.setattr(run, "writer", writer)
     done(*run_words(method, qwen2, tmp_path / "in_turn", ids))
     assert contents(tmp_path / "in_turn") == contents(tmp_path / "beside")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.hardware.matmul import fast_linears
-from quantkit.model.families import FAMILIES
+from quantkit.model.families import FAMILIES, Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
     StreamedModel,
@@ -26,7 +26,8 @@ from quantkit.model.streaming import (
     run_to,
 )
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.forward import advance
+from quantkit.pipeline.forward import Layer
+from quantkit.pipeline.runtime import Runtime, Silent
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of, shortcuts_of
 from tests.tiny import as_float, random_ids, save_tiny
 
@@ -42,6 +43,16 @@ def layer_of(folder: Path, kind: str, **changes: Any) -> Iterator[tuple[Streamed
         hidden = torch.cat([embed(model, part) for part in random_ids(4).split(1)])
         assign(model.layers[0], as_float(read_layer(model, 0)))
         yield model, hidden
+
+
+def materialised(model: StreamedModel, sites: tuple[Site, ...] = ()) -> Layer:
+    """Layer 0, which `layer_of` has materialised."""
+    return Layer(Runtime(model, torch.device("cpu"), model.directory), 0, Silent(), sites)
+
+
+def rough(hidden: Tensor, batch: int = 1) -> Stream:
+    """A stream that calibrates."""
+    return Stream(hidden.clone(), "ram", batch, exact=False)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -90,25 +101,26 @@ def test_a_module_that_changes_what_its_linear_returns_is_run(tmp_path: Path) ->
 def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
     sites = FAMILIES["qwen2"]
     with layer_of(tmp_path, "qwen2") as (model, hidden):
-        stream = Stream(hidden.clone(), "ram", 1)
-        shortcuts = shortcuts_of(model, 0, stream, sites, 96)
+        stream = rough(hidden)
+        layer = materialised(model, sites)
+        shortcuts = shortcuts_of(layer, stream, 96)
         assert [x.linear for x in shortcuts] == LINEARS
-        assert [x.linear for x in shortcuts_of(model, 0, stream, sites, 48)] == LINEARS[:1]
-        assert shortcuts_of(model, 0, stream, sites, 0) == ()
-        keeping, forgetting = (Passage(model, 0, stream, 4, these) for these in (shortcuts, ()))
+        assert [x.linear for x in shortcuts_of(layer, stream, 48)] == LINEARS[:1]
+        assert shortcuts_of(layer, stream, 0) == ()
+        keeping, forgetting = (Passage(layer, stream, 4, these) for these in (shortcuts, ()))
         for site in sites:
-            pairs = [list(inputs_of(passage, site.linears[0], hidden.device)) for passage in (keeping, forgetting)]
+            pairs = [list(inputs_of(passage, site.linears[0])) for passage in (keeping, forgetting)]
             assert len(pairs[0]) == 4
             assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
         assert {shortcut.linear: known.returned for shortcut, known in keeping.known.items()} == {
             LINEARS[0]: True,
             LINEARS[1]: False,
         }
-        pairs = [list(inputs_of(p, LINEARS[1], hidden.device, returned=True)) for p in (keeping, forgetting)]
+        pairs = [list(inputs_of(p, LINEARS[1], returned=True)) for p in (keeping, forgetting)]
         assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
         assert not forgetting.known
         assert torch.equal(stream.states, hidden)
-        advance(model, 0, stream, known=keeping.known, exact=False)
+        layer.advance(stream, known=keeping.known)
         left = [run_layer(model, 0, part, exact=False) for part in hidden.split(1)]
         assert torch.equal(stream.states, torch.cat(left))
 
@@ -116,16 +128,16 @@ def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
 def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> None:
     with layer_of(tmp_path, "qwen2") as (model, hidden):
         weights = {name: 1.5 * tensor for name, tensor in model.layers[0].named_parameters()}
-        stream = Stream(hidden.clone(), "ram", 2)
+        stream = rough(hidden, 2)
         embed(model, random_ids(2))  # shows what layers are called with at this micro-batch
-        passage = Passage(model, 0, stream, 2, (), weights, leaves=True)
+        passage = Passage(materialised(model), stream, 2, (), weights, run_to_end=True)
         assert torch.equal(
-            next(inputs_of(passage, LINEARS[0], hidden.device)),
+            next(inputs_of(passage, LINEARS[0])),
             run_to(model, 0, hidden[:2], LINEARS[0], weights, exact=False),
         )
         assert torch.equal(stream.states, hidden)
-        list(inputs_of(passage, LINEARS[1], hidden.device, last=True))
-        assert passage.left == 2
+        list(inputs_of(passage, LINEARS[1], last=True))
+        assert passage.finished == 2
         assert torch.equal(stream.states[:2], run_layer(model, 0, hidden[:2], weights, exact=False))
         assert torch.equal(stream.states[2:], hidden[2:])
 
@@ -142,12 +154,13 @@ def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> Non
 def test_what_a_fold_changes_is_forgotten(tmp_path: Path, producer: str, left: list[str]) -> None:
     sites = FAMILIES["qwen2"]
     with layer_of(tmp_path, "qwen2") as (model, hidden):
-        stream = Stream(hidden.clone(), "ram", 1)
-        passage = Passage(model, 0, stream, 3, shortcuts_of(model, 0, stream, sites, 96))
-        for site in sites:
-            list(inputs_of(passage, site.linears[0], hidden.device))
+        stream = rough(hidden)
         changed = replace(sites[2], producer=producer)
-        forget(passage, (*sites[:2], changed, sites[3]), changed)
+        layer = materialised(model, (*sites[:2], changed, sites[3]))
+        passage = Passage(layer, stream, 3, shortcuts_of(layer, stream, 96))
+        for site in sites:
+            list(inputs_of(passage, site.linears[0]))
+        forget(passage, changed)
         assert [shortcut.linear for shortcut in passage.known] == left
 
 
@@ -160,9 +173,9 @@ def test_what_a_linear_returns_is_given_as_it_was(
 ) -> None:
     """Falcon adds its attention's output to it in place."""
     with layer_of(tmp_path, kind, **changes) as (model, hidden):
-        passage = Passage(model, 0, Stream(hidden.clone(), "ram", 1), 4)
-        read = list(inputs_of(passage, linear, hidden.device, last=True))
-        returned = list(inputs_of(passage, linear, hidden.device, last=True, returned=True))
+        passage = Passage(materialised(model), rough(hidden), 4)
+        read = list(inputs_of(passage, linear, last=True))
+        returned = list(inputs_of(passage, linear, last=True, returned=True))
         with fast_linears(hidden, exact=False):
             made = model.layers[0].get_submodule(linear)(torch.cat(read))
         torch.testing.assert_close(torch.cat(returned), made)

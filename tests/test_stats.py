@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import NumericsError
 from quantkit.hardware.matmul import fast_bfloat16
-from quantkit.stats import SiteStats, collect, output_error, require_finite_stats, rescale_
+from quantkit.stats import Projection, SiteStats, collect, output_error, require_finite_stats, rescale_
 
 CPU = torch.device("cpu")
 
@@ -98,8 +98,8 @@ def test_the_drift_times_a_weight_can_be_had_from_what_the_original_returns() ->
     x, weight = torch.randn(64, 96, 12, generator=generator), torch.randn(5, 12, generator=generator)
     x0 = x + 0.03 * torch.randn(x.shape, generator=generator)
     expected = torch.einsum("oi,sti,stj->oj", weight.double(), (x0 - x).double(), x.double())
-    by_inputs = collect(x.split(16), 12, CPU, x0.split(16), weight=weight)
-    by_outputs = collect(x.split(16), 12, CPU, (x0 @ weight.T).split(16), weight=weight, multiplied=True)
+    by_inputs = collect(x.split(16), 12, CPU, x0.split(16), projection=Projection(weight))
+    by_outputs = collect(x.split(16), 12, CPU, (x0 @ weight.T).split(16), projection=Projection(weight, applied=True))
     scale = float(expected.abs().max())
     rounded = 2**-7 if fast_bfloat16() else 1e-3  # what a CPU multiplies in bfloat16
     for stats in (by_inputs, by_outputs):
@@ -115,8 +115,8 @@ def test_the_drift_of_the_first_samples_stands_for_all(how: str, followed: int) 
     x, weight = torch.randn(24, 16, 12, generator=generator), torch.randn(5, 12, generator=generator)
     x0 = x + 0.1 * torch.randn(x.shape, generator=generator)
     originals = x0[:followed] @ weight.T if how == "multiplied" else x0[:followed]
-    by = None if how == "inputs" else weight
-    stats = collect(x.split(8), 12, CPU, originals.split(8), weight=by, multiplied=how == "multiplied")
+    by = None if how == "inputs" else Projection(weight, applied=how == "multiplied")
+    stats = collect(x.split(8), 12, CPU, originals.split(8), projection=by)
     expected = torch.einsum("sti,stj->ij", (x0 - x)[:followed].double(), x[:followed].double()) * 24 / followed
     expected = expected if how == "inputs" else weight.double() @ expected
     assert stats.drift is not None

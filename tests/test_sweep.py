@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from quantkit.commands import sweep as sweeping
 from quantkit.commands.quantize import quantize
 from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
-from quantkit.pipeline.forward import advance
+from quantkit.pipeline.forward import Layer
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 
@@ -102,16 +101,16 @@ def test_an_interrupted_sweep_ends_the_same(
     result: dict[str, Any], model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = asked(model, tokens, tmp_path / "sweep")
-    calls = 0
+    calls, advance = 0, Layer.advance
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 20:  # 13 streams a layer: in the second layer
+        if calls == 20:  # 14 streams a layer: in the second layer
             raise KeyboardInterrupt
         advance(*args, **kwargs)
 
-    monkeypatch.setattr(sweeping, "advance", interrupted)
+    monkeypatch.setattr(Layer, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep(request, QUIET)
     monkeypatch.undo()

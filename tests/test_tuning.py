@@ -17,9 +17,9 @@ from quantkit.pipeline import tuning
 from quantkit.pipeline.fisher import spilled_bytes
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.run import run
+from quantkit.pipeline.runtime import Memory, Runtime, Silent
 from quantkit.plan import make_plan
 from quantkit.scheme import Scheme
-from tests.test_fisher import Silent
 from tests.tiny import random_ids, save_tiny
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def tuned(model: Path, out: Path, samples: int, batch: int) -> Job:
     streamed = open_model(model)
     plan = make_plan(streamed, lambda name, layer: Scheme(4, 16, True), FORMATS["compressed-tensors"])
     tokens = TokenSet(random_ids(samples), "random", "random", "random")
-    return Job(streamed, plan, "gptq", Options(tune=True), tokens, None, out, CPU, batch=batch)
+    return Job(Runtime(streamed, CPU, out, Memory(batch=batch)), plan, "gptq", Options(tune=True), tokens)
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -51,8 +51,8 @@ def test_a_full_disk_is_told_before_the_text_is_rewritten(tmp_path: Path, monkey
     job = tuned(save_tiny(tmp_path / "model", "qwen2"), tmp_path / "out", 4, 1)
     usage = namedtuple("usage", "total used free")
     assert job.calibration is not None
-    needed = spilled_bytes(job.model, job.calibration, job.dtype)
+    needed = spilled_bytes(job.runtime, job.calibration)
     assert needed == 4 * 4 * 24 * 48 * 4  # layers + 1, samples, tokens, numbers, bytes
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(needed, 1, needed - 1))
-    with open_journal(job.out, {}, fresh=False) as journal, pytest.raises(OutputError, match="needed"):
+    with open_journal(job.runtime.folder, {}, fresh=False) as journal, pytest.raises(OutputError, match="needed"):
         tuning.prepare(job, journal, Silent())

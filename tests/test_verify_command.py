@@ -349,10 +349,10 @@ def test_nothing_is_left_by_a_verification_that_is_killed(out: Path, tmp_path: P
     before = sorted(path.name for path in out.iterdir())
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from quantkit.pipeline import activations, remeasure\n"
+        "from quantkit.pipeline import activations, measure\n"
         "from quantkit.commands.verify import VerifyRequest, verify_files\n"
         "activations.SPARE = 0.0\n"  # hidden states go to files
-        "remeasure.relative_error = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "measure.relative_error = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "request = VerifyRequest(out=Path(sys.argv[1]), command='', offline=True)\n"
         "verify_files(request, Console(quiet=True))\n"
     )

@@ -17,7 +17,6 @@ bit, say what the part costs where the allocation stands.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,37 +24,21 @@ from torch import Tensor
 from quantkit.allocation.menu import HEAD, Entry, Part
 from quantkit.calibration.tokens import TokenSet
 from quantkit.grids.registry import dequantize
-from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import gptq
 from quantkit.methods.site import QUANTIZE, SiteInput
 from quantkit.methods.table import METHODS
 from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels, sites_of
-from quantkit.model.streaming import (
-    assign,
-    drop,
-    embed,
-    embedding_names,
-    move_buffers,
-    outside_loaded,
-    read_layer,
-    read_outside,
-)
+from quantkit.model.streaming import embed, embedding_names, move_buffers, outside_loaded, read_outside
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.forward import (
-    Progress,
-    advance,
-    compare_all,
-    embed_original,
-    ending_names,
-    loaded,
-    observe,
-    open_states,
-)
+from quantkit.pipeline.compare import compare_logits
+from quantkit.pipeline.forward import Layer, embed_original, ending_names, open_states
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import as_written, folded, quantize_layer
-from quantkit.pipeline.site_inputs import Passage
+from quantkit.pipeline.runtime import Progress, Runtime
+from quantkit.pipeline.site_inputs import Passage, observe
+from quantkit.pipeline.walk import walk
 from quantkit.scheme import Scheme
 from quantkit.stats import SiteStats, output_error
 
@@ -86,6 +69,20 @@ class Step:
     worst: float
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The windows that measure, and what runs on them.
+
+    swaps: each has a stream of its own from its layer on; windows: how many of the tokens' windows they see
+    quantized: whether the base is another model than the original
+    """
+
+    tokens: TokenSet
+    swaps: Sequence[Swap]
+    windows: int
+    quantized: bool
+
+
 @torch.no_grad()
 def measure_menu(
     job: Job, probe: TokenSet, menu: Mapping[Part, Sequence[Entry]], swaps: Sequence[Swap], progress: Progress
@@ -95,42 +92,44 @@ def measure_menu(
     job: how roundings are made, and what calibrates them; menu: the entries to round each part at; swaps: what to
     measure the KL of, entries of the menu
     """
-    model, sites = job.model, sites_of(job.model)
-    move_buffers(model.model, job.device)
+    runtime = job.runtime
+    model = runtime.model
+    move_buffers(model.model, runtime.device)
     assert job.calibration is not None
-    calibration = _embedded(job, job.calibration, "calibration")
+    calibration = _embedded(runtime, job.calibration, "calibration")
     losses: dict[Part, dict[Entry, float]] = {}
 
-    def step(index: int, source: Tensors) -> Step:
+    def step(layer: Layer) -> Step:
         progress.stage("run the calibration tokens")
-        observed = observe(model, index, sites, calibration)
+        observed = observe(layer, calibration)
         tried: dict[Swap, Tensors] = {}
-        for number, site in enumerate(sites):
-            part = (index, number)
+        for number, site in enumerate(layer.sites):
+            part = (layer.index, number)
             progress.stage(f"round {'/'.join(name.rpartition('.')[2] for name in site.linears)}")
             losses[part] = {None: 0.0}
-            for entry, weights, loss in _rounded(job, index, site, observed[number], menu[part]):
+            for entry, weights, loss in _rounded(job, layer, site, observed[number], menu[part]):
                 losses[part][entry] = loss
                 if (part, entry) in swaps:
                     tried[part, entry] = weights
-        return Step(source, tried, max(max(losses[index, number].values()) for number in range(len(sites))))
+        worst = max(max(losses[layer.index, number].values()) for number in range(len(layer.sites)))
+        return Step(layer.weights, tried, worst)
 
-    original, _, alive = _follow(job, probe, swaps, step, progress, quantized=False)
-    outside = loaded(read_outside(model, ending_names(model)), job.device, job.dtype)
-    figures = _divergences(job, probe, original, list(alive.values()), outside, outside)
+    original, _, alive = _follow(runtime, Probe(probe, swaps, probe.samples, quantized=False), step, progress)
+    outside = runtime.loaded(read_outside(model, ending_names(model)))
+    figures = compare_logits(runtime, probe, original, list(alive.values()), outside, outside.items())
     swapped = dict(zip(alive, (figure["kl_divergence"] for figure in figures), strict=True))
     if HEAD in menu:
         progress.stage("round lm_head")
         losses[HEAD] = {None: 0.0}
         name = f"{model.head_name}.weight"
-        stats = head_stats(model, calibration, None, job.device, job.dtype)
+        stats = head_stats(runtime, calibration)
         for entry in menu[HEAD]:
             if entry is not None:
                 rounded, record = quantize_head(outside[name], entry, job.options, stats, job.plan.format)
                 losses[HEAD][entry] = record["loss"]
                 if (HEAD, entry) in swaps:
-                    instead = outside | {name: dequantize(rounded, job.dtype)}
-                    (figure,) = _divergences(job, probe, original, [original], outside, instead)
+                    instead = outside | {name: dequantize(rounded, runtime.dtype)}
+                    (figure,) = compare_logits(runtime, probe, original, [original], outside, instead.items())
                     swapped[HEAD, entry] = figure["kl_divergence"]
     return Measured(losses, 0.0, swapped, probe.samples * (probe.seqlen - 1))
 
@@ -143,55 +142,58 @@ def measure_choice(
 
     elsewhere: further windows, int64 [n, seqlen of the probe], on which only the whole is measured
     """
-    model, sites = job.model, sites_of(job.model)
-    move_buffers(model.model, job.device)
+    runtime = job.runtime
+    model = runtime.model
+    move_buffers(model.model, runtime.device)
     swaps: list[Swap] = [(part, None) for part in parts]
     assert job.calibration is not None
-    calibration = _embedded(job, job.calibration, "calibration")
-    beside = None if job.beside is None else _embedded(job, job.beside, "beside")
+    calibration = replace(_embedded(runtime, job.calibration, "calibration"), exact=False)
+    reference = None
+    if job.reference is not None:
+        reference = replace(_embedded(runtime, job.reference, "reference"), exact=False)
 
-    def step(index: int, source: Tensors) -> Step:
-        layer = model.layers[index]
-        seen, followed = Passage(model, index, calibration, len(calibration.states)), None
-        if beside is not None:
-            followed = Passage(model, index, beside, len(beside.states), weights=source, leaves=True)
-        result = quantize_layer(job, index, sites, source, seen, followed, None, progress)
-        standing = loaded(as_written(source, result), job.device, job.dtype)
-        back = loaded(folded(source, result.folds), job.device, job.dtype)
-        if beside is not None:
-            assign(layer, source)
-            advance(model, index, beside, first=followed.left if followed else 0, exact=False)
-        assign(layer, standing)
-        advance(model, index, calibration, exact=False)
+    def step(layer: Layer) -> Step:
+        passage, followed = Passage(layer, calibration, len(calibration.states)), None
+        if reference is not None:
+            followed = Passage(layer, reference, len(reference.states), weights=layer.weights, run_to_end=True)
+        result = quantize_layer(job, layer, passage, followed)
+        standing = runtime.loaded(as_written(layer.weights, result))
+        restored = runtime.loaded(folded(layer.weights, result.folds))
+        if reference is not None:
+            layer.load(layer.weights)
+            layer.advance(reference, first=followed.finished if followed else 0)
+        layer.load(standing)
+        layer.advance(calibration)
         tried = {
-            swap: {f"{name}.weight": back[f"{name}.weight"] for name in sites[swap[0][1]].linears}
+            swap: {f"{name}.weight": restored[f"{name}.weight"] for name in layer.sites[swap[0][1]].linears}
             for swap in swaps
-            if swap[0][0] == index
+            if swap[0][0] == layer.index
         }
         return Step(standing, tried, max((record["loss"] for record in result.records), default=0.0))
 
     both = probe if elsewhere is None else replace(probe, input_ids=torch.cat([probe.input_ids, elsewhere]))
-    original, standing, alive = _follow(job, both, swaps, step, progress, quantized=True, swapped=probe.samples)
-    outside = loaded(read_outside(model, ending_names(model)), job.device, job.dtype)
+    original, standing, alive = _follow(runtime, Probe(both, swaps, probe.samples, quantized=True), step, progress)
+    outside = runtime.loaded(read_outside(model, ending_names(model)))
     whole = outside
     head = job.plan.head
     if head is not None and head.scheme is not None:
         progress.stage("round lm_head")
         name = f"{head.name}.weight"
-        stats = head_stats(model, calibration, beside, job.device, job.dtype)
+        stats = head_stats(runtime, calibration, reference)
         rounded, _ = quantize_head(outside[name], head.scheme, job.options, stats, job.plan.format)
-        whole = outside | {name: dequantize(rounded, job.dtype)}
+        whole = outside | {name: dequantize(rounded, runtime.dtype)}
     first, rest = slice(0, probe.samples), slice(probe.samples, both.samples)
-    reference, base = _cut(original, first), _cut(standing, first)
-    based, *others = _divergences(job, probe, reference, [base, *alive.values()], outside, whole)
+    theirs, base = _cut(original, first), _cut(standing, first)
+    based, *others = compare_logits(runtime, probe, theirs, [base, *alive.values()], outside, whole.items())
     swapped = dict(zip(alive, (figure["kl_divergence"] for figure in others), strict=True))
     if HEAD in parts:
-        (figure,) = _divergences(job, probe, reference, [base], outside, outside)
+        (figure,) = compare_logits(runtime, probe, theirs, [base], outside, outside.items())
         swapped[HEAD, None] = figure["kl_divergence"]
     kl_elsewhere = None
     if both.samples > probe.samples:
         tokens = replace(probe, input_ids=both.input_ids[rest])
-        (figure,) = _divergences(job, tokens, _cut(original, rest), [_cut(standing, rest)], outside, whole)
+        theirs, base = _cut(original, rest), _cut(standing, rest)
+        (figure,) = compare_logits(runtime, tokens, theirs, [base], outside, whole.items())
         kl_elsewhere = figure["kl_divergence"]
     return Measured({}, based["kl_divergence"], swapped, based["tokens"], kl_elsewhere)
 
@@ -199,70 +201,54 @@ def measure_choice(
 # ---------------------------------------------------------------- streams
 
 
-def _opened(job: Job, tokens: TokenSet, name: str) -> Stream:
-    return open_states(job.model, tokens, job.dtype, job.device, job.out / f".{name}-states.tmp", job.place, job.batch)
-
-
-def _embedded(job: Job, tokens: TokenSet, name: str) -> Stream:
-    stream = _opened(job, tokens, name)
-    embed_original(job.model, tokens, stream, job.device)
+def _embedded(runtime: Runtime, tokens: TokenSet, name: str) -> Stream:
+    stream = open_states(runtime, tokens, name)
+    embed_original(runtime, tokens, stream)
     return stream
 
 
-def _learn_sizes(job: Job, tokens: TokenSet, batch: int) -> None:
+def _learn_sizes(runtime: Runtime, tokens: TokenSet, batch: int) -> None:
     """Let the model show what its layers are called with in the last micro-batch of a stream, if that is smaller."""
+    model = runtime.model
     if rest := tokens.samples % batch:
-        names = embedding_names(job.model)
-        with outside_loaded(job.model, loaded(read_outside(job.model, names), job.device, job.dtype)):
-            embed(job.model, tokens.input_ids[:rest].to(job.device))
+        with outside_loaded(model, runtime.loaded(read_outside(model, embedding_names(model)))):
+            embed(model, tokens.input_ids[:rest].to(runtime.device))
 
 
 def _follow(
-    job: Job,
-    tokens: TokenSet,
-    swaps: Sequence[Swap],
-    step: Callable[[int, Tensors], Step],
-    progress: Progress,
-    *,
-    quantized: bool,
-    swapped: int | None = None,
+    runtime: Runtime, probe: Probe, step: Callable[[Layer], Step], progress: Progress
 ) -> tuple[Stream, Stream, dict[Swap, Stream]]:
-    """(the original's hidden states behind the last layer, the base's, each swap's) for some windows of tokens.
+    """(the original's hidden states behind the last layer, the base's, each swap's) for the windows of a probe.
 
-    step: called with each layer as it is in the original, materialised; quantized: whether the base is another model;
-    swapped: how many of the windows the swaps see (None: all)
+    step: called with each layer as it is in the original, materialised
     """
-    model = job.model
-    original = _embedded(job, tokens, "original")
+    model = runtime.model
+    original = _embedded(runtime, probe.tokens, "original")
     standing = original
-    if quantized:
-        standing = _opened(job, tokens, "base")
+    if probe.quantized:
+        standing = open_states(runtime, probe.tokens, "base")
         standing.states.copy_(original.states)
-    seen = replace(tokens, input_ids=tokens.input_ids[:swapped])
-    _learn_sizes(job, seen, original.batch)
-    progress.start(len(model.layers), tokens.input_ids.numel(), {"probes": original.place})
+    windows = replace(probe.tokens, input_ids=probe.tokens.input_ids[: probe.windows])
+    _learn_sizes(runtime, windows, original.batch)
+    progress.start(len(model.layers), probe.tokens.input_ids.numel(), {"probes": original.place})
     alive: dict[Swap, Stream] = {}
-    for index, layer in enumerate(model.layers):
-        progress.layer(index)
-        progress.stage("read")
-        source = loaded(read_layer(model, index), job.device, job.dtype)
-        assign(layer, source)
-        if quantized:
-            progress.stage("run the original")
-            advance(model, index, original)
-        found = step(index, source)
-        progress.stage("run the swaps")
-        for swap in [swap for swap in swaps if swap[0][0] == index]:
-            alive[swap] = _opened(job, seen, "swap")
-            alive[swap].states.copy_(standing.states[:swapped])
-        for swap, stream in alive.items():
-            assign(layer, {**found.standing, **found.tried.get(swap, {})})
-            advance(model, index, stream)
-        assign(layer, found.standing)
-        advance(model, index, standing)
-        drop(layer)
-        return_freed_memory()
-        progress.finished(index, found.worst, False)
+    with walk(runtime, progress, sites=sites_of(model)) as layers:
+        for layer in layers:
+            if probe.quantized:
+                progress.stage("run the original")
+                layer.advance(original)
+            measured = step(layer)
+            progress.stage("run the swaps")
+            for swap in [swap for swap in probe.swaps if swap[0][0] == layer.index]:
+                alive[swap] = open_states(runtime, windows, "swap")
+                alive[swap].states.copy_(standing.states[: probe.windows])
+            for swap, stream in alive.items():
+                layer.load({**measured.standing, **measured.tried.get(swap, {})})
+                layer.advance(stream)
+            layer.load(measured.standing)
+            layer.advance(standing)
+            progress.finished(layer.index, measured.worst, False)
+            del measured
     progress.ending("compare the logits")
     return original, standing, alive
 
@@ -271,27 +257,19 @@ def _cut(stream: Stream, windows: slice) -> Stream:
     return replace(stream, states=stream.states[windows])
 
 
-def _divergences(
-    job: Job, tokens: TokenSet, original: Stream, streams: Sequence[Stream], outside: Tensors, theirs: Tensors
-) -> list[dict[str, Any]]:
-    """The figures of each stream; outside: the tensors outside the layers of the original; theirs: of the streams."""
-    return compare_all(job.model, tokens, original, streams, outside, theirs.items(), job.device)
-
-
 # ---------------------------------------------------------------- rounding at every entry
 
 
 def _rounded(
-    job: Job, index: int, site: Site, stats: SiteStats, entries: Sequence[Entry]
+    job: Job, layer: Layer, site: Site, stats: SiteStats, entries: Sequence[Entry]
 ) -> Iterator[tuple[Scheme, dict[str, Tensor], float]]:
     """(entry, the weights as they compute, the share of the output that is lost), one entry after the other.
 
     A scale that an earlier op would absorb is divided out again: alone in its layer, the part computes the same.
     """
-    layer = job.model.layers[index]
     weights: dict[str, Tensor] = {}
     for name in site.linears:
-        weight = layer.get_submodule(name).weight
+        weight = layer.module.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weights[name] = weight
     energy = sum(float(output_error(weight, stats.gram).sum()) for weight in weights.values())
@@ -300,8 +278,8 @@ def _rounded(
     factor = None
     if schemes and METHODS[job.method].shares_factor:
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
-    channel = fold_channels(job.model, index, site) if METHODS[job.method].folds else None
-    channel = None if channel is None else channel.to(job.device)
+    channel = fold_channels(layer.runtime.model, layer.index, site) if METHODS[job.method].folds else None
+    channel = None if channel is None else channel.to(layer.runtime.device)
     for scheme in schemes:
         # Scaling rescales the Gram matrix in place: each entry needs its own.
         own = stats if channel is None else replace(stats, gram=stats.gram.clone())
@@ -309,11 +287,11 @@ def _rounded(
             weights, dict.fromkeys(weights, scheme), own, channel, job.plan.format.min_zero(scheme), factor
         )
         outcome = QUANTIZE[job.method](site_input, options)
-        found, error = {}, 0.0
+        computed_weights, error = {}, 0.0
         for name, quantized in outcome.quantized.items():
             computed = dequantize(job.plan.format.settle(quantized))
             if outcome.scale is not None and channel is not None:
                 computed /= outcome.scale[channel]
             error += float(output_error(computed - weights[name].float(), stats.gram).sum())
-            found[f"{name}.weight"] = computed.to(weights[name].dtype)
-        yield scheme, found, error / energy if energy > 0 else 0.0
+            computed_weights[f"{name}.weight"] = computed.to(weights[name].dtype)
+        yield scheme, computed_weights, error / energy if energy > 0 else 0.0

@@ -27,7 +27,8 @@ from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.memory import keep, lay_out_job
+from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
+from quantkit.pipeline.runtime import Runtime
 from quantkit.recipe import Recipe
 from quantkit.report.terminal.progress import display
 from quantkit.serving.fit import shapes_in
@@ -251,13 +252,14 @@ def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
     run, probe, calibration = work.request.run, work.probe, work.calibration
     folder = work.request.recipe.parent
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(work.model, work.problem.plan(choice), run.method, options, calibration, None, folder, run.device)
+    runtime = Runtime(work.model, run.device, folder)
+    job = Job(runtime, work.problem.plan(choice), run.method, options, calibration)
     streams = 2 + swaps + (0 if work.elsewhere is None else 2)
     probes = [(probe.samples, probe.seqlen)] * streams
-    layout = lay_out_job(job, probes, vram=run.vram, ram=run.ram, place=run.place, keeps=False)
+    layout = lay_out_job(job, probes, Allowance(run.vram, run.ram, run.place), keeps=False)
     work.console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, run.device)
-    return replace(job, place=layout.place, batch=layout.batch)
+    return laid_out(job, layout)
 
 
 # ---------------------------------------------------------------- running it

@@ -28,8 +28,9 @@ from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods.table import METHODS, Options
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.memory import keep, laid_out, lay_out_job
+from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.run import Outcome, run
+from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, unmatched
 from quantkit.report.terminal.progress import display
@@ -67,30 +68,28 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
     methods = methods_of(plan, request.method)
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
+    runtime = Runtime(model, request.device, asked.out, ranks=ranks)
     job = Job(
-        model,
+        runtime,
         plan,
         request.method,
         request.options,
         calibrated,
         evaluated,
-        asked.out,
-        request.device,
         inputs=request.inputs,
         amend=request.amend,
-        ranks=ranks,
     )
     _require_samples_for_all(job)
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
-    layout = lay_out_job(job, measured_on, vram=request.vram, ram=request.ram, place=request.place)
+    layout = lay_out_job(job, measured_on, Allowance(request.vram, request.ram, request.place))
     job = laid_out(job, layout)
     told = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *links_left_out(model.directory)]
     too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
     _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
-    keep(layout, job.device)
+    keep(layout, job.runtime.device)
     finished: list[dict[str, Any]] = []
-    before = recorded_in(job.out)
+    before = recorded_in(job.runtime.folder)
 
     def finish(outcome: Outcome) -> None:
         again = before if outcome.reused == len(outcome.units) else None  # all was there, and is only measured
@@ -108,9 +107,9 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     with display(console, request.device) as progress:
         outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough)
     if outcome is None:
-        line = f"{job.out}: finished before; `quantkit verify` measures it again, --fresh makes it again"
+        line = f"{job.runtime.folder}: finished before; `quantkit verify` measures it again, --fresh makes it again"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return ranks.agree(finished[0] if finished else None), job.out
+    return ranks.agree(finished[0] if finished else None), job.runtime.folder
 
 
 @dataclass(frozen=True)
@@ -170,19 +169,19 @@ def methods_of(plan: Plan, usual: str) -> set[str]:
 
 
 def _require_samples_for_all(job: Job) -> None:
-    size = job.ranks.size
+    size = job.runtime.ranks.size
     for tokens in (job.evaluation, job.calibration):
         if tokens is not None and tokens.samples < size:
             raise InputError(f"{tokens.source}: {tokens.samples} windows for {size} processes; start fewer")
-    if job.beside is not None and job.beside.samples < size:
+    if job.reference is not None and job.reference.samples < size:
         raise InputError(
-            f"--drift-samples: {job.beside.samples} windows for {size} processes; use {size} or more, or start fewer"
+            f"--drift-samples: {job.reference.samples} windows for {size} processes; use {size} or more, or start fewer"
         )
 
 
 def _unused_drift(job: Job) -> list[str]:
     """A note, where so many samples were to run through the original, and none or all do for other reasons."""
-    if job.options.drift_samples is None or (job.beside and not job.options.tune):
+    if job.options.drift_samples is None or (job.reference and not job.options.tune):
         return []
     why = "--quality best runs all" if job.options.tune else "no drift is made up for here"
     return [f"--drift-samples: {why}; left out"]
@@ -239,12 +238,12 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
         schemes[label] = schemes.get(label, 0) + 1
     shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
     lines = [
-        f"{request.method} {request.model} -> {job.out}  (stored as {plan.format.name}: {shown})",
+        f"{request.method} {request.model} -> {job.runtime.folder}  (stored as {plan.format.name}: {shown})",
         f"output {format_bytes(plan.served_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
         f"weight" + (f"; the same integers beside it in {format_bytes(plan.file_bytes)}" if plan.beside_bytes else ""),
     ]
-    if job.ranks.size > 1:
-        lines.append(f"{job.ranks.size} processes, each with its share of the samples and rows")
+    if job.runtime.ranks.size > 1:
+        lines.append(f"{job.runtime.ranks.size} processes, each with its share of the samples and rows")
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
             lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")

@@ -53,7 +53,7 @@ def document_of(
         "peak_rss_bytes": max(peak_rss_bytes(), *(rss for rss, _ in outcome.peaks)),
         "peak_device_bytes": max(device for _, device in outcome.peaks),
         "processes": len(outcome.peaks),
-        "device": str(job.device),
+        "device": str(job.runtime.device),
         "versions": versions(),
         "fallbacks": [
             *outcome.fallbacks,
@@ -67,7 +67,7 @@ def document_of(
 
 def write_folder(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write what engines and people read beside the shards."""
-    out, plan = job.out, job.plan
+    out, plan = job.runtime.folder, job.plan
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
     config = quantized_config(directory, plan.quantization_config)
@@ -151,9 +151,9 @@ def finished_before(
     """Whether quantkit.json is that of this very run, brought to its end, with all that it is asked for."""
     files = {entry["name"]: entry["sha256"] for entry in recorded.get("files") or []}
     found = {unit.file: unit.sha256 for unit in units}  # which have just been looked at
-    if not all((job.out / name).is_file() for name in (*files, "report.html", "README.md")):
+    if not all((job.runtime.folder / name).is_file() for name in (*files, "report.html", "README.md")):
         return False
-    if files != found | {name: sha256_of(job.out / name) for name in files.keys() - found.keys()}:
+    if files != found | {name: sha256_of(job.runtime.folder / name) for name in files.keys() - found.keys()}:
         return False
     if job.evaluation is None:
         return True

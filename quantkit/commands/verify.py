@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
-from quantkit.pipeline.forward import run_dtype
 from quantkit.pipeline.measure import QuantizedCheckpoint, measure, open_quantized
-from quantkit.pipeline.memory import Layout, Streams, keep, lay_out
+from quantkit.pipeline.memory import Allowance, Layout, Streams, keep, lay_out
+from quantkit.pipeline.runtime import Runtime
 from quantkit.report.terminal.progress import display
 from quantkit.results.document import RESULT, read_result
 from quantkit.results.folder import changed_files, write_result
@@ -142,13 +143,13 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
     try:
         quantized = _open(out, original, recorded)
         memory = _memory(request, recorded, original, quantized)
-        layout = _layout(request, original, quantized, tokens)
+        spill = out if os.access(out, os.W_OK) else Path(gettempdir())
+        runtime = Runtime(original, request.device, spill)
+        layout = _layout(request, runtime, quantized, tokens)
         console.print(f"memory: {layout}", markup=False, highlight=False, soft_wrap=True)
         keep(layout, request.device)
         with display(console, request.device) as progress:
-            measured = measure(
-                original, quantized, tokens, request.device, progress, place=layout.place, batch=layout.batch
-            )
+            measured = measure(replace(runtime, memory=layout.memory), quantized, tokens, progress)
     except (ModelError, NumericsError) as error:
         if not reasons:
             raise
@@ -161,18 +162,18 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
 
 
 def _layout(
-    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel, tokens: TokenSet
+    request: VerifyRequest, runtime: Runtime, quantized: QuantizedCheckpoint | GGUFModel, tokens: TokenSet
 ) -> Layout:
     streams = Streams([(tokens.samples, tokens.seqlen)] * 2)
     work = Work(
         linears=quantized.decoder,
         on_gpu=request.device.type == "cuda",
-        itemsize=run_dtype(original, request.device, f"{quantized.linears[0].name}.weight").itemsize,
+        itemsize=runtime.dtype.itemsize,
         longest=tokens.seqlen,
         compared=True,
         head=next((linear for linear in quantized.linears if linear.unit == "head" and linear.scheme), None),
     )
-    return lay_out(original, work, streams, request.device, vram=request.vram, ram=request.ram)
+    return lay_out(runtime.model, work, streams, request.device, Allowance(request.vram, request.ram))
 
 
 # ---------------------------------------------------------------- what is there

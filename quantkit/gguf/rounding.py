@@ -26,24 +26,12 @@ from quantkit.gguf.file import TensorInfo, write_gguf
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.methods import gptq, rtn
 from quantkit.methods.refine import refine
-from quantkit.model.families import Site
 from quantkit.model.sites import sites_of
-from quantkit.model.streaming import (
-    StreamedModel,
-    assign,
-    move_buffers,
-    run_to,
-)
+from quantkit.model.streaming import StreamedModel, move_buffers, run_to
 from quantkit.pipeline.activations import Stream, regrouped
-from quantkit.pipeline.forward import (
-    Progress,
-    advance,
-    embed_original,
-    layer_loaded,
-    loaded,
-    open_states,
-    run_dtype,
-)
+from quantkit.pipeline.forward import Layer, embed_original, open_states
+from quantkit.pipeline.runtime import Progress, Runtime
+from quantkit.pipeline.walk import walk
 from quantkit.scheme import NAMED, Scheme
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
@@ -62,10 +50,6 @@ class RoundJob:
     out: Path
     nearest: bool = False
     damp: float = 0.01
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return run_dtype(self.model, self.device, f"{next(iter(self.types))}.weight")
 
     def file(self, index: int) -> Path:
         """Where the blocks of a layer are until the whole file is written."""
@@ -86,27 +70,26 @@ def round_layers(job: RoundJob, journal: Journal, progress: Progress) -> list[di
         if unit is not None and not journal.verify_unit(unit):
             journal.drop_from(unit.unit)
     move_buffers(model.model, job.device)
-    stream = open_states(model, job.calibration, job.dtype, job.device, job.out / ".calibration-states.tmp")
+    runtime = Runtime(model, job.device, job.out)
+    stream = open_states(runtime, job.calibration, "calibration")
     progress.start(len(model.layers), stream.states.shape[0] * stream.states.shape[1], {"calibration": stream.place})
-    embed_original(model, job.calibration, stream, job.device)
-    for index in range(len(model.layers)):
-        progress.layer(index)
-        progress.stage("read")
-        reused = f"layer.{index}" in journal.finished
-        with layer_loaded(model, index, job.device, job.dtype) as layer:
+    embed_original(runtime, job.calibration, stream)
+    with walk(runtime, progress, sites=sites) as layers:
+        for layer in layers:
+            unit_name = f"layer.{layer.index}"
+            reused = unit_name in journal.finished
             if not reused:
-                blocks, records = _round_layer(job, index, sites, stream, progress)
-                sha256 = write_shard(job.file(index), blocks)
-                journal.append(Unit(f"layer.{index}", job.file(index).name, sha256, {"linears": records}))
-            written = open_file(job.file(index))
+                blocks, records = _round_layer(job, layer, stream)
+                sha256 = write_shard(job.file(layer.index), blocks)
+                journal.append(Unit(unit_name, job.file(layer.index).name, sha256, {"linears": records}))
+            written = open_file(job.file(layer.index))
             read = {name: dequantize_blocks(written.read(name), job.types[_linear(name)]) for name in written.entries}
-            prefix = f"{model.layer_name(index)}."
-            assign(layer, loaded({n.removeprefix(prefix): w for n, w in read.items()}, job.device, job.dtype))
+            layer.load({name.removeprefix(f"{layer.name}."): weight for name, weight in read.items()})
             progress.stage("run the quantized")
-            if index + 1 < len(model.layers):
-                advance(model, index, stream)
-        records = journal.finished[f"layer.{index}"].record["linears"]
-        progress.finished(index, max((record["loss"] for record in records), default=0.0), reused)
+            if layer.index + 1 < len(model.layers):
+                layer.advance(stream)
+            records = journal.finished[unit_name].record["linears"]
+            progress.finished(layer.index, max((record["loss"] for record in records), default=0.0), reused)
     return [record for unit in journal.finished.values() for record in unit.record["linears"]]
 
 
@@ -114,44 +97,39 @@ def _linear(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _round_layer(
-    job: RoundJob, index: int, sites: Iterable[Site], stream: Stream, progress: Progress
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _round_layer(job: RoundJob, layer: Layer, stream: Stream) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Blocks by parameter name, and a record for each linear."""
-    layer, prefix = job.model.layers[index], job.model.layer_name(index)
     blocks: dict[str, Tensor] = {}
     records = []
-    for site in sites:
-        progress.stage("calibrate")
-        stats = _collect(job, index, site.linears[0], stream)
-        require_finite_stats(stats, f"{prefix}.{site.linears[0]}")
-        progress.stage("quantize")
+    for site in layer.sites:
+        layer.progress.stage("calibrate")
+        stats = _collect(layer, site.linears[0], stream)
+        require_finite_stats(stats, f"{layer.name}.{site.linears[0]}")
+        layer.progress.stage("quantize")
         factor = None if job.nearest else gptq.factorize(stats.gram, damp=job.damp)
         for local in site.linears:
-            weight = layer.get_submodule(local).weight
+            weight = layer.module.get_submodule(local).weight
             assert isinstance(weight, Tensor)
-            kind = job.types[f"{prefix}.{local}"]
+            name = f"{layer.name}.{local}"
+            kind = job.types[name]
             packed = round_linear(weight.float(), kind, stats.gram, factor)
-            blocks[f"{prefix}.{local}.weight"] = packed.cpu()
+            blocks[f"{name}.weight"] = packed.cpu()
             found = dequantize_blocks(packed, kind)
             whole = float(output_error(weight, stats.gram).sum())
             lost = float(output_error(found - weight.float(), stats.gram).sum())
-            records.append(_record(f"{prefix}.{local}", index, kind, weight, lost / whole if whole > 0 else 0.0))
-            assign(layer, loaded({f"{local}.weight": found}, job.device, job.dtype))
+            records.append(_record(name, layer.index, kind, weight, lost / whole if whole > 0 else 0.0))
+            layer.load({f"{local}.weight": found})
     return blocks, records
 
 
-def _collect(job: RoundJob, index: int, local: str, stream: Stream) -> SiteStats:
-    weight = job.model.layers[index].get_submodule(local).weight
+def _collect(layer: Layer, local: str, stream: Stream) -> SiteStats:
+    """Sum up what a linear reads, one micro-batch at a time."""
+    runtime = layer.runtime
+    weight = layer.module.get_submodule(local).weight
     assert isinstance(weight, Tensor)
-    inputs = regrouped(_inputs(job, index, local, stream), samples_per_sum(stream.states.shape[1]))
-    return collect(inputs, weight.shape[1], job.device)
-
-
-def _inputs(job: RoundJob, index: int, local: str, stream: Stream) -> Iterator[Tensor]:
-    """What the site's linears read, one micro-batch at a time."""
-    for batch in stream.batches():
-        yield run_to(job.model, index, stream.states[batch].to(job.device), local)
+    batches = (stream.states[batch].to(runtime.device) for batch in stream.batches())
+    inputs = (run_to(runtime.model, layer.index, hidden, local) for hidden in batches)
+    return collect(regrouped(inputs, samples_per_sum(stream.states.shape[1])), weight.shape[1], runtime.device)
 
 
 def round_linear(weight: Tensor, kind: str, gram: Tensor, factor: gptq.Factor | None) -> Tensor:

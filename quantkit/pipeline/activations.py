@@ -28,14 +28,19 @@ SPARE = 0.5  # the share of free memory that streams may take: the layer and its
 
 @dataclass(frozen=True)
 class Stream:
-    """states: [samples, seqlen, hidden] in `place` ("device", "ram" or "file"); batch: samples per micro-batch;
-    mapping: of the file.
+    """The hidden states of a token set.
+
+    states: [samples, seqlen, hidden] in `place` ("device", "ram" or "file")
+    batch: samples per micro-batch
+    mapping: of the file
+    exact: whether its matmuls are to be exact: see `matmul.fast_linears`
     """
 
     states: Tensor
     place: str
     batch: int
     mapping: mmap.mmap | None = None
+    exact: bool = True
 
     def batches(self, samples: int | None = None, first: int = 0) -> Iterator[slice]:
         """The micro-batches, as slices of samples: of all, or of the first so many; from one of them on."""

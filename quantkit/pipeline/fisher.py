@@ -14,7 +14,6 @@ with one layer in memory; what enters each layer waits in files. Kept of it are 
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,22 +22,11 @@ from quantkit.calibration.tokens import TokenSet
 from quantkit.errors import NumericsError
 from quantkit.hardware.batching import TOKENS_A_STEP
 from quantkit.hardware.matmul import accumulate_, linear
-from quantkit.model.streaming import (
-    StreamedModel,
-    logits,
-    outside_loaded,
-    read_outside,
-    run_layer,
-)
+from quantkit.model.streaming import logits, outside_loaded, read_outside, run_layer
 from quantkit.pipeline.activations import Stream, few_positions
-from quantkit.pipeline.forward import (
-    Progress,
-    embed_original,
-    ending_names,
-    layer_loaded,
-    loaded,
-    open_states,
-)
+from quantkit.pipeline.forward import Layer, embed_original, ending_names, open_states
+from quantkit.pipeline.runtime import Memory, Progress, Runtime
+from quantkit.pipeline.walk import walk
 
 TOKENS = 2**14  # that speak for all: a few times the hidden sizes that there are
 DIRECTIONS = 256  # kept for each layer; what is left over counts in all directions alike
@@ -46,40 +34,42 @@ EVEN = 0.1  # share of the weight that is spread over all directions: F is an es
 
 
 @torch.no_grad()
-def output_directions(
-    model: StreamedModel, tokens: TokenSet, device: torch.device, dtype: torch.dtype, progress: Progress, spill: Path
-) -> list[Tensor]:
+def output_directions(runtime: Runtime, tokens: TokenSet, progress: Progress) -> list[Tensor]:
     """For each layer the directions [hidden, k] of its output that matter, as `weighted_square` takes them, on the CPU.
-
-    spill: see `activations.open_stream`; one file for each layer in turn
 
     Raises:
         NumericsError: a gradient is not finite.
     """
     tokens = _some(tokens)
+    device, layers = runtime.device, len(runtime.model.layers)
     batch = None if device.type == "cpu" else max(1, TOKENS_A_STEP // tokens.seqlen)
-    entering = [open_states(model, tokens, dtype, device, spill, "file", batch) for _ in range(len(model.layers) + 1)]
-    embed_original(model, tokens, entering[0], device)
-    for index in range(len(model.layers)):
-        progress.ending(f"see what matters to the original model: layer {index + 1}")
-        with layer_loaded(model, index, device, dtype):
+    runtime = replace(runtime, memory=Memory("file", batch))
+    entering = [open_states(runtime, tokens, "tuning") for _ in range(layers + 1)]
+    embed_original(runtime, tokens, entering[0])
+    with walk(runtime) as forward:
+        for layer in forward:
+            index = layer.index
+            progress.ending(f"see what matters to the original model: layer {index + 1}")
             for part in entering[index].batches():
                 hidden = entering[index].states[part].to(device)
-                entering[index + 1].states[part] = run_layer(model, index, hidden, exact=False)
+                entering[index + 1].states[part] = run_layer(runtime.model, index, hidden, exact=False)
     gradients = entering.pop()
-    _start_back(model, gradients, device, dtype)
-    found = [_directions(_information(gradients, device), model.layer_name(len(entering) - 1))]
-    for index in reversed(range(1, len(entering))):
-        progress.ending(f"see what matters to the original model: back through layer {index + 1}")
-        with layer_loaded(model, index, device, dtype):
-            _step_back(model, index, entering.pop(), gradients, device)
-        found.append(_directions(_information(gradients, device), model.layer_name(index - 1)))
-    return found[::-1]
+    _start_back(runtime, gradients)
+    directions = [_directions(_information(gradients, device), runtime.model.layer_name(layers - 1))]
+    with walk(runtime, indices=range(layers - 1, 0, -1)) as back:
+        for layer in back:
+            progress.ending(f"see what matters to the original model: back through layer {layer.index + 1}")
+            _step_back(layer, entering.pop(), gradients)
+            name = runtime.model.layer_name(layer.index - 1)
+            directions.append(_directions(_information(gradients, device), name))
+    return directions[::-1]
 
 
-def spilled_bytes(model: StreamedModel, tokens: TokenSet, dtype: torch.dtype) -> int:
+def spilled_bytes(runtime: Runtime, tokens: TokenSet) -> int:
     """What `output_directions` takes of the disk while it works: what enters each layer, and what leaves the last."""
-    return (len(model.layers) + 1) * _some(tokens).input_ids.numel() * int(model.config.hidden_size) * dtype.itemsize
+    model = runtime.model
+    numbers = _some(tokens).input_ids.numel() * int(model.config.hidden_size)
+    return (len(model.layers) + 1) * numbers * runtime.dtype.itemsize
 
 
 def _some(tokens: TokenSet) -> TokenSet:
@@ -96,10 +86,11 @@ def weighted_square(error: Tensor, directions: Tensor) -> Tensor:
     return (linear(error, directions.T).square().sum(-1) + even * error.square().sum(-1)).mean()
 
 
-def _start_back(model: StreamedModel, states: Stream, device: torch.device, dtype: torch.dtype) -> None:
+def _start_back(runtime: Runtime, states: Stream) -> None:
     """Replace what leaves the last layer by the gradient there of log p(y), y drawn from p; in place."""
+    model, device = runtime.model, runtime.device
     generator = torch.Generator(device).manual_seed(0)
-    with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
+    with outside_loaded(model, runtime.loaded(read_outside(model, ending_names(model)))):
         for part in states.batches():
             for some in few_positions(states.states[part], model.config.vocab_size):
                 hidden = states.states[part, some].to(device).requires_grad_()
@@ -111,12 +102,13 @@ def _start_back(model: StreamedModel, states: Stream, device: torch.device, dtyp
                 states.states[part, some] = torch.autograd.grad(likelihood, hidden)[0]
 
 
-def _step_back(model: StreamedModel, index: int, entering: Stream, gradients: Stream, device: torch.device) -> None:
-    """Turn the gradients at the output of the materialised layer into those at its input, in place."""
+def _step_back(layer: Layer, entering: Stream, gradients: Stream) -> None:
+    """Turn the gradients at the output of the layer into those at its input, in place."""
+    device = layer.runtime.device
     for part in gradients.batches():
         hidden = entering.states[part].to(device).requires_grad_()
         with torch.enable_grad():
-            output = run_layer(model, index, hidden, exact=False)
+            output = run_layer(layer.runtime.model, layer.index, hidden, exact=False)
         gradients.states[part] = torch.autograd.grad(output, hidden, gradients.states[part].to(device))[0]
 
 
@@ -135,8 +127,8 @@ def _directions(information: Tensor, name: str) -> Tensor:
     if not 0 < trace < float("inf"):
         raise NumericsError(f"{name}: the gradients at its output are not finite, or all zero; use --quality fast")
     values, vectors = torch.linalg.eigh(information * (len(information) / trace))  # in rising order
-    kept = min(DIRECTIONS, len(values) - 1)
-    rest = values[:-kept].clamp(min=0).mean()
-    beyond = (1 - EVEN) * (values[-kept:] - rest).clamp(min=0)
-    found: Tensor = (vectors[:, -kept:] * beyond.sqrt()).contiguous().cpu()
-    return found
+    count = min(DIRECTIONS, len(values) - 1)
+    rest = values[:-count].clamp(min=0).mean()
+    beyond = (1 - EVEN) * (values[-count:] - rest).clamp(min=0)
+    directions: Tensor = (vectors[:, -count:] * beyond.sqrt()).contiguous().cpu()
+    return directions

@@ -7,7 +7,6 @@ Nothing reads the head's output but the softmax, and nothing before it absorbs a
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantkit.formats import Format
@@ -16,41 +15,38 @@ from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods import gptq
 from quantkit.methods.site import SiteInput, compensate, round_to_nearest
 from quantkit.methods.table import Options
-from quantkit.model.streaming import StreamedModel, outside_loaded, read_outside, run_to_head
+from quantkit.model.streaming import outside_loaded, read_outside, run_to_head
 from quantkit.pipeline.activations import Stream, regrouped
-from quantkit.pipeline.forward import ending_names, loaded
+from quantkit.pipeline.forward import ending_names
+from quantkit.pipeline.runtime import Runtime
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
 from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
 
 
 def head_stats(
-    model: StreamedModel,
-    stream: Stream,
-    beside: Stream | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    samples: int | None = None,
-    ranks: Ranks = ALONE,
+    runtime: Runtime, stream: Stream, reference: Stream | None = None, samples: int | None = None
 ) -> SiteStats:
     """Sum up what the head reads, from calibration streams that have left the last layer.
 
-    beside: the first of them in the original model, if the drift is to be known; samples: only the first so many;
-    ranks: whose streams hold other samples, which count as well
+    Those of other ranks hold other samples, which count as well.
+
+    reference: the first samples in the original model, if the drift is to be known; samples: only the first so many
 
     Raises:
         NumericsError: inputs that are not finite.
     """
+    model, device, ranks = runtime.model, runtime.device, runtime.ranks
     head = model.head_name
     names = [name for name in ending_names(model) if not name.startswith(f"{head}.")]
 
     def inputs(of: Stream) -> Iterator[Tensor]:
-        some = None if samples is None else min(samples, len(of.states))
-        found = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(some))
-        return regrouped(ranks.in_turn(found), samples_per_sum(of.states.shape[1]))
+        count = None if samples is None else min(samples, len(of.states))
+        parts = (run_to_head(model, of.states[batch].to(device)) for batch in of.batches(count))
+        return regrouped(ranks.in_turn(parts), samples_per_sum(of.states.shape[1]))
 
-    with outside_loaded(model, loaded(read_outside(model, names), device, dtype)):
+    with outside_loaded(model, runtime.loaded(read_outside(model, names))):
         width = int(model.outside()[f"{head}.weight"][1])
-        stats = collect(inputs(stream), width, device, None if beside is None else inputs(beside), ranks)
+        stats = collect(inputs(stream), width, device, None if reference is None else inputs(reference), ranks)
     require_finite_stats(stats, str(head))
     return stats
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is: everything that determines its bytes."""
+"""What a run makes: everything that determines its bytes."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from quantkit import __version__
 from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.hardware.machine import device_name
-from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods.table import Options
-from quantkit.model.streaming import StreamedModel
-from quantkit.pipeline.forward import run_dtype
+from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import LinearPlan, Plan
 
 TUNING_TOKENS = 2**18  # to tune on; what the calibration set lacks, the original model writes,
@@ -25,40 +22,27 @@ DRIFT_TOKENS = 2**15  # that the drift is summed up of at least, where it is not
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines a run.
+    """What a run makes, and where.
 
-    method: a name in METHODS, for the linears whose plan names no other; calibration: None when no method needs one;
-    evaluation: None to leave out verification; device: where the layers run;
-    place: where hidden states live ("device", "ram", "file"; None lets memory decide);
-    batch: samples in a micro-batch (None: as many as are usual);
-    kept_width: the widest inputs of linears that are kept until their layer is done (0: none; see `passage`);
-    inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original";
-    amend: whether finished layers of another recipe are made anew (from the first that differs), not refused;
-    ranks: the processes that share it; their number changes no byte of the result on a CPU.
+    runtime: the model, and where it runs; the checkpoint is written to its folder
+    method: a name in METHODS, for the linears whose plan names no other
+    calibration: None when no method needs one
+    evaluation: None to leave out verification
+    inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original"
+    amend: make finished layers of another recipe anew, from the first that differs, instead of refusing them
     """
 
-    model: StreamedModel
+    runtime: Runtime
     plan: Plan
     method: str
     options: Options
-    calibration: TokenSet | None
-    evaluation: TokenSet | None
-    out: Path
-    device: torch.device
-    place: str | None = None
-    batch: int | None = None
-    kept_width: int = 0
+    calibration: TokenSet | None = None
+    evaluation: TokenSet | None = None
     inputs: str = "quantized"
     amend: bool = False
-    ranks: Ranks = ALONE
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states and weights while running."""
-        return run_dtype(self.model, self.device, f"{self.plan.linears[0].name}.weight")
-
-    @property
-    def beside(self) -> TokenSet | None:
+    def reference(self) -> TokenSet | None:
         """The first calibration samples, which travel through the original model too; all of them on a GPU.
 
         On a CPU half of them, unless the options say how many: a second model costs a CPU as much as all the rest, and
@@ -68,13 +52,13 @@ class Job:
         if every is None or not self.options.needs_original or self.inputs != "quantized":
             return None
         count = self.options.drift_samples
-        if count is None and self.device.type == "cpu":
+        if count is None and self.runtime.device.type == "cpu":
             count = max(-(-every.samples // 2), -(-DRIFT_TOKENS // every.seqlen))
         return every if count is None or self.options.tune else replace(every, input_ids=every.input_ids[:count])
 
     def chosen_options(self) -> dict[str, Any]:
         """The options for a record, with what they left to be chosen."""
-        return vars(self.options) | {"drift_samples": self.beside.samples if self.beside else 0}
+        return vars(self.options) | {"drift_samples": self.reference.samples if self.reference else 0}
 
     @property
     def tuning_copies(self) -> int:
@@ -86,20 +70,20 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued: everything that the bytes of the shards depend on.
 
-        Mixed schemes stand in the records of the layers instead: see `_compare_recipes`.
+        Mixed schemes stand in the records of the layers instead: see `resume`.
         """
         schemes = {str(linear.scheme) for linear in self.plan.linears}
         return {
             "quantkit": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
-            "device": device_name(self.device),
+            "device": device_name(self.runtime.device),
             "method": self.method,
             "format": self.plan.format.name,
             "scheme": schemes.pop() if len(schemes) == 1 and not self.amend else "by linear",
             "options": self.chosen_options(),
             "calibration": self.calibration.sha256 if self.calibration else None,
-            "model": fingerprint(self.model.checkpoint),
+            "model": fingerprint(self.runtime.model.checkpoint),
         } | ({"inputs": self.inputs} if self.inputs != "quantized" else {})
 
     def method_of(self, linear: LinearPlan) -> str:

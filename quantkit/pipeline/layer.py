@@ -20,12 +20,12 @@ from quantkit.model.families import Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped
-from quantkit.pipeline.forward import Progress, loaded
+from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
 from quantkit.scheme import QuantizedTensor, Scheme
-from quantkit.stats import SiteStats, collect, require_finite_stats
+from quantkit.stats import Projection, SiteStats, collect, require_finite_stats
 
 
 @dataclass(frozen=True)
@@ -52,41 +52,36 @@ class LayerResult:
 
 def quantize_layer(
     job: Job,
-    index: int,
-    sites: tuple[Site, ...],
-    source: Mapping[str, Tensor],
+    layer: Layer,
     calibration: Passage | None,
-    original: Passage | None,
-    observed: Sequence[SiteStats | None] | None,
-    progress: Progress,
+    original: Passage | None = None,
+    observed: Sequence[SiteStats | None] | None = None,
     factors: Sequence[Factor | None] | None = None,
 ) -> LayerResult:
-    """Quantize the materialised layer site by site; the inputs of a site come from the sites before it, quantized.
+    """Quantize a layer site by site; the inputs of a site come from the sites before it, quantized.
 
-    source: the layer's tensors as stored; calibration: the calibration samples in this layer; original: the first of
-    them in that of the original model
+    calibration: the calibration samples in this layer; original: the first of them in that of the original model
     observed, factors: the statistics of each site, and the factors of their Gram matrices, where known already
     """
-    layer, linears = job.model.layers[index], job.plan.layer(index)
+    linears = job.plan.layer(layer.index)
     result = LayerResult()
-    last = _last_calibrated(job, sites, linears)
+    last = _last_calibrated(job, layer.sites, linears)
     rounded = {f"{name}.weight" for name, linear in linears.items() if linear.scheme is not None}
-    prefix = job.model.layer_name(index)
-    kept = {name: to_stored(f"{prefix}.{name}", tensor) for name, tensor in source.items() if name not in rounded}
-    assign(layer, loaded(kept, job.device, job.dtype))
-    for number, site in enumerate(sites):
+    rest = {name: tensor for name, tensor in layer.source.items() if name not in rounded}
+    layer.load({name: to_stored(f"{layer.name}.{name}", tensor) for name, tensor in rest.items()})
+    for number, site in enumerate(layer.sites):
         if all(linears[name].scheme is None for name in site.linears):
             continue
         method = job.method_of(linears[site.linears[0]])
-        name = f"{prefix}.{site.linears[0]}"
+        name = f"{layer.name}.{site.linears[0]}"
         stats = None if observed is None else observed[number]
         if stats is None and calibration is not None and METHODS[method].calibrates:
-            progress.stage(f"calibrate {kinds(site)}")
-            stats = _collect(job, layer, site, calibration, original, last=site is last)
+            layer.progress.stage(f"calibrate {kinds(site)}")
+            stats = _collect(site, calibration, original, last=site is last)
             require_finite_stats(stats, name)
-        progress.stage(f"quantize {kinds(site)}")
-        channel = fold_channels(job.model, index, site)
-        inputs = _site_input(job, layer, linears, site, stats, channel)
+        layer.progress.stage(f"quantize {kinds(site)}")
+        channel = fold_channels(layer.runtime.model, layer.index, site)
+        inputs = _site_input(job, layer, site, stats, channel)
         if factors is not None:
             inputs = replace(inputs, factor=factors[number])
         try:
@@ -97,14 +92,14 @@ def quantize_layer(
         outcome = replace(outcome, quantized={local: settle(q) for local, q in outcome.quantized.items()})
         if outcome.scale is not None and channel is not None:
             schemes = {name: linears[name].scheme for name in site.linears}
-            fold = Fold(site, outcome.scale, channel.to(job.device))
-            _fold(layer, fold, schemes, result, settle)
+            fold = Fold(site, outcome.scale, channel.to(layer.runtime.device))
+            _fold(layer.module, fold, schemes, result, settle)
             result.folds.append(fold)
             if calibration is not None:
-                forget(calibration, sites, site)
+                forget(calibration, site)
         result.quantized |= outcome.quantized
         result.offsets |= outcome.offsets
-        assign_float(layer, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
+        assign_float(layer.module, {f"{local}.weight": dequantize(q) for local, q in outcome.quantized.items()})
         result.records += records_of(job, outcome, linears)
     return result
 
@@ -125,22 +120,18 @@ def assign_float(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def quantize_observed(
-    job: Job,
-    index: int,
-    sites: tuple[Site, ...],
-    observed: Sequence[SiteStats | None],
-    factors: Sequence[Factor | None],
-    source: Mapping[str, Tensor],
-    progress: Progress,
+    job: Job, layer: Layer, observed: Sequence[SiteStats | None], factors: Sequence[Factor | None]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Quantize a layer from what its sites read in the original, writing nothing.
 
-    source: the layer's tensors as stored; it is materialised from them first. The statistics may be rescaled in place.
-    Returns the layer's tensors as a written shard would stand for them (names local to the layer), and the records.
+    It is materialised from the original's tensors first. The statistics may be rescaled in place.
+
+    Returns:
+        The layer's tensors as a written shard would stand for them (names local to the layer), and the records.
     """
-    assign(job.model.layers[index], loaded(source, job.device, job.dtype))
-    result = quantize_layer(job, index, sites, source, None, None, observed, progress, factors)
-    return as_written(source, result), result.records
+    layer.load(layer.source)
+    result = quantize_layer(job, layer, None, None, observed, factors)
+    return as_written(layer.source, result), result.records
 
 
 def as_written(source: Mapping[str, Tensor], result: LayerResult) -> dict[str, Tensor]:
@@ -163,23 +154,17 @@ def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Ten
     return tensors
 
 
-def _site_input(
-    job: Job,
-    layer: nn.Module,
-    linears: Mapping[str, LinearPlan],
-    site: Site,
-    stats: SiteStats | None,
-    channel: Tensor | None,
-) -> SiteInput:
+def _site_input(job: Job, layer: Layer, site: Site, stats: SiteStats | None, channel: Tensor | None) -> SiteInput:
+    linears = job.plan.layer(layer.index)
     schemes = {name: linears[name].scheme for name in site.linears}
     present = [scheme for scheme in schemes.values() if scheme is not None]
     return SiteInput(
-        weights={name: _weight(layer, name) for name in site.linears},
+        weights={name: _weight(layer.module, name) for name in site.linears},
         schemes=schemes,
         stats=stats,
-        channel=None if channel is None else channel.to(job.device),
+        channel=None if channel is None else channel.to(layer.runtime.device),
         min_zero=max(job.plan.format.min_zero(scheme) for scheme in present),
-        ranks=job.ranks,
+        ranks=layer.runtime.ranks,
     )
 
 
@@ -192,25 +177,25 @@ def _last_calibrated(job: Job, sites: Sequence[Site], linears: Mapping[str, Line
     return None
 
 
-def _collect(
-    job: Job, layer: nn.Module, site: Site, calibration: Passage, original: Passage | None, *, last: bool
-) -> SiteStats:
-    linear = site.linears[0]
+def _collect(site: Site, calibration: Passage, original: Passage | None, *, last: bool) -> SiteStats:
+    """Sum up what the site reads, and how far that is from what it reads in the original model."""
+    layer, linear = calibration.layer, site.linears[0]
+    ranks, device = layer.runtime.ranks, layer.runtime.device
     together = samples_per_sum(calibration.stream.states.shape[1])
-    found = regrouped(job.ranks.in_turn(inputs_of(calibration, linear, job.device)), together)
+    inputs = regrouped(ranks.in_turn(inputs_of(calibration, linear)), together)
     originals = None
-    weight = _weight(layer, linear)
+    weight = _weight(layer.module, linear)
     few_rows = len(site.linears) == 1 and 2 * weight.shape[0] < weight.shape[1]
     # What the original returns here is made anyway where it goes on to the next layer. Of products in 16 bit the
     # difference would be too rough.
-    bias = getattr(layer.get_submodule(linear), "bias", None)
+    bias = getattr(layer.module.get_submodule(linear), "bias", None)
     fine = weight.dtype == torch.float32 and not fast_bfloat16()
     multiplied = few_rows and last and bias is None and fine
     if original is not None:
-        inputs = inputs_of(original, linear, job.device, last=last, returned=multiplied)
-        originals = regrouped(job.ranks.in_turn(inputs), together)
-    projected = weight if few_rows else None
-    return collect(found, weight.shape[1], job.device, originals, job.ranks, projected, multiplied=multiplied)
+        theirs = inputs_of(original, linear, last=last, returned=multiplied)
+        originals = regrouped(ranks.in_turn(theirs), together)
+    projection = Projection(weight, applied=multiplied) if few_rows else None
+    return collect(inputs, weight.shape[1], device, originals, ranks, projection)
 
 
 def _fold(

@@ -5,11 +5,9 @@ The figures are those of a run (`pipeline.run`): the same streams, in the same b
 memory is one layer of each model and the hidden states, whatever the depth.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, Protocol
 
 import torch
@@ -21,26 +19,15 @@ from quantkit.errors import ModelError
 from quantkit.formats import Format
 from quantkit.model.streaming import (
     StreamedModel,
-    assign,
     embedding_names,
     move_buffers,
     outside_loaded,
     read_outside,
 )
-from quantkit.pipeline.activations import Stream, choose_place
-from quantkit.pipeline.forward import (
-    Progress,
-    advance,
-    compare,
-    embed_original,
-    embed_tokens,
-    ending_names,
-    layer_loaded,
-    loaded,
-    open_states,
-    relative_error,
-    run_dtype,
-)
+from quantkit.pipeline.compare import compare_logits, relative_error
+from quantkit.pipeline.forward import embed_original, embed_tokens, ending_names, open_streams
+from quantkit.pipeline.runtime import Progress, Runtime
+from quantkit.pipeline.walk import walk
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.quantized import (
     changes_nothing,
@@ -171,70 +158,40 @@ def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None
         )
 
 
-def _local(original: StreamedModel, index: int) -> list[str]:
-    return list(original.layer_shapes(index))
-
-
-def _open(
-    model: StreamedModel,
-    evaluation: TokenSet,
-    dtype: torch.dtype,
-    device: torch.device,
-    out: Path,
-    place: str | None,
-    batch: int | None,
-) -> tuple[Stream, Stream]:
-    """Both streams, in a place that holds the two. A file that they are mapped from has no name, so none is left."""
-    tokens = evaluation.samples * evaluation.seqlen
-    place = place or choose_place(2 * tokens * model.config.hidden_size * dtype.itemsize, device)
-    folder = out if os.access(out, os.W_OK) else Path(gettempdir())
-    names = [f".quantkit-{name}-{os.getpid()}.tmp" for name in ("original", "quantized")]
-    first, second = (open_states(model, evaluation, dtype, device, folder / name, place, batch) for name in names)
-    return first, second
-
-
 @torch.no_grad()
-def measure(
-    original: StreamedModel,
-    quantized: Measurable,
-    evaluation: TokenSet,
-    device: torch.device,
-    progress: Progress,
-    place: str | None = None,
-    batch: int | None = None,
-) -> dict[str, Any]:
-    """The figures of `verify.Comparison.result`, and "layer_errors"; see `pipeline.run`.
+def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progress: Progress) -> dict[str, Any]:
+    """The figures of `verdict.Comparison`, and "layer_errors"; see `pipeline.run`.
 
-    place: where hidden states live ("device", "ram", "file"; None lets memory decide); batch: samples at a time
+    runtime: of the original
 
     Raises:
         ModelError, NumericsError: a damaged file; values that are not finite.
     """
-    model = original
-    dtype = run_dtype(model, device, f"{quantized.linears[0].name}.weight")
-    move_buffers(model.model, device)
-    reference, stream = _open(model, evaluation, dtype, device, quantized.directory, place, batch)
-    tokens = 2 * evaluation.samples * evaluation.seqlen
-    progress.start(len(model.layers), tokens, {"evaluation": reference.place})
-    embed_original(model, evaluation, reference, device)
-    with outside_loaded(model, loaded(quantized.read(embedding_names(model)), device, dtype)):
-        embed_tokens(model, evaluation, stream, device)
+    model = runtime.model
+    move_buffers(model.model, runtime.device)
+    opened = open_streams(runtime, {"original": evaluation, "quantized": evaluation})
+    original, stream = opened["original"], opened["quantized"]
+    progress.start(len(model.layers), 2 * evaluation.samples * evaluation.seqlen, {"evaluation": original.place})
+    embed_original(runtime, evaluation, original)
+    with outside_loaded(model, runtime.loaded(quantized.read(embedding_names(model)))):
+        embed_tokens(runtime, evaluation, stream)
     layer_errors = []
-    for index in range(len(model.layers)):
-        progress.layer(index)
-        progress.stage("run the original")
-        with layer_loaded(model, index, device, dtype) as layer:
-            advance(model, index, reference)
+    with walk(runtime, progress) as layers:
+        for layer in layers:
+            progress.stage("run the original")
+            layer.advance(original)
+            layer.forget_original()
             progress.stage("run the quantized")
-            prefix = f"{model.layer_name(index)}."
-            stored = quantized.read([f"{prefix}{name}" for name in _local(model, index)], device)
-            assign(layer, loaded({name.removeprefix(prefix): t for name, t in stored.items()}, device, dtype))
+            names = [f"{layer.name}.{name}" for name in model.layer_shapes(layer.index)]
+            stored = quantized.read(names, runtime.device)
+            layer.load({name.removeprefix(f"{layer.name}."): tensor for name, tensor in stored.items()})
             del stored
-            advance(model, index, stream)
-        layer_errors.append({"layer": index, "relative_error": relative_error(reference, stream)})
-        progress.finished(index, layer_errors[-1]["relative_error"], False)
+            layer.advance(stream)
+            error = relative_error(original, stream)
+            layer_errors.append({"layer": layer.index, "relative_error": error})
+            progress.finished(layer.index, error, False)
     progress.ending("compare the logits")
-    source = loaded(read_outside(model, ending_names(model)), device, dtype)
+    source = runtime.loaded(read_outside(model, ending_names(model)))
     outside = ((name, quantized.read([name])[name]) for name in source)
-    figures = compare(model, evaluation, reference, stream, source, outside, device)
+    (figures,) = compare_logits(runtime, evaluation, original, [stream], source, outside)
     return figures | {"layer_errors": layer_errors}

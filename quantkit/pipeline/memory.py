@@ -18,6 +18,7 @@ from quantkit.errors import InputError
 from quantkit.hardware.batching import TOKENS_AT_ONCE_GPU
 from quantkit.model.shapes import Shapes
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.runtime import Memory
 from quantkit.serving.needs import CUDA_BYTES, Work, needs, sites
 from quantkit.units import format_bytes
 
@@ -42,6 +43,11 @@ class Layout:
     ram_limit: int | None
     kept_width: int = 0
 
+    @property
+    def memory(self) -> Memory:
+        """What a run is given of it."""
+        return Memory(self.place, self.batch, self.kept_width)
+
     def record(self) -> dict[str, Any]:
         """For the result document."""
         return dict(vars(self))
@@ -57,6 +63,21 @@ class Layout:
 
 def _of(limit: int | None) -> str:
     return "" if limit is None else f" ({format_bytes(limit)} allowed)"
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one process may use, as the user says it: bytes of a GPU and of RAM, and where hidden states live.
+
+    None: what is free of memory; the fastest place that has room.
+    """
+
+    vram: int | None = None
+    ram: int | None = None
+    place: str | None = None
+
+
+FREE = Allowance()
 
 
 @dataclass(frozen=True)
@@ -80,20 +101,17 @@ def lay_out(
     work: Work,
     streams: Streams,
     device: torch.device,
-    *,
-    vram: int | None = None,
-    ram: int | None = None,
-    place: str | None = None,
+    allowance: Allowance = FREE,
     processes: int = 1,
 ) -> Layout:
     """Choose a layout within the limits; where none is given, within what is free, and then nothing is refused.
 
-    vram, ram: limits in bytes of this process; place: of hidden states, if that has
-    been chosen; processes: that share the machine's free RAM
+    processes: that share the machine's free RAM
 
     Raises:
         InputError: a limit that the smallest layout does not keep, with what it needs.
     """
+    vram, ram, place = allowance.vram, allowance.ram, allowance.place
     if vram is not None and not work.on_gpu:
         raise InputError(f"--vram: layers run on the {device.type}; use --ram, or --device cuda")
     states = streams.tokens * model.config.hidden_size * work.itemsize
@@ -126,44 +144,38 @@ def _keepable(work: Work) -> list[tuple[int, int]]:
 
 
 def lay_out_job(
-    job: Job,
-    evaluated: Sequence[tuple[int, int]],
-    *,
-    vram: int | None = None,
-    ram: int | None = None,
-    place: str | None = None,
-    keeps: bool = True,
+    job: Job, evaluated: Sequence[tuple[int, int]], allowance: Allowance = FREE, *, keeps: bool = True
 ) -> Layout:
     """The layout of a job: see `lay_out`.
 
     evaluated: (samples, seqlen) of each stream that measures; keeps: whether layers are calibrated site by site
     """
+    runtime = job.runtime
+    ranks = runtime.ranks
     shapes, kept = list(evaluated), 0
     if job.calibration:
         seqlen = job.calibration.seqlen
-        streamed = [job.ranks.most(tokens.samples) for tokens in (job.calibration, job.beside) if tokens]
+        streamed = [ranks.most(tokens.samples) for tokens in (job.calibration, job.reference) if tokens]
         shapes += [(samples * (1 + job.tuning_copies), seqlen) for samples in streamed]
         kept = streamed[0] * seqlen if keeps and job.inputs == "quantized" and not job.options.tune else 0
     streams = Streams(shapes, kept)
     work = Work(
         linears=job.plan.linears,
         head=next((linear for linear in job.plan.quantized if linear.unit == "head"), None),
-        on_gpu=job.device.type == "cuda",
-        itemsize=job.dtype.itemsize,
+        on_gpu=runtime.device.type == "cuda",
+        itemsize=runtime.dtype.itemsize,
         longest=streams.longest,
         calibrated=job.calibration is not None,
-        follows_original=job.beside is not None,
+        follows_original=job.reference is not None,
         tuned=job.options.tune,
         compared=bool(evaluated),
     )
-    return lay_out(
-        job.model, work, streams, job.device, vram=vram, ram=ram, place=place, processes=job.ranks.local_size
-    )
+    return lay_out(runtime.model, work, streams, runtime.device, allowance, ranks.local_size)
 
 
 def laid_out(job: Job, layout: Layout) -> Job:
     """The job as this layout has it run."""
-    return replace(job, place=layout.place, batch=layout.batch, kept_width=layout.kept_width)
+    return replace(job, runtime=replace(job.runtime, memory=layout.memory))
 
 
 def keep(layout: Layout, device: torch.device) -> None:

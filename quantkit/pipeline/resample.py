@@ -7,69 +7,43 @@ there. A copy is made of the one before it, and so the text becomes the model's 
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
-from quantkit.model.streaming import (
-    StreamedModel,
-    logits,
-    outside_loaded,
-    read_outside,
-)
+from quantkit.model.streaming import logits, outside_loaded, read_outside
 from quantkit.pipeline.activations import Stream, few_positions
-from quantkit.pipeline.forward import (
-    Progress,
-    advance,
-    embed_original,
-    ending_names,
-    layer_loaded,
-    loaded,
-    open_states,
-)
+from quantkit.pipeline.forward import embed_original, ending_names, open_states
+from quantkit.pipeline.runtime import Progress, Runtime
+from quantkit.pipeline.walk import walk
 
 SHARE = 0.4  # of the tokens of a copy are replaced
 
 
 @torch.no_grad()
-def resample(
-    model: StreamedModel,
-    tokens: TokenSet,
-    copies: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-    spill: Path,
-    place: str | None = None,
-    batch: int | None = None,
-) -> Tensor:
-    """Token ids int64 [copies * samples, seqlen], copy after copy, the same on every run on the same device.
-
-    spill, place, batch: see `activations.open_stream`
-    """
-    states = open_states(model, tokens, dtype, device, spill, place, batch)
-    generator = torch.Generator(device).manual_seed(0)
+def resample(runtime: Runtime, tokens: TokenSet, copies: int, progress: Progress) -> Tensor:
+    """Token ids int64 [copies * samples, seqlen], copy after copy, the same on every run on the same device."""
+    states = replace(open_states(runtime, tokens, "tuning"), exact=False)
+    generator = torch.Generator(runtime.device).manual_seed(0)
     written = [tokens.input_ids]
     for copy in range(copies):
-        told = f"let the original model rewrite the calibration text, copy {copy + 1} of {copies}"
-        written.append(_rewritten(model, replace(tokens, input_ids=written[-1]), states, generator, progress, told))
+        stage = f"let the original model rewrite the calibration text, copy {copy + 1} of {copies}"
+        last = replace(tokens, input_ids=written[-1])
+        embed_original(runtime, last, states)
+        with walk(runtime) as layers:
+            for layer in layers:
+                progress.ending(f"{stage}: layer {layer.index + 1}")
+                layer.advance(states)
+        written.append(_rewritten(runtime, last, states, generator))
     return torch.cat(written[1:])
 
 
-def _rewritten(
-    model: StreamedModel, tokens: TokenSet, states: Stream, generator: torch.Generator, progress: Progress, told: str
-) -> Tensor:
-    """The ids with a share of them replaced by the model; states: room for them, overwritten."""
-    device, dtype = generator.device, states.states.dtype
-    embed_original(model, tokens, states, device)
-    for index in range(len(model.layers)):
-        progress.ending(f"{told}: layer {index + 1}")
-        with layer_loaded(model, index, device, dtype):
-            advance(model, index, states, exact=False)
+def _rewritten(runtime: Runtime, tokens: TokenSet, states: Stream, generator: torch.Generator) -> Tensor:
+    """The ids with a share of them replaced by the model, of which `states` has left the last layer."""
+    model, device = runtime.model, runtime.device
     written = []
-    with outside_loaded(model, loaded(read_outside(model, ending_names(model)), device, dtype)):
+    with outside_loaded(model, runtime.loaded(read_outside(model, ending_names(model)))):
         for batch in states.batches():
             ids = tokens.input_ids[batch].to(device)
             before = states.states[batch, :-1]  # the last position predicts what comes after the window

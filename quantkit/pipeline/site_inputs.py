@@ -1,45 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A token stream on its way through one layer: run to a site, the layer starts where what is known ends.
+"""What the sites of a layer read, as a token stream runs through it.
 
 A site's inputs come from the sites before it as they are by now, so a layer is run once for each site. What the linears
 of earlier sites read has not changed since, unless a scale was folded into what makes it: it is kept, where memory
 allows, and the parts before it are left out (`model.shortcuts`). Once such a linear has its last weights, what it
-returns is kept in the same place instead.
+returns is kept in the same place instead. `observe` sums up what all sites of the original read, in one run.
 
-What is run here is summed up over many tokens, so a CPU may multiply in bfloat16, as a GPU does.
+What calibrates is summed up over many tokens, so a CPU may multiply in bfloat16, as a GPU does (`Stream.exact`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantkit.hardware.batching import samples_per_sum
+from quantkit.hardware.matmul import mirror_
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
-from quantkit.model.streaming import StreamedModel, run_to
+from quantkit.model.streaming import run_to
 from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.forward import run_finite
+from quantkit.pipeline.forward import Layer
+from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
 
 
 @dataclass
 class Passage:
-    """A stream before, and in, layer `index` (materialised).
+    """A stream on its way through a materialised layer.
 
-    samples: of it that are run to the sites; shortcuts: of which something is kept; weights: what the layer runs with
-    (names local to it), None: its own; known: what is kept; leaves: whether the samples are to leave the layer when
-    they are run to its last site; left: how many have
+    samples: how many of it are run to the sites
+    shortcuts: the linears whose inputs or outputs may be kept
+    weights: what the layer runs with (names local to it); None: its own
+    known: what is kept so far
+    run_to_end: run the samples through the whole layer, not only up to the last site
+    finished: number of samples already past the layer
     """
 
-    model: StreamedModel
-    index: int
+    layer: Layer
     stream: Stream
     samples: int
     shortcuts: tuple[Shortcut, ...] = ()
     weights: Mapping[str, Tensor] | None = None
     known: dict[Shortcut, Known] = field(default_factory=dict)
-    leaves: bool = False
-    left: int = 0
+    run_to_end: bool = False
+    finished: int = 0
 
     @property
     def ends_whole(self) -> bool:
@@ -47,77 +53,112 @@ class Passage:
         return self.samples == len(self.stream.states) or self.samples % self.stream.batch == 0
 
 
-def shortcuts_of(
-    model: StreamedModel, index: int, stream: Stream, sites: Sequence[Site], widest: int
-) -> tuple[Shortcut, ...]:
-    """The shortcuts of a materialised layer by linears that are a site alone and read at most so many features."""
-    layer = model.layers[index]
-    weights = {
-        site.linears[0]: layer.get_parameter(f"{site.linears[0]}.weight") for site in sites if len(site.linears) == 1
-    }
-    narrow = [name for name, weight in weights.items() if weight.shape[1] <= widest]
+def shortcuts_of(layer: Layer, stream: Stream, widest: int) -> tuple[Shortcut, ...]:
+    """The shortcuts of a layer by linears that are a site alone and read at most so many features."""
+    alone = [site.linears[0] for site in layer.sites if len(site.linears) == 1]
+    narrow = [name for name in alone if layer.module.get_parameter(f"{name}.weight").shape[1] <= widest]
     if not narrow:
         return ()
-    hidden = stream.states[next(stream.batches())].to(weights[narrow[0]].device)
-    return find_shortcuts(model, index, hidden, narrow)
+    hidden = stream.states[next(stream.batches())].to(layer.runtime.device)
+    return find_shortcuts(layer.runtime.model, layer.index, hidden, narrow)
 
 
-def inputs_of(
-    passage: Passage, linear: str, device: torch.device, *, last: bool = False, returned: bool = False
-) -> Iterator[Tensor]:
-    """What a linear reads, one micro-batch [samples, seqlen, in_features] at a time; keeps what is to be kept.
+def inputs_of(passage: Passage, linear: str, *, last: bool = False, returned: bool = False) -> Iterator[Tensor]:
+    """What a linear reads, one micro-batch [samples, seqlen, in_features] at a time; fills `passage.known` on the way.
 
     last: this is the last site; returned: give what the linear returns instead, for which the layer runs to its end
     """
-    model, index, stream = passage.model, passage.index, passage.stream
-    layer, leaving = model.layers[index], last and passage.leaves and passage.ends_whole
+    layer, stream = passage.layer, passage.stream
+    model, index, device, module = layer.runtime.model, layer.index, layer.runtime.device, layer.module
+    to_end = last and passage.run_to_end and passage.ends_whole
     again = not last or passage.weights is None  # the layer runs once more on its new weights
     wanted = [shortcut for shortcut in passage.shortcuts if again and shortcut not in passage.known]
     # Where a linear's inputs are known its site is done, so it has its last weights: where its inputs were is room for
     # what it returns.
     final = [
         shortcut
-        for shortcut, found in passage.known.items()
-        if again and not found.returned and shortcut.linear != linear
+        for shortcut, tensors in passage.known.items()
+        if again and not tensors.returned and shortcut.linear != linear
     ]
-    kept: dict[Shortcut, Known] = {}
+    learned: dict[Shortcut, Known] = {}
     read = [linear, *(shortcut.linear for shortcut in wanted)]
     made = [*(shortcut.linear for shortcut in final), *([linear] if returned else [])]
     for batch in stream.batches(passage.samples):
         hidden = stream.states[batch].to(device)
-        known = {shortcut: found.of(batch) for shortcut, found in passage.known.items()}
-        with taken(layer, known), watched(layer, read, made) as (seen, outputs):
-            if leaving or returned:
-                left = run_finite(model, index, hidden, passage.weights, exact=False)
-                if leaving:
-                    stream.states[batch] = left
-                del left  # before the next one is made
+        known = {shortcut: tensors.of(batch) for shortcut, tensors in passage.known.items()}
+        with taken(module, known), watched(module, read, made) as (inputs, outputs):
+            if to_end or returned:
+                end = layer.run(hidden, passage.weights, exact=stream.exact)
+                if to_end:
+                    stream.states[batch] = end
+                del end  # before the next one is made
             else:
-                run_to(model, index, hidden, linear, passage.weights, exact=False)
+                run_to(model, index, hidden, linear, passage.weights, exact=stream.exact)
         for shortcut in wanted:
-            if shortcut.linear in seen:
-                tensor = seen[shortcut.linear]
-                if shortcut not in kept:
-                    kept[shortcut] = Known(tensor.new_empty(passage.samples, *tensor.shape[1:]))
-                kept[shortcut].tensor[batch] = tensor
+            if shortcut.linear in inputs:
+                tensor = inputs[shortcut.linear]
+                if shortcut not in learned:
+                    learned[shortcut] = Known(tensor.new_empty(passage.samples, *tensor.shape[1:]))
+                learned[shortcut].tensor[batch] = tensor
         for shortcut in final:
             room, output = passage.known[shortcut].tensor, outputs.pop(shortcut.linear, None)
             if output is not None and output.shape[-1] <= room.shape[-1]:
-                kept[shortcut] = Known(room[..., : output.shape[-1]], returned=True)
-                kept[shortcut].tensor[batch] = output
+                learned[shortcut] = Known(room[..., : output.shape[-1]], returned=True)
+                learned[shortcut].tensor[batch] = output
             del output
-        yield outputs[linear] if returned else seen[linear]
-    passage.known |= kept
-    if leaving:
-        passage.left, passage.known = passage.samples, {}
+        yield outputs[linear] if returned else inputs[linear]
+    passage.known |= learned
+    if to_end:
+        passage.finished, passage.known = passage.samples, {}
 
 
-def forget(passage: Passage, sites: Sequence[Site], site: Site) -> None:
+def forget(passage: Passage, site: Site) -> None:
     """A scale was folded into the site's producer: what came after that is not as it was kept."""
+    sites = passage.layer.sites
     changed = next((n + 1 for n, before in enumerate(sites) if site.producer in before.linears), sites.index(site))
     read = {name for after in sites[changed:] for name in after.linears}
     passage.known = {
-        shortcut: kept
-        for shortcut, kept in passage.known.items()
-        if shortcut.linear not in read and not (kept.returned and shortcut.linear == site.producer)
+        shortcut: tensors
+        for shortcut, tensors in passage.known.items()
+        if shortcut.linear not in read and not (tensors.returned and shortcut.linear == site.producer)
     }
+
+
+def observe(layer: Layer, stream: Stream) -> tuple[SiteStats, ...]:
+    """Advance a stream through the layer, and sum up what each site reads on the way: one run for all.
+
+    Raises:
+        NumericsError: an output or a site's inputs are not finite.
+    """
+    first = [layer.module.get_submodule(site.linears[0]) for site in layer.sites]
+    widths = [cast(Tensor, linear.weight).shape[1] for linear in first]
+    sums = tuple(empty_stats(width, layer.runtime.device) for width in widths)
+    at_once = samples_per_sum(stream.states.shape[1])
+    waiting: list[list[Tensor]] = [[] for _ in layer.sites]
+
+    def add(number: int, at_least: int) -> None:
+        """Sum up what waits in pieces of a fixed number of samples, so that memory does not decide the last bits."""
+        while waiting[number] and sum(map(len, waiting[number])) >= at_least:
+            together = torch.cat(waiting[number])
+            add_inputs(sums[number], together[:at_once])
+            waiting[number] = [together[at_once:]] if len(together) > at_once else []
+
+    def watch(number: int) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            waiting[number].append(args[0])
+            add(number, at_once)
+
+        return see
+
+    handles = [linear.register_forward_pre_hook(watch(number)) for number, linear in enumerate(first)]
+    try:
+        layer.advance(stream)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number, stats in enumerate(sums):
+        add(number, 1)
+        mirror_(stats.gram)
+    for site, stats in zip(layer.sites, sums, strict=True):
+        require_finite_stats(stats, f"{layer.name}.{site.linears[0]}")
+    return sums

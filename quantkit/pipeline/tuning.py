@@ -22,10 +22,11 @@ from quantkit.methods.tune import Loss, tune
 from quantkit.model.streaming import embed, run_layer
 from quantkit.pipeline.activations import Stream
 from quantkit.pipeline.fisher import output_directions, spilled_bytes, weighted_square
-from quantkit.pipeline.forward import Progress
+from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import LayerResult, assign_float
 from quantkit.pipeline.resample import resample
+from quantkit.pipeline.runtime import Progress
 from quantkit.scheme import QuantizedTensor
 
 TUNING = "tuning"
@@ -42,23 +43,23 @@ def prepare(job: Job, journal: Journal, progress: Progress) -> TokenSet | None:
     tokens = job.calibration
     if tokens is None or not job.options.tune:
         return tokens
+    runtime = job.runtime
     if TUNING not in journal.finished:
-        spill = job.out / ".tuning-states.tmp"
-        require_disk(job.out, spilled_bytes(job.model, tokens, job.dtype))
+        require_disk(runtime.folder, spilled_bytes(runtime, tokens))
         ids = tokens.input_ids
         if job.tuning_copies:
-            places = spill, job.place, job.batch
-            more = resample(job.model, tokens, job.tuning_copies, job.device, job.dtype, progress, *places)
-            ids = torch.cat([ids, more])
-        directions = output_directions(job.model, tokens, job.device, job.dtype, progress, spill)
+            ids = torch.cat([ids, resample(runtime, tokens, job.tuning_copies, progress)])
+        directions = output_directions(runtime, tokens, progress)
         tensors = {"input_ids": ids} | {f"directions.{index}": v for index, v in enumerate(directions)}
-        journal.append(Unit(TUNING, TUNING_FILE, write_shard(job.out / TUNING_FILE, tensors), {"linears": []}))
-    return replace(tokens, input_ids=open_file(job.out / TUNING_FILE).read("input_ids"))
+        sha256 = write_shard(runtime.folder / TUNING_FILE, tensors)
+        journal.append(Unit(TUNING, TUNING_FILE, sha256, {"linears": []}))
+    return replace(tokens, input_ids=open_file(runtime.folder / TUNING_FILE).read("input_ids"))
 
 
-def layer_directions(job: Job, index: int) -> Tensor:
+def layer_directions(layer: Layer) -> Tensor:
     """The directions of the layer's output that matter; see `fisher.weighted_square`."""
-    return open_file(job.out / TUNING_FILE).read(f"directions.{index}").to(job.device)
+    runtime = layer.runtime
+    return open_file(runtime.folder / TUNING_FILE).read(f"directions.{layer.index}").to(runtime.device)
 
 
 def _samples_a_step(seqlen: int) -> int:
@@ -74,7 +75,7 @@ def learn_sizes(job: Job, calibration: Stream | None, samples: int) -> None:
         step = _samples_a_step(job.calibration.seqlen)
         sizes = {min(step, job.calibration.samples), job.calibration.samples % step, samples % calibration.batch}
         for size in sorted(sizes - {0}):
-            embed(job.model, job.calibration.input_ids[:size].to(job.device))
+            embed(job.runtime.model, job.calibration.input_ids[:size].to(job.runtime.device))
 
 
 def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,40 +88,38 @@ def _steps(samples: int, step: int, seed: int) -> tuple[list[Tensor], list[Tenso
     return [part for each in passes for part in each.split(step)], list(parts[-judges:])
 
 
-def tune_layer(job: Job, index: int, result: LayerResult, calibration: Stream, beside: Stream) -> None:
-    """Tune the layer's codes and scales towards the original's outputs; `beside` holds those already.
+def tune_layer(job: Job, layer: Layer, result: LayerResult, calibration: Stream, reference: Stream) -> None:
+    """Tune the layer's codes and scales towards the original's outputs, which `reference` holds already.
 
     Samples come in an order of their own for each layer and pass. Some of them only judge: a layer that they find no
     better stays as it was.
     """
-    layer = job.model.layers[index]
-    assign_float(layer, result.changed)
-    seqlen = calibration.states.shape[1]
-    step = _samples_a_step(seqlen)
-    directions = layer_directions(job, index)
+    runtime = layer.runtime
+    assign_float(layer.module, result.changed)
+    step = _samples_a_step(calibration.states.shape[1])
+    directions = layer_directions(layer)
 
     def loss(samples: Tensor) -> Loss:
         def of(weights: Mapping[str, Tensor]) -> Tensor:
-            inputs, target = (stream.states[samples].to(job.device) for stream in (calibration, beside))
-            output = run_layer(
-                job.model, index, inputs, {f"{name}.weight": w for name, w in weights.items()}, exact=False
-            )
+            inputs, target = (stream.states[samples].to(runtime.device) for stream in (calibration, reference))
+            named = {f"{name}.weight": weight for name, weight in weights.items()}
+            output = run_layer(runtime.model, layer.index, inputs, named, exact=False)
             energy = target.float().square().sum(-1).mean()
             return weighted_square(output.float() - target.float(), directions) / energy
 
         return of
 
-    learned_from, kept_back = _steps(len(calibration.states), step, index)
-    seen, judges = [loss(samples) for samples in learned_from], [loss(samples) for samples in kept_back]
+    training, judging = _steps(len(calibration.states), step, layer.index)
+    losses, judges = [loss(samples) for samples in training], [loss(samples) for samples in judging]
 
     def judged(quantized: Mapping[str, QuantizedTensor]) -> float:
-        weights = {name: dequantize(q, job.dtype) for name, q in quantized.items()}
+        weights = {name: dequantize(q, runtime.dtype) for name, q in quantized.items()}
         return sum(float(judge(weights)) for judge in judges) / len(judges)
 
-    tuned = tune(result.quantized, result.offsets, seen, job.dtype) if seen else result.quantized
+    tuned = tune(result.quantized, result.offsets, losses, runtime.dtype) if losses else result.quantized
     tuned = {name: job.plan.format.settle(quantized) for name, quantized in tuned.items()}
     before, after = judged(result.quantized), judged(tuned)
-    records = {record["name"].removeprefix(f"{job.model.layer_name(index)}."): record for record in result.records}
+    records = {record["name"].removeprefix(f"{layer.name}."): record for record in result.records}
     for name, quantized in tuned.items():
         moved = float((quantized.codes != result.quantized[name].codes).float().mean())
         records[name]["tuning"] = {"kept": after < before, "error_before": before, "error": after, "codes_moved": moved}

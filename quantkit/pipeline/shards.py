@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shards of a run: what goes into each, and what it stands for when it is read back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.checkpoint.journal import Journal, Unit
+from quantkit.checkpoint.reader import open_file
+from quantkit.checkpoint.writer import write_shard
+from quantkit.dtypes import dtype_name, to_stored
+from quantkit.errors import OutputError
+from quantkit.model.streaming import read_outside
+from quantkit.pipeline.forward import Layer
+from quantkit.pipeline.job import Job
+from quantkit.pipeline.layer import LayerResult
+from quantkit.plan import ShardPlan
+from quantkit.quantized import dequantized
+
+
+def copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
+    """Write a shard of tensors outside the layers as they are, if it is not finished."""
+    runtime = job.runtime
+    if shard.unit not in journal.finished and runtime.ranks.first:
+        tensors = read_outside(runtime.model, shard.tensors)
+        stored = {name: to_stored(name, tensor) for name, tensor in tensors.items()}
+        write(journal, shard, lambda: stored, [])
+    runtime.ranks.wait()  # the others read it
+
+
+def written_outside(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:
+    """The named tensors as the output stores them; those of shards not written yet as they will be."""
+    written = open_file(job.runtime.folder / shard.file)
+    stored = {name: written.read(name) for name in names if name in written.entries}
+    rest = read_outside(job.runtime.model, [name for name in names if name not in stored])
+    return stored | {name: to_stored(name, tensor) for name, tensor in rest.items()}
+
+
+def quantized_outside(job: Job, names: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """What the output holds of the named tensors outside the layers, one after the other."""
+    heads = [linear for linear in job.plan.quantized if linear.unit == "head"]
+    for shard in job.plan.shards:
+        if shard.unit in ("embeddings", "head"):
+            file = open_file(job.runtime.folder / shard.file)
+            packed = heads if shard.unit == "head" else []
+            tensors = dequantized(file.read_many(file.entries), packed, job.plan.format)
+            yield from ((name, tensor) for name, tensor in tensors.items() if name in names)
+
+
+def pack_layer(job: Job, layer: Layer, shard: ShardPlan, result: LayerResult) -> dict[str, Tensor]:
+    """The tensors of the layer's shard by full name; packed ones are where they were computed."""
+    quantized_names = {f"{name}.weight" for name in result.quantized}
+    rest = {n: result.changed.get(n, tensor) for n, tensor in layer.source.items() if n not in quantized_names}
+    tensors = {f"{layer.name}.{name}": to_stored(f"{layer.name}.{name}", tensor) for name, tensor in rest.items()}
+    for name, quantized in result.quantized.items():
+        packed = job.plan.format.pack(quantized)
+        tensors |= {f"{layer.name}.{name}.{key}": tensor for key, tensor in packed.items()}
+    require_planned(shard, tensors)
+    return tensors
+
+
+def unpack_layer(job: Job, layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layer's parameters as the tensors of its shard stand for them (names local to the layer)."""
+    tensors = dequantized(stored, job.plan.layer(layer.index).values(), job.plan.format)
+    return {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
+
+
+def require_planned(shard: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Stop before a shard is written that the plan does not know.
+
+    Raises:
+        OutputError: a name, type or shape differs.
+    """
+    planned = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
+    made = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if planned != made:
+        raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(made)}")
+
+
+def write(
+    journal: Journal, shard: ShardPlan, tensors: Callable[[], Mapping[str, Tensor]], records: list[dict[str, Any]]
+) -> None:
+    """Write a shard, and enter it in the journal as finished."""
+    sha256 = write_shard(journal.folder / shard.file, tensors())
+    journal.append(Unit(shard.unit, shard.file, sha256, {"linears": records}))
+
+
+def read(job: Job, shard: ShardPlan) -> dict[str, Tensor]:
+    """The tensors of a finished shard, on the device."""
+    file = open_file(job.runtime.folder / shard.file)
+    return file.read_many(file.entries, job.runtime.device)
