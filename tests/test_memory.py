@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -164,6 +165,33 @@ def test_a_quantized_head_and_an_allocation_of_the_32b_fit_a_24_gb_card(model: A
     with pytest.raises(InputError, match="--ram"):
         found(head, 15)
     found(None, 15)
+
+
+SPINNING = """
+import atexit
+from quantkit.cli import main
+
+@atexit.register
+def load():
+    import torch
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_spin_briefly_and_the_user_has_the_word(said: dict[str, str], spins: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    words = [sys.executable, "-c", SPINNING, "--version"]
+    environment = clean | said | {"OMP_DISPLAY_ENV": "VERBOSE"}  # the library prints what it has read
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    found = re.search(r"GOMP_SPINCOUNT = '([0-9]+)'", run.stderr)
+    if found is None:
+        pytest.skip("this torch has another OpenMP runtime than libgomp")
+    assert found[1] == spins
 
 
 @pytest.mark.parametrize("said", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": ""}])
