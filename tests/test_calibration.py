@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration sources: what is read, how it is cut, what is refused, and what ships."""
 
-import gzip
 import hashlib
 import itertools
 import json
 import lzma
 import random
 import struct
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from quantkit.calibration import load as calibration
-from quantkit.calibration.chat import render
 from quantkit.calibration.load import load, load_eval
 from quantkit.calibration.sources import BUNDLED, MIX, parse_hub
 from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
-
-BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
-KEEPS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
-    "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}{{ eos_token }}\n"
-    "{% else %}{{ raise_exception('no such role: ' + m.role) }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# As in DeepSeek-R1: the reasoning of a past turn is dropped, the prompt for the next begins it.
-STRIPS = KEEPS.replace("<|assistant|>{{ m.content }}", "<|assistant|>{{ m.content.split('</think>')[-1] }}")
-STRIPS_AND_BEGINS = STRIPS.replace("prompt %}<|assistant|>{%", "prompt %}<|assistant|><think>\\n{%").replace(
-    "\\n", "\n"
-)
-
-CHAT = [
-    {"role": "user", "content": "What is two and two?"},
-    {"role": "assistant", "content": "<think>\nTwo and two make four.\n</think>\n\n**4**"},
-]
-
-
-def make_tokenizer(*, template: str | None = None, bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 tokens that puts bos before a text, as Llama's does."""
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[BOS, EOS, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tok.train_from_iterator(["the model reads one layer at a time and the layer is written " * 4], trainer)
-    if bos:
-        tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    names = ({"bos_token": BOS} if bos else {}) | ({"eos_token": EOS} if eos else {})
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=32, **names)
-    wrapped.chat_template = template
-    return wrapped
-
+from tests.texts import BOS, CHAT, EOS, KEEPS, STRIPS, make_tokenizer, write_jsonl
 
 PLAIN = make_tokenizer()
 BARE = make_tokenizer(bos=False, eos=False)
@@ -76,14 +34,6 @@ def get(source: object, tok: PreTrainedTokenizerBase = PLAIN, **options: Any) ->
     """`load` with small defaults."""
     settings = {"samples": 4, "seqlen": 16, "seed": 0, "vocab_size": VOCAB, **options}
     return load(str(source), lambda: tok, **settings)
-
-
-def write_jsonl(path: Path, records: Iterable[object]) -> Path:
-    """Write records as JSON lines, compressed as the name says."""
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return path
 
 
 @pytest.fixture
@@ -226,54 +176,6 @@ def test_join_puts_no_two_eos_together(rows: list[list[int]], enough: int) -> No
     assert without == kept[: len(without)]
     assert (9, 9) not in itertools.pairwise(stream)
     assert len(stream) >= min(enough, len(kept))
-
-
-# Conversations
-
-
-@pytest.mark.parametrize("template", [KEEPS, STRIPS, STRIPS_AND_BEGINS])
-def test_reasoning_survives_the_template(template: str) -> None:
-    expected = f"{BOS}{USER}What is two and two?{ASSISTANT}{CHAT[1]['content']}{EOS}"
-    assert render(CHAT, make_tokenizer(template=template)).rstrip("\n") == expected
-
-
-def test_reasoning_without_its_opening_is_continued_from_the_prompt() -> None:
-    chat = [CHAT[0], {"role": "assistant", "content": "Four.\n</think>\n\n4"}]
-    text = render(chat, make_tokenizer(template=STRIPS_AND_BEGINS))
-    assert text.endswith(f"{ASSISTANT}<think>\nFour.\n</think>\n\n4{EOS}")
-
-
-def test_answer_without_reasoning_is_the_templates_own() -> None:
-    chat = [CHAT[0], {"role": "assistant", "content": "Four."}]
-    assert render(chat, make_tokenizer(template=STRIPS_AND_BEGINS)).endswith(f"{ASSISTANT}Four.{EOS}\n")
-    assert render(CHAT[:1], make_tokenizer(template=STRIPS_AND_BEGINS)) == f"{BOS}{USER}What is two and two?"
-
-
-@pytest.mark.parametrize("template", [KEEPS, STRIPS_AND_BEGINS])
-def test_conversations_get_bos_and_eos_once(tmp_path: Path, template: str) -> None:
-    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 12)
-    text = PLAIN.decode(get(path, make_tokenizer(template=template), samples=1, seqlen=400).input_ids[0])
-    assert isinstance(text, str)
-    assert text.count(BOS) >= 4
-    assert text.count("<think>") == text.count(BOS)
-    assert BOS + BOS not in text
-    assert EOS + EOS not in text.replace("\n", "")
-
-
-def test_missing_template_is_recorded(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 12)
-    found = get(path, seqlen=32)
-    assert found.notes[0].endswith("plain 'role: content' lines: the tokenizer has no chat template")
-    assert "user: What is two and two?\nassistant: <think>" in PLAIN.decode(found.input_ids.flatten())
-
-
-def test_refusing_template_is_recorded(tmp_path: Path) -> None:
-    chat = [{"role": "system", "content": "Be brief."}, *CHAT]
-    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": chat}])
-    found = get(path, make_tokenizer(template=KEEPS), samples=2, seqlen=40)
-    (note,) = found.notes
-    assert note.startswith("1 of the conversations")
-    assert "no such role: system" in note
 
 
 # Kinds of files

@@ -165,7 +165,7 @@ LIBRARIES: dict[str, str] = {
     "httpx": "",
     "urllib": "",
     "socket": "",
-    "subprocess": "",
+    "subprocess": "calibration",
     "pickle": "",
     "transformers": "gguf calibration model cli",
     "accelerate": "model",

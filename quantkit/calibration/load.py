@@ -11,14 +11,13 @@ Evaluation keeps the order of the documents and drops nothing between them, so t
 import itertools
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.calibration.chat import as_text, notes_of_fallbacks
+from quantkit.calibration.chat import ChatTemplate
 from quantkit.calibration.sources import BUNDLED, DEFAULT_EVAL, MIX, Document, documents_of
 from quantkit.calibration.tokens import (
     TokenSet,
@@ -62,19 +61,20 @@ def load(
     size = max(4 * seqlen, 512)  # characters of a passage: about one window of English
     texts = [list(documents_of(part, offline=offline, shuffle=seed, enough=need, size=size)) for part in parts]
     tok = tokenizer()
-    fallbacks: Counter[str] = Counter()
     kinds: list[Tensor] = []
-    for part, share, documents in zip(parts, shares, texts, strict=True):
-        rng = random.Random(seed)
-        rng.shuffle(documents)
-        stream = _join(_encode(_in_rounds(documents, size, rng), tok, fallbacks), tok.eos_token_id, share * seqlen)
-        if len(stream) < share * seqlen:
-            name = source if part == source else f"{source} ({part})"
-            raise too_short(name, len(stream), share, seqlen, len(parts))
-        kinds.append(_windows(stream, share, seqlen))
+    with ChatTemplate(tok) as template:
+        for part, share, documents in zip(parts, shares, texts, strict=True):
+            rng = random.Random(seed)
+            rng.shuffle(documents)
+            rows = _encode(_in_rounds(documents, size, rng), tok, template)
+            stream = _join(rows, tok.eos_token_id, share * seqlen)
+            if len(stream) < share * seqlen:
+                name = source if part == source else f"{source} ({part})"
+                raise too_short(name, len(stream), share, seqlen, len(parts))
+            kinds.append(_windows(stream, share, seqlen))
     ids = torch.stack([kind[row] for row in range(max(shares)) for kind in kinds if row < len(kind)])
     protocol = f"documents shuffled with seed {seed}, passages joined by the end-of-text token, windows of {seqlen}"
-    return token_set(ids, source, vocab_size, protocol, notes_of_fallbacks(fallbacks))
+    return token_set(ids, source, vocab_size, protocol + template.protocol(), template.notes())
 
 
 def load_eval(
@@ -103,8 +103,8 @@ def load_eval(
     need = most if samples is None else samples * seqlen
     texts = [list(documents_of(part, offline=offline, shuffle=None, enough=need, size=sys.maxsize)) for part in parts]
     tok = tokenizer()
-    fallbacks: Counter[str] = Counter()
-    stream = _join(_encode(_in_turn(texts), tok, fallbacks), tok.eos_token_id, need)
+    with ChatTemplate(tok) as template:
+        stream = _join(_encode(_in_turn(texts), tok, template), tok.eos_token_id, need)
     count = min(len(stream), need) // seqlen if samples is None else samples
     if len(stream) < max(count, 1) * seqlen:
         raise too_short(source, len(stream), max(count, 1), seqlen, option="--eval-samples")
@@ -112,19 +112,19 @@ def load_eval(
     start = "whole file tokenized as one text" if whole else "documents in order, joined by the end-of-text token"
     kept = "all windows" if samples is None and len(stream) < need else f"the first {count} windows"
     protocol = f"{start}; {kept} of {seqlen} without overlap"
-    return token_set(_windows(stream, count, seqlen), source, vocab_size, protocol, notes_of_fallbacks(fallbacks))
+    return token_set(
+        _windows(stream, count, seqlen), source, vocab_size, protocol + template.protocol(), template.notes()
+    )
 
 
 # Documents -> ids
 
 
-def _encode(
-    documents: Iterable[Document], tok: PreTrainedTokenizerBase, fallbacks: Counter[str]
-) -> Iterator[list[int]]:
+def _encode(documents: Iterable[Document], tok: PreTrainedTokenizerBase, template: ChatTemplate) -> Iterator[list[int]]:
     """Token ids of each document, tokenized in batches."""
     documents = iter(documents)
     while batch := list(itertools.islice(documents, _BATCH)):
-        rendered = [as_text(document, tok, fallbacks) for document in batch]
+        rendered = [template.as_text(document) for document in batch]
         for special, group in itertools.groupby(rendered, key=lambda pair: pair[1]):
             # Half of a surrogate pair, which JSON can hold and a tokenizer cannot, becomes a question mark.
             texts = [text.encode("utf-8", "replace").decode("utf-8") for text, _ in group]
