@@ -146,6 +146,30 @@ def add_inputs(
     stats.tokens += len(x)
 
 
+class Sums:
+    """Inputs that are summed up as they come, a fixed number of samples at once: memory decides no last bit."""
+
+    def __init__(self, stats: SiteStats, samples: int) -> None:
+        self._stats, self._samples = stats, samples
+        self._rest: list[Tensor] = []
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs [samples, ..., in_features]."""
+        self._rest.append(inputs)
+        while sum(map(len, self._rest)) >= self._samples:
+            together = torch.cat(self._rest)
+            add_inputs(self._stats, together[: self._samples])
+            self._rest = [together[self._samples :]] if len(together) > self._samples else []
+
+    def finish(self) -> SiteStats:
+        """The sums of all that was added."""
+        if self._rest:
+            add_inputs(self._stats, torch.cat(self._rest))
+            self._rest = []
+        mirror_(self._stats.gram)
+        return self._stats
+
+
 def _complete(gram: Tensor, ranks: Ranks) -> None:
     """Make all of a Gram matrix known to all ranks; more may be added to it afterwards."""
     _send(gram, ranks)

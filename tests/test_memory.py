@@ -79,7 +79,7 @@ def test_hidden_states_move_out_as_memory_shrinks(model: Architecture, plan: Pla
 
 
 def test_less_is_kept_of_what_linears_read_before_hidden_states_move_out(model: Architecture, plan: Plan) -> None:
-    streams = replace(CALIBRATION, kept=128 * 2048)
+    streams = replace(CALIBRATION, input_tokens=128 * 2048)
     found = [on_gpu(model, plan, vram, 64, streams, follows_original=False) for vram in (80, 30, 18)]
     assert [(x.place, x.kept_width) for x in found] == [("device", 27648), ("device", 5120), ("device", 0)]
     kept = (27648 + 5120) * 128 * 2048 * 2  # of down_proj and o_proj

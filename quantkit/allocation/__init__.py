@@ -15,8 +15,10 @@ A *part* is a site of a decoder layer: linears that read the same input and have
 Bytes are those of `plan` and `fit`: the recipe is planned as a run plans it (`problem`). The windows that measure KL
 are taken from the end of the calibration tokens and do not calibrate.
 
-    command.py   the three steps, and running what they choose    problem.py      parts, bytes, what fits, what would
-    menu.py      entries, and which of them an engine runs        sensitivity.py  the pass over the model
-    table.py     KL by part and entry; solving                    knapsack.py     the solver
-    kept.py      measurements kept for other budgets              recipe_file.py  the recipe and its reasons
+    problem.py     parts, bytes, what fits, what would            menu.py         entries; which an engine runs
+    table.py       KL by part and entry; solving                  sensitivity.py  the pass over the model
+    table_file.py  measurements kept for other budgets            knapsack.py     the solver
+    recipe_file.py the recipe and its reasons
+
+`commands.allocate` goes through the three steps, and runs what they choose.
 """

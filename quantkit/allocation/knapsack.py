@@ -62,17 +62,17 @@ def _solve(
     matrix = csr_array((np.concatenate([np.ones(len(pairs)), cost / scale]), (rows, columns)))
     low, high = np.append(np.ones(parts), -np.inf), np.append(np.ones(parts), limit / scale)
     with _stdout_to_stderr():
-        found = milp(
+        result = milp(
             value * (SPREAD / max(float(value.max()), 1e-300)),
             constraints=LinearConstraint(matrix, low, high),
             integrality=np.ones(len(pairs), dtype=np.int64),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0},
         )
-    if found.x is None:
-        raise RuntimeError(f"the solver found no answer where there is one: {found.message}")
+    if result.x is None:
+        raise RuntimeError(f"the solver result no answer where there is one: {result.message}")
     share = np.full((parts, max(map(len, costs))), -1.0)
-    for (part, entry), x in zip(pairs, found.x, strict=True):
+    for (part, entry), x in zip(pairs, result.x, strict=True):
         share[part, entry] = x
     return [int(entry) for entry in share.argmax(1)]
 
@@ -81,10 +81,10 @@ def _solve(
 def _stdout_to_stderr() -> Iterator[None]:
     """The HiGHS of scipy 1.17 prints what it tries, from C++; stdout may be for one JSON document."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -80,5 +80,5 @@ def _refused(linears: Sequence[LinearPlan], entry: Entry, fmt: Format, engine: s
             return f"{linear.name}: {reason}"
     if engine == "any":
         return None
-    told = why_not(engine, fmt.name, [replace(linear, scheme=entry) for linear in linears], heads)
-    return told and told.partition("; ")[0]
+    reason = why_not(engine, fmt.name, [replace(linear, scheme=entry) for linear in linears], heads)
+    return reason and reason.partition("; ")[0]

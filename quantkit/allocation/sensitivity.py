@@ -7,7 +7,7 @@ One pass over the model, layer by layer, gives for each part the share of its ou
 
 and for some swaps (one part at one entry, all else as in the base) the KL divergence of the final logits from the
 original model's. A swap in layer l is a stream of a few token windows of its own from layer l on: every layer is
-loaded once, and all the streams that are alive run through it. With L layers and every part swapped once that is
+loaded once, and all the streams that have begun run through it. With L layers and every part swapped once that is
 about L / 2 x parts per layer forward passes over the windows, and one over the calibration tokens.
 
 The base is the original model (`measure_menu`), or an allocation (`measure_choice`): then every layer is quantized by
@@ -64,8 +64,8 @@ class Measured:
 class Step:
     """A layer of the base as it runs, and what each swap that begins in it has in place of some of its weights."""
 
-    standing: Tensors
-    tried: Mapping[Swap, Tensors]
+    base: Tensors
+    swapped_weights: Mapping[Swap, Tensors]
     worst: float
 
 
@@ -102,7 +102,7 @@ def measure_menu(
     def step(layer: Layer) -> Step:
         progress.stage("run the calibration tokens")
         observed = observe(layer, calibration)
-        tried: dict[Swap, Tensors] = {}
+        swapped_weights: dict[Swap, Tensors] = {}
         for number, site in enumerate(layer.sites):
             part = (layer.index, number)
             progress.stage(f"round {'/'.join(name.rpartition('.')[2] for name in site.linears)}")
@@ -110,14 +110,14 @@ def measure_menu(
             for entry, weights, loss in _rounded(job, layer, site, observed[number], menu[part]):
                 losses[part][entry] = loss
                 if (part, entry) in swaps:
-                    tried[part, entry] = weights
+                    swapped_weights[part, entry] = weights
         worst = max(max(losses[layer.index, number].values()) for number in range(len(layer.sites)))
-        return Step(layer.weights, tried, worst)
+        return Step(layer.weights, swapped_weights, worst)
 
-    original, _, alive = _follow(runtime, Probe(probe, swaps, probe.samples, quantized=False), step, progress)
+    original, _, streams = _follow(runtime, Probe(probe, swaps, probe.samples, quantized=False), step, progress)
     outside = runtime.loaded(read_outside(model, ending_names(model)))
-    figures = compare_logits(runtime, probe, original, list(alive.values()), outside, outside.items())
-    swapped = dict(zip(alive, (figure["kl_divergence"] for figure in figures), strict=True))
+    figures = compare_logits(runtime, probe, original, list(streams.values()), outside, outside.items())
+    swapped = dict(zip(streams, (figure["kl_divergence"] for figure in figures), strict=True))
     if HEAD in menu:
         progress.stage("round lm_head")
         losses[HEAD] = {None: 0.0}
@@ -157,22 +157,22 @@ def measure_choice(
         if reference is not None:
             followed = Passage(layer, reference, len(reference.states), weights=layer.weights, run_to_end=True)
         result = quantize_layer(job, layer, passage, followed)
-        standing = runtime.loaded(as_written(layer.weights, result))
+        base = runtime.loaded(as_written(layer.weights, result))
         restored = runtime.loaded(folded(layer.weights, result.folds))
         if reference is not None:
             layer.load(layer.weights)
             layer.advance(reference, first=followed.finished if followed else 0)
-        layer.load(standing)
+        layer.load(base)
         layer.advance(calibration)
-        tried = {
+        swapped_weights = {
             swap: {f"{name}.weight": restored[f"{name}.weight"] for name in layer.sites[swap[0][1]].linears}
             for swap in swaps
             if swap[0][0] == layer.index
         }
-        return Step(standing, tried, max((record["loss"] for record in result.records), default=0.0))
+        return Step(base, swapped_weights, max((record["loss"] for record in result.records), default=0.0))
 
     both = probe if elsewhere is None else replace(probe, input_ids=torch.cat([probe.input_ids, elsewhere]))
-    original, standing, alive = _follow(runtime, Probe(both, swaps, probe.samples, quantized=True), step, progress)
+    original, base, streams = _follow(runtime, Probe(both, swaps, probe.samples, quantized=True), step, progress)
     outside = runtime.loaded(read_outside(model, ending_names(model)))
     whole = outside
     head = job.plan.head
@@ -183,19 +183,19 @@ def measure_choice(
         rounded, _ = quantize_head(outside[name], head.scheme, job.options, stats, job.plan.format)
         whole = outside | {name: dequantize(rounded, runtime.dtype)}
     first, rest = slice(0, probe.samples), slice(probe.samples, both.samples)
-    theirs, base = _cut(original, first), _cut(standing, first)
-    based, *others = compare_logits(runtime, probe, theirs, [base, *alive.values()], outside, whole.items())
-    swapped = dict(zip(alive, (figure["kl_divergence"] for figure in others), strict=True))
+    theirs, ours = _cut(original, first), _cut(base, first)
+    whole_figures, *others = compare_logits(runtime, probe, theirs, [ours, *streams.values()], outside, whole.items())
+    swapped = dict(zip(streams, (figure["kl_divergence"] for figure in others), strict=True))
     if HEAD in parts:
-        (figure,) = compare_logits(runtime, probe, theirs, [base], outside, outside.items())
+        (figure,) = compare_logits(runtime, probe, theirs, [ours], outside, outside.items())
         swapped[HEAD, None] = figure["kl_divergence"]
     kl_elsewhere = None
     if both.samples > probe.samples:
         tokens = replace(probe, input_ids=both.input_ids[rest])
-        theirs, base = _cut(original, rest), _cut(standing, rest)
-        (figure,) = compare_logits(runtime, tokens, theirs, [base], outside, whole.items())
+        theirs, ours = _cut(original, rest), _cut(base, rest)
+        (figure,) = compare_logits(runtime, tokens, theirs, [ours], outside, whole.items())
         kl_elsewhere = figure["kl_divergence"]
-    return Measured({}, based["kl_divergence"], swapped, based["tokens"], kl_elsewhere)
+    return Measured({}, whole_figures["kl_divergence"], swapped, whole_figures["tokens"], kl_elsewhere)
 
 
 # ---------------------------------------------------------------- streams
@@ -224,14 +224,14 @@ def _follow(
     """
     model = runtime.model
     original = _embedded(runtime, probe.tokens, "original")
-    standing = original
+    base = original
     if probe.quantized:
-        standing = open_states(runtime, probe.tokens, "base")
-        standing.states.copy_(original.states)
+        base = open_states(runtime, probe.tokens, "base")
+        base.states.copy_(original.states)
     windows = replace(probe.tokens, input_ids=probe.tokens.input_ids[: probe.windows])
     _learn_sizes(runtime, windows, original.batch)
     progress.start(len(model.layers), probe.tokens.input_ids.numel(), {"probes": original.place})
-    alive: dict[Swap, Stream] = {}
+    streams: dict[Swap, Stream] = {}
     with walk(runtime, progress, sites=sites_of(model)) as layers:
         for layer in layers:
             if probe.quantized:
@@ -240,17 +240,17 @@ def _follow(
             measured = step(layer)
             progress.stage("run the swaps")
             for swap in [swap for swap in probe.swaps if swap[0][0] == layer.index]:
-                alive[swap] = open_states(runtime, windows, "swap")
-                alive[swap].states.copy_(standing.states[: probe.windows])
-            for swap, stream in alive.items():
-                layer.load({**measured.standing, **measured.tried.get(swap, {})})
+                streams[swap] = open_states(runtime, windows, "swap")
+                streams[swap].states.copy_(base.states[: probe.windows])
+            for swap, stream in streams.items():
+                layer.load({**measured.base, **measured.swapped_weights.get(swap, {})})
                 layer.advance(stream)
-            layer.load(measured.standing)
-            layer.advance(standing)
+            layer.load(measured.base)
+            layer.advance(base)
             progress.finished(layer.index, measured.worst, False)
             del measured
     progress.ending("compare the logits")
-    return original, standing, alive
+    return original, base, streams
 
 
 def _cut(stream: Stream, windows: slice) -> Stream:

@@ -23,9 +23,9 @@ def probe_entries(problem: Problem, every: int) -> list[Swap]:
     """Which part to swap to what: the entry whose bits per weight are nearest to what the budget allows on average."""
     smallest = problem.smallest()
     room = problem.budget.nbytes - problem.size(problem.plan(smallest))
-    taken = sum(problem.cost(part, entry) for part, entry in smallest.items())
+    least_bytes = sum(problem.cost(part, entry) for part, entry in smallest.items())
     whole = {part: problem.cost(part, None) for part in problem.parts}
-    share = (taken + room) / sum(whole.values())
+    share = (least_bytes + room) / sum(whole.values())
 
     swaps: list[Swap] = []
     for part, entries in problem.menu.items():
@@ -56,12 +56,12 @@ def corrected(table: Table, checked: Measured, choice: Mapping[Part, Entry]) -> 
     may come out as nothing or less: no part is believed to matter less than a hundredth of what the table says.
     """
     alone = {part: checked.kl - checked.swapped[part, None] for part in choice if (part, None) in checked.swapped}
-    known = {
+    factors_there = {
         part: max(fall, LEAST_SHARE * table[part][choice[part]]) / table[part][choice[part]]
         for part, fall in alone.items()
         if table[part][choice[part]] > 0
     }
-    factors = {part: _interpolated(known, part) or 1.0 for part in choice}
+    factors = {part: _interpolated(factors_there, part) or 1.0 for part in choice}
     raised = {part: {entry: kl * factors[part] for entry, kl in row.items()} for part, row in table.items()}
     return scaled(raised, choice, checked.kl)
 
@@ -102,21 +102,21 @@ def choose(problem: Problem, table: Table) -> Choice | None:
     def choice(chosen: Sequence[int]) -> Choice:
         return {part: problem.menu[part][i] for part, i in zip(parts, chosen, strict=True)}
 
-    def beside(chosen: Sequence[int], size: int) -> int:
+    def header_bytes(chosen: Sequence[int], size: int) -> int:
         return size - sum(row[i] for row, i in zip(costs, chosen, strict=True))
 
     cheapest = [min(range(len(row)), key=row.__getitem__) for row in costs]
-    headers = beside(cheapest, problem.size(problem.plan(choice(cheapest))))
+    headers = header_bytes(cheapest, problem.size(problem.plan(choice(cheapest))))
     best: Choice | None = None
-    tried: set[int] = set()
-    while headers not in tried:  # what is not tensors depends a little on the choice: the lengths of headers
-        tried.add(headers)
+    tested: set[int] = set()
+    while headers not in tested:  # what is not tensors depends a little on the choice: the lengths of headers
+        tested.add(headers)
         chosen = solve(values, costs, problem.budget.nbytes - headers)
         if chosen is None:
             break
-        found = choice(chosen)
-        size = problem.size(problem.plan(found))
-        if size <= problem.budget.nbytes and (best is None or total(table, found) < total(table, best)):
-            best = found
-        headers = beside(chosen, size)
+        candidate = choice(chosen)
+        size = problem.size(problem.plan(candidate))
+        if size <= problem.budget.nbytes and (best is None or total(table, candidate) < total(table, best)):
+            best = candidate
+        headers = header_bytes(chosen, size)
     return best

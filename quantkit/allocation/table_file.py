@@ -41,7 +41,7 @@ def identity(
     }
 
 
-def keep(path: Path, identity: Mapping[str, Any], problem: Problem, measured: Measured) -> None:
+def write_table(path: Path, identity: Mapping[str, Any], problem: Problem, measured: Measured) -> None:
     """Write measurements to a JSON file."""
     document = {
         "identity": dict(identity),
@@ -53,8 +53,8 @@ def keep(path: Path, identity: Mapping[str, Any], problem: Problem, measured: Me
     write_json(path, document)
 
 
-def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Measured | None:
-    """Measurements kept by an earlier call; None when there are none.
+def read_table(path: Path, identity: Mapping[str, Any], problem: Problem) -> Measured | None:
+    """Measurements of an earlier call; None when there are none.
 
     Raises:
         InputError: the file is damaged, of another model or calibration, or lacks an entry of the menu.
@@ -63,14 +63,14 @@ def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Meas
         return None
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        asked = json.loads(json.dumps(identity))
-        other = [key for key in asked if raw["identity"].get(key) != asked[key]]
+        expected = json.loads(json.dumps(identity))
+        other = [key for key in expected if raw["identity"].get(key) != expected[key]]
         if other:
             raise InputError(f"--table {path}: was measured with another {', '.join(other)}; choose another file")
         losses = {_part(p): {_entry(e, problem): float(x) for e, x in row.items()} for p, row in raw["losses"].items()}
         pairs = [(*key.split(" "), value) for key, value in raw["swapped"].items()]
         swapped = {(_part(p), _entry(e, problem)): float(x) for p, e, x in pairs}
-        found = Measured(losses, 0.0, swapped, int(raw["tokens"]))
+        measured = Measured(losses, 0.0, swapped, int(raw["tokens"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--table {path}: damaged ({type(error).__name__}); delete it, or choose another file"
@@ -80,7 +80,7 @@ def read_kept(path: Path, identity: Mapping[str, Any], problem: Problem) -> Meas
         if lacking:
             name = problem.parts[part][0].name
             raise InputError(f"--table {path}: has no {', '.join(lacking)} of {name}; choose another file or --menu")
-    return found
+    return measured
 
 
 def _entry(text: str, problem: Problem) -> Entry:

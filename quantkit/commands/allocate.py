@@ -115,17 +115,17 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     choice = choose(problem, table)
     if choice is None:
         raise InputError(f"--budget: nothing of the menu fits in {format_bytes(budget.nbytes)}")
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "predicted_by_sum": total(table, choice),
         "text_ratio": 1.0,
         "fallbacks": fallbacks,
     }
     if request.check:
-        choice, table, found = mend(work, table, choice)
-        told |= found
+        choice, table, checked = mend(work, table, choice)
+        figures |= checked
 
     def write(table: Table, choice: Choice) -> dict[str, Any]:
-        document = told | document_of(problem, choice, table, told["text_ratio"])
+        document = figures | document_of(problem, choice, table, figures["text_ratio"])
         write_text(request.recipe, recipe_text(problem, choice, table, document, run, calibrated))
         return document | {"recipe": str(request.recipe)}
 
@@ -183,16 +183,16 @@ def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
     """The first pass, or what an earlier one has left in the table's file."""
     request, problem = work.request, work.problem
     who = table_file.identity(problem, work.model, calibrated, work.probe.samples, request.every, request.run.device)
-    found = None if request.table is None else table_file.read_kept(request.table, who, problem)
-    if found is None:
+    measured = None if request.table is None else table_file.read_table(request.table, who, problem)
+    if measured is None:
         swaps = probe_entries(problem, request.every)
         job = _job(work, problem.smallest(), replace(request.run.options, refine=0, correct=0.0), len(swaps))
         _announce(work, f"the menu, {sum(map(len, problem.menu.values()))} roundings", len(swaps))
         with display(work.console, request.run.device) as progress:
-            found = measure_menu(job, work.probe, problem.menu, swaps, progress)
+            measured = measure_menu(job, work.probe, problem.menu, swaps, progress)
         if request.table is not None:
-            table_file.keep(request.table, who, problem, found)
-    return found
+            table_file.write_table(request.table, who, problem, measured)
+    return measured
 
 
 def mend(work: Work, table: Table, choice: Choice) -> tuple[Choice, Table, dict[str, Any]]:
@@ -206,16 +206,18 @@ def mend(work: Work, table: Table, choice: Choice) -> tuple[Choice, Table, dict[
     table = corrected(table, first, choice)
     other = choose(work.problem, table) or choice
     second = first if other == choice else check(work, other, [])
-    kept, found = (other, second) if second.kl < first.kl else (choice, first)
+    better, measured = (other, second) if second.kl < first.kl else (choice, first)
     return (
-        kept,
-        scaled(table, kept, found.kl),
+        better,
+        scaled(table, better, measured.kl),
         {
-            "checked_kl": found.kl,
+            "checked_kl": measured.kl,
             "additivity": first.kl / predicted if predicted > 0 else None,
-            "text_ratio": found.kl_elsewhere / found.kl if found.kl_elsewhere is not None and found.kl > 0 else 1.0,
-            "other_kl": second.kl if kept is choice else first.kl,
-            "mended": sum(choice[part] != entry for part, entry in kept.items()),
+            "text_ratio": measured.kl_elsewhere / measured.kl
+            if measured.kl_elsewhere is not None and measured.kl > 0
+            else 1.0,
+            "other_kl": second.kl if better is choice else first.kl,
+            "mended": sum(choice[part] != entry for part, entry in better.items()),
         },
     )
 
@@ -288,14 +290,14 @@ def _run_and_repair(
         budget=None if request.weights_only else request.run.budget,  # of files, not of the card they are for
         out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{request.recipe.stem}",
     )
-    left: list[tuple[dict[str, Any], dict[str, Any], Path]] = []  # the recipe's document, the run's result and folder
+    runs: list[tuple[dict[str, Any], dict[str, Any], Path]] = []  # the recipe's document, the run's result and folder
 
     def attempt(state: State) -> dict[str, Any] | None:
-        told = write(*state) if left else document
-        result, folder = quantize(replace(run, fresh=run.fresh and not left), work.console)
-        left.append((told, result, folder))
-        found: dict[str, Any] | None = result["verification"]
-        return found
+        written = write(*state) if runs else document
+        result, folder = quantize(replace(run, fresh=run.fresh and not runs), work.console)
+        runs.append((written, result, folder))
+        verification: dict[str, Any] | None = result["verification"]
+        return verification
 
     def improve(state: State) -> State | None:
         stands = check(work, state[1], probed(work, state[1]))
@@ -308,13 +310,17 @@ def _run_and_repair(
 
     tried = attempts((table, choice), attempt, improve, tell)
     repairs = [
-        {"reasons": found["reasons"], "kl_divergence": found["kl_divergence"], "changed": _changed(before, after)}
-        for (before, found), (after, _) in pairwise(tried)
-        if found is not None
+        {
+            "reasons": verification["reasons"],
+            "kl_divergence": verification["kl_divergence"],
+            "changed": _changed(before, after),
+        }
+        for (before, verification), (after, _) in pairwise(tried)
+        if verification is not None
     ]
-    told, result, folder = left[-1]
+    document, result, folder = runs[-1]
     ran = {"out": str(folder), "repairs": repairs, "verification": tried[-1][1], "total_bytes": result["total_bytes"]}
-    return told | {"run": ran}
+    return document | {"run": ran}
 
 
 def attempts(
@@ -330,9 +336,9 @@ def attempts(
     tried: list[tuple[State, dict[str, Any] | None]] = []
     state: State | None = first
     while state is not None:
-        found = attempt(state)
-        tried.append((state, found))
-        if found is None or found["verdict"] == "pass":
+        verification = attempt(state)
+        tried.append((state, verification))
+        if verification is None or verification["verdict"] == "pass":
             return tried
         tell(f"the verdict is FAIL, at a KL of {_kl(tried[-1]):.5f}")
         state = improve(state) if len(tried) <= MAX_REPAIRS else None

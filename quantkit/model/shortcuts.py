@@ -21,12 +21,12 @@ from quantkit.model.streaming import StreamedModel, run_layer
 class Shortcut:
     """A module of a layer that returns what one of its linears returns, untouched; names local to the layer.
 
-    nothings: how many times None it returns beside that; None if it returns the tensor alone
+    num_extra_outputs: trailing None values in the module's output tuple; None if it returns the tensor alone
     """
 
     module: str
     linear: str
-    nothings: int | None
+    num_extra_outputs: int | None
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Se
     finally:
         for handle in handles:
             handle.remove()
-    found = [
+    shortcuts = [
         next(
             (
-                Shortcut(name, linear, _nothings(returned[name]))
+                Shortcut(name, linear, _num_extra_outputs(returned[name]))
                 for name in _around(linear)
                 if returned.get(name) is not None and _first(returned[name]) is returned[linear]
             ),
@@ -69,7 +69,7 @@ def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Se
         )
         for linear in linears
     ]
-    return tuple(shortcut for shortcut in found if shortcut is not None)
+    return tuple(shortcut for shortcut in shortcuts if shortcut is not None)
 
 
 def _around(linear: str) -> list[str]:
@@ -84,7 +84,7 @@ def _first(output: Any) -> Any:
     return output[0] if output and all(rest is None for rest in output[1:]) else None
 
 
-def _nothings(output: Any) -> int | None:
+def _num_extra_outputs(output: Any) -> int | None:
     return len(output) - 1 if isinstance(output, tuple) else None
 
 
@@ -97,9 +97,9 @@ def taken(layer: nn.Module, known: Mapping[Shortcut, Known]) -> Iterator[None]:
 
     def answer(shortcut: Shortcut) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            kept = known[shortcut]
-            output = kept.tensor.clone() if kept.returned else layer.get_submodule(shortcut.linear)(kept.tensor)
-            return output if shortcut.nothings is None else (output, *[None] * shortcut.nothings)
+            tensor = known[shortcut].tensor
+            output = tensor.clone() if known[shortcut].returned else layer.get_submodule(shortcut.linear)(tensor)
+            return output if shortcut.num_extra_outputs is None else (output, *[None] * shortcut.num_extra_outputs)
 
         return forward
 
@@ -119,14 +119,15 @@ def watched(
     """Within it, what the linears of `read` read is put into the first dictionary, by name, as they run, and what those
     of `returned` return into the second; the layer goes on with a copy of that (see `taken`).
     """
-    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def see_read(name: str) -> Callable[..., None]:
-        return lambda module, args: seen[0].update({name: args[0]})
+        return lambda module, args: inputs.update({name: args[0]})
 
     def see_returned(name: str) -> Callable[..., Tensor]:
         def see(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            seen[1][name] = output
+            outputs[name] = output
             return output.clone()
 
         return see
@@ -134,7 +135,7 @@ def watched(
     handles = [layer.get_submodule(name).register_forward_pre_hook(see_read(name)) for name in read]
     handles += [layer.get_submodule(name).register_forward_hook(see_returned(name)) for name in returned]
     try:
-        yield seen
+        yield inputs, outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -147,20 +147,20 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, 
 
 
 def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, ...]:
-    wanted = dict(architecture.outside())
+    needed = dict(architecture.outside())
     for index in range(len(architecture.layers)):
         prefix = architecture.layer_name(index)
-        wanted |= {f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()}
-    for name, shape in wanted.items():
+        needed |= {f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()}
+    for name, shape in needed.items():
         entry = checkpoint.entries.get(name)
         if entry is None:
             raise ModelError(f"{checkpoint.directory}: tensor {name} is missing; config.json asks for {list(shape)}")
         if entry.shape != shape:
-            found = list(entry.shape)
+            shape_there = list(entry.shape)
             raise ModelError(
-                f"{checkpoint.directory}: tensor {name} has shape {found}, config.json asks for {list(shape)}"
+                f"{checkpoint.directory}: tensor {name} has shape {shape_there}, config.json asks for {list(shape)}"
             )
-    return tuple(sorted(set(checkpoint.entries) - set(wanted)))
+    return tuple(sorted(set(checkpoint.entries) - set(needed)))
 
 
 def _require_tied(architecture: Architecture, checkpoint: Checkpoint) -> None:
@@ -310,11 +310,11 @@ def _layer_returns_tuple(model: StreamedModel) -> bool:
     Raises:
         ModelError: the layer cannot be run by itself.
     """
-    seen: list[Call] = []
+    calls: list[Call] = []
 
     def record(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            seen.append((args, kwargs))
+            calls.append((args, kwargs))
             raise _Stop
 
         return forward
@@ -323,7 +323,7 @@ def _layer_returns_tuple(model: StreamedModel) -> bool:
     try:
         with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
             _decoder(model)(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
-        args, kwargs = _map_tensors(seen[0], lambda t: t.to("meta"))
+        args, kwargs = _map_tensors(calls[0], lambda t: t.to("meta"))
         layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
         with torch.no_grad():
             return isinstance(layer(*args, **kwargs), tuple)
@@ -384,8 +384,8 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
         _decoder(model)(input_ids=input_ids, use_cache=False)
     if len(calls) != len(model.layers):
         raise _cannot_stream(model, f"{len(calls)} of its {len(model.layers)} layers ran")
-    known = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
-    if not _equal(known, calls):
+    recorded = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
+    if not _equal(recorded, calls):
         raise _cannot_stream(model, "its layers are called with something that depends on the tokens")
     return first[0]
 
@@ -454,10 +454,10 @@ def run_to_head(model: StreamedModel, hidden: Tensor) -> Tensor:
 
 def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """What the module is about to read when `run` reaches it, and is stopped."""
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+        inputs.append(args[0])
         raise _Stop
 
     handle = module.register_forward_pre_hook(stop)
@@ -466,7 +466,7 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
             run()
     finally:
         handle.remove()
-    return seen[0]
+    return inputs[0]
 
 
 def logits(model: StreamedModel, hidden: Tensor) -> Tensor:

@@ -65,16 +65,16 @@ def few_positions(states: Tensor, vocabulary: int) -> Iterator[slice]:
 
 def regrouped(tensors: Iterable[Tensor], samples: int) -> Iterator[Tensor]:
     """The same samples in the same order, so many in each tensor but the last; tensors are cut along dimension 0."""
-    waiting: list[Tensor] = []
+    parts: list[Tensor] = []
     for tensor in tensors:
-        waiting.append(tensor)
-        while sum(map(len, waiting)) >= samples:
-            together = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+        parts.append(tensor)
+        while sum(map(len, parts)) >= samples:
+            together = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield together[:samples]
-            waiting = [together[samples:]] if len(together) > samples else []
+            parts = [together[samples:]] if len(together) > samples else []
             del together
-    if waiting:
-        yield torch.cat(waiting)
+    if parts:
+        yield torch.cat(parts)
 
 
 def open_stream(

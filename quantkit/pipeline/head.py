@@ -69,10 +69,10 @@ def quantize_head(
     round_rows = round_to_nearest if stats is None else compensate
     parts, lost, energy = [], 0.0, 0.0
     for rows in weight.split(HEAD_ROWS):
-        found = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor, ranks), options)
-        parts.append(found.quantized["rows"])
+        outcome = round_rows(SiteInput({"rows": rows}, {"rows": scheme}, stats, None, min_zero, factor, ranks), options)
+        parts.append(outcome.quantized["rows"])
         squares = rows.float().square() if stats is None else output_error(rows, stats.gram)
         energy += float(squares.sum())
-        lost += float(squares.sum()) * found.records["rows"]["loss"]
+        lost += float(squares.sum()) * outcome.records["rows"]["loss"]
     raised = {"damp_raised_to": factor.damp} if factor is not None and factor.damp != options.damp else {}
     return fmt.settle(join_rows(parts)), {"loss": lost / energy if energy > 0 else 0.0, **raised}

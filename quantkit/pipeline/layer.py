@@ -137,8 +137,8 @@ def quantize_observed(
 def as_written(source: Mapping[str, Tensor], result: LayerResult) -> dict[str, Tensor]:
     """The layer's tensors as a written shard of the result would stand for them, of a layer that was `source`."""
     packed = {f"{name}.weight": quantized for name, quantized in result.quantized.items()}
-    kept = {n: to_stored(n, result.changed.get(n, tensor)) for n, tensor in source.items() if n not in packed}
-    return kept | {name: dequantize(quantized) for name, quantized in packed.items()}
+    rest = {n: to_stored(n, result.changed.get(n, tensor)) for n, tensor in source.items() if n not in packed}
+    return rest | {name: dequantize(quantized) for name, quantized in packed.items()}
 
 
 def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
@@ -220,17 +220,17 @@ def _fold(
     changed = {f"{name}.weight": exact(f"{name}.weight") * scale[channel] for name in site.linears}
     if f"{producer}.bias" in parameters:
         changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
-    done = result.quantized.get(producer)
-    if done is None:
+    codes = result.quantized.get(producer)
+    if codes is None:
         weight = exact(f"{producer}.weight")
         changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
     else:
-        result.quantized[producer] = settle(divide_rows(done, scale))
+        result.quantized[producer] = settle(divide_rows(codes, scale))
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
     to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
-    kept = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
-    result.changed |= kept
-    assign_float(layer, {name: to_stored(name, tensor) for name, tensor in kept.items()})
+    floats = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
+    result.changed |= floats
+    assign_float(layer, {name: to_stored(name, tensor) for name, tensor in floats.items()})
 
 
 def records_of(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:

@@ -82,10 +82,13 @@ FREE = Allowance()
 
 @dataclass(frozen=True)
 class Streams:
-    """The token streams of a run: (samples, seqlen) of each; the tokens of one whose inputs of linears may be kept."""
+    """The token streams of a run.
+
+    shapes: (samples, seqlen) of each; input_tokens: of the one whose inputs of linears may be kept
+    """
 
     shapes: Sequence[tuple[int, int]]
-    kept: int = 0
+    input_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -119,17 +122,17 @@ def lay_out(
     ram_room = ram or int(SPARE * psutil.virtual_memory().available / processes)
     places = [place] if place else (["device"] if work.on_gpu else []) + ["ram", "file"]
     fastest = "device" if work.on_gpu else "ram"
-    found = []
+    layouts = []
     for where in places:
         for batch in _batches(streams) if work.on_gpu else [1]:
             most = needs(model, replace(work, batch=batch))
             for width, numbers in _keepable(work) if where == fastest else [(0, 0)]:
-                held = states + numbers * streams.kept * work.itemsize
-                device_bytes = most.device + (held if where == "device" else 0)
-                ram_bytes = most.ram + (held if where == "ram" else 0)
-                found.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram, width))
-    fitting = [x for x in found if x.device_bytes <= device_room and x.ram_bytes <= ram_room]
-    smallest = found[-1]
+                bytes_there = states + numbers * streams.input_tokens * work.itemsize
+                device_bytes = most.device + (bytes_there if where == "device" else 0)
+                ram_bytes = most.ram + (bytes_there if where == "ram" else 0)
+                layouts.append(Layout(where, batch, states, device_bytes, ram_bytes, vram, ram, width))
+    fitting = [x for x in layouts if x.device_bytes <= device_room and x.ram_bytes <= ram_room]
+    smallest = layouts[-1]
     if not fitting:
         _refuse(smallest, work.on_gpu)
     return (fitting or [smallest])[0]
@@ -152,13 +155,14 @@ def lay_out_job(
     """
     runtime = job.runtime
     ranks = runtime.ranks
-    shapes, kept = list(evaluated), 0
+    shapes, input_tokens = list(evaluated), 0
     if job.calibration:
         seqlen = job.calibration.seqlen
         streamed = [ranks.most(tokens.samples) for tokens in (job.calibration, job.reference) if tokens]
         shapes += [(samples * (1 + job.tuning_copies), seqlen) for samples in streamed]
-        kept = streamed[0] * seqlen if keeps and job.inputs == "quantized" and not job.options.tune else 0
-    streams = Streams(shapes, kept)
+        if keeps and job.inputs == "quantized" and not job.options.tune:
+            input_tokens = streamed[0] * seqlen
+    streams = Streams(shapes, input_tokens)
     work = Work(
         linears=job.plan.linears,
         head=next((linear for linear in job.plan.quantized if linear.unit == "head"), None),

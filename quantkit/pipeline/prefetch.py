@@ -21,13 +21,13 @@ class ReadAhead(Generic[T]):
 
     def __init__(self, read: Callable[[int], T], count: int, thread: ThreadPoolExecutor) -> None:
         self._read, self._count, self._thread, self._next = read, count, thread, 0
-        self._coming: Future[T] | None = None
+        self._next_result: Future[T] | None = None
 
     def take(self) -> T:
         """The next result; raises what reading it raised."""
-        coming = self._coming or self._submit()
-        result = coming.result()
-        self._coming = self._submit() if self._next < self._count else None
+        future = self._next_result or self._submit()
+        result = future.result()
+        self._next_result = self._submit() if self._next < self._count else None
         return result
 
     def _submit(self) -> Future[T]:

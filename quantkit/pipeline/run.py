@@ -174,7 +174,7 @@ def _through_layers(
     runtime = job.runtime
     shards = {shard.unit: shard for shard in job.plan.shards}
     finished = set(journal.finished)  # when the run began
-    waiting = [linear.layer for linear in job.plan.quantized if linear.unit not in finished]
+    unfinished = [linear.layer for linear in job.plan.quantized if linear.unit not in finished]
     layer_errors = []
     with walk(runtime, progress, sites=sites) as layers, writer() as writing:
         for layer in layers:
@@ -182,7 +182,7 @@ def _through_layers(
                 progress.stage("run the original")
                 layer.advance(streams.original)
             shard = shards[f"layer.{layer.index}"]
-            more = any(index > layer.index or index == OUTSIDE for index in waiting)  # is still to be calibrated
+            more = any(index > layer.index or index == OUTSIDE for index in unfinished)  # need calibration after it
             known: Mapping[Shortcut, Known] = {}
             if shard.unit in finished:
                 if streams.calibration and job.inputs == "original":

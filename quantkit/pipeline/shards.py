@@ -73,9 +73,9 @@ def require_planned(shard: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
         OutputError: a name, type or shape differs.
     """
     planned = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
-    made = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if planned != made:
-        raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(made)}")
+    computed = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if planned != computed:
+        raise OutputError(f"{shard.file}: what was computed is not what was planned: {set(planned) ^ set(computed)}")
 
 
 def write(

@@ -13,17 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.hardware.batching import samples_per_sum
-from quantkit.hardware.matmul import mirror_
 from quantkit.model.families import Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import run_to
 from quantkit.pipeline.activations import Stream
 from quantkit.pipeline.forward import Layer
-from quantkit.stats import SiteStats, add_inputs, empty_stats, require_finite_stats
+from quantkit.stats import SiteStats, Sums, empty_stats, require_finite_stats
 
 
 @dataclass
@@ -125,40 +123,26 @@ def forget(passage: Passage, site: Site) -> None:
 
 
 def observe(layer: Layer, stream: Stream) -> tuple[SiteStats, ...]:
-    """Advance a stream through the layer, and sum up what each site reads on the way: one run for all.
+    """Advance a stream through the layer, and sum up what each site reads on the way: one run for all sites.
 
     Raises:
         NumericsError: an output or a site's inputs are not finite.
     """
-    first = [layer.module.get_submodule(site.linears[0]) for site in layer.sites]
-    widths = [cast(Tensor, linear.weight).shape[1] for linear in first]
-    sums = tuple(empty_stats(width, layer.runtime.device) for width in widths)
+    linears = [layer.module.get_submodule(site.linears[0]) for site in layer.sites]
+    widths = [cast(Tensor, linear.weight).shape[1] for linear in linears]
     at_once = samples_per_sum(stream.states.shape[1])
-    waiting: list[list[Tensor]] = [[] for _ in layer.sites]
+    sums = [Sums(empty_stats(width, layer.runtime.device), at_once) for width in widths]
 
-    def add(number: int, at_least: int) -> None:
-        """Sum up what waits in pieces of a fixed number of samples, so that memory does not decide the last bits."""
-        while waiting[number] and sum(map(len, waiting[number])) >= at_least:
-            together = torch.cat(waiting[number])
-            add_inputs(sums[number], together[:at_once])
-            waiting[number] = [together[at_once:]] if len(together) > at_once else []
+    def watch(total: Sums) -> Callable[..., None]:
+        return lambda module, args: total.add(args[0])
 
-    def watch(number: int) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            waiting[number].append(args[0])
-            add(number, at_once)
-
-        return see
-
-    handles = [linear.register_forward_pre_hook(watch(number)) for number, linear in enumerate(first)]
+    handles = [linear.register_forward_pre_hook(watch(total)) for linear, total in zip(linears, sums, strict=True)]
     try:
         layer.advance(stream)
     finally:
         for handle in handles:
             handle.remove()
-    for number, stats in enumerate(sums):
-        add(number, 1)
-        mirror_(stats.gram)
-    for site, stats in zip(layer.sites, sums, strict=True):
-        require_finite_stats(stats, f"{layer.name}.{site.linears[0]}")
-    return sums
+    stats = tuple(total.finish() for total in sums)
+    for site, each in zip(layer.sites, stats, strict=True):
+        require_finite_stats(each, f"{layer.name}.{site.linears[0]}")
+    return stats
