@@ -144,7 +144,7 @@ def floors(job: Job, sites: tuple[Site, ...]) -> dict[str, Floor]:
             leaves = 2 * beside * sum(rows) * width if site is sites[-1] else 0
             found[f"calibrate {kinds(site)}"] = Floor((tokens + beside) * run + summed + leaves)
             judged = sum(min(count, ROWS_JUDGED) for count in rows)
-            search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.producer else 0
+            search = 2 * CANDIDATES * judged * width**2 if job.method == "awq" and site.fold else 0
             refine = update * (job.options.refine + 1)  # its last residual, or without it a product, gives the error
             solved = width**3 // 3 + (2 * update if beside else 0) + update // 2 + refine + update
             found[f"quantize {kinds(site)}"] = Floor(search + solved)
@@ -237,7 +237,7 @@ def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = AL
     began = time.perf_counter()
     outcome = run(laid_out(job, layout), clock)
     assert outcome is not None
-    counts = floors(job, sites_of(model))
+    counts = floors(job, sites_of(model)[0])
     return {
         "recipe": said.recipe,
         "method": said.method,

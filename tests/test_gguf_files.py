@@ -29,7 +29,6 @@ from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
-from quantkit.model.sites import sites_of
 from quantkit.model.streaming import drop, open_model
 from quantkit.pipeline.measure import open_quantized
 from quantkit.settings.request import Request
@@ -154,7 +153,7 @@ class Watching:
 def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
     folder = tiny(tmp_path / "model", "llama")
     model = open_model(folder)
-    types = {f"{model.layer_name(i)}.{name}": "q4_k" for i in range(2) for s in sites_of(model) for name in s.linears}
+    types = {f"{model.layer_name(i)}.{name}": "q4_k" for i in range(2) for name in model.layer_linears[i]}
     made = layout(model, json.loads((folder / "config.json").read_text()), folder, types, "q8_0", "tiny")
     tokens = load_calibration(tmp_path)
     digests = []

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.hardware.matmul import fast_linears
-from quantkit.model.families import FAMILIES, Site
+from quantkit.model.families import FAMILIES, Site, folded_site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
     StreamedModel,
@@ -155,7 +154,7 @@ def test_what_a_fold_changes_is_forgotten(tmp_path: Path, producer: str, left: l
     sites = FAMILIES["qwen2"]
     with layer_of(tmp_path, "qwen2") as (model, hidden):
         stream = rough(hidden)
-        changed = replace(sites[2], producer=producer)
+        changed = folded_site(producer, *sites[2].linears)
         layer = materialised(model, (*sites[:2], changed, sites[3]))
         passage = Passage(layer, stream, 3, shortcuts_of(layer, stream, 96))
         for site in sites:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which linears share an input, and which folds leave the layer the same function."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from quantkit.errors import ModelError
-from quantkit.model.families import FAMILIES, LLAMA_LIKE, Site, producer_channels
+from quantkit.model.families import FAMILIES, LLAMA_LIKE, Fold, Site, folded_site, producer_channels
 from quantkit.model.sites import _preserves, discover_sites, divide_producer, fold_channels, sites_of
 from quantkit.model.streaming import (
     StreamedModel,
@@ -32,8 +33,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with one value head": ("llama", {"num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": 8}),
 }
-V_TO_O = Site(("self_attn.o_proj",), "self_attn.v_proj")
-UP_TO_DOWN = Site(("mlp.down_proj",), "mlp.up_proj")
+V_TO_O = folded_site("self_attn.v_proj", "self_attn.o_proj")
+UP_TO_DOWN = folded_site("mlp.up_proj", "mlp.down_proj")
 QKV, GATE_UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
 ROWLESS: dict[str, tuple[dict[str, Any], tuple[Site, ...]]] = {
     # their norms multiply by 1 + w, or stand behind the linears: no fold into them is exact
@@ -44,30 +45,30 @@ ROWLESS: dict[str, tuple[dict[str, Any], tuple[Site, ...]]] = {
     "phi3": (
         {},
         (
-            Site(("self_attn.qkv_proj",), "input_layernorm"),
+            folded_site("input_layernorm", "self_attn.qkv_proj"),
             Site(("self_attn.o_proj",)),
-            Site(("mlp.gate_up_proj",), "post_attention_layernorm"),
+            folded_site("post_attention_layernorm", "mlp.gate_up_proj"),
             Site(("mlp.down_proj",)),
         ),
     ),
     # one norm for attention and MLP, side by side
-    "cohere": ({}, (Site(QKV + GATE_UP, "input_layernorm"), V_TO_O, UP_TO_DOWN)),
+    "cohere": ({}, (folded_site("input_layernorm", *QKV, *GATE_UP), V_TO_O, UP_TO_DOWN)),
     # LayerNorm with a bias; a ReLU passes positive scales on, a GELU does not
     "opt": (
         {"ffn_dim": 96, "word_embed_proj_dim": 48},
         (
-            Site(QKV, "self_attn_layer_norm"),
-            Site(("self_attn.out_proj",), "self_attn.v_proj"),
-            Site(("fc1",), "final_layer_norm"),
-            Site(("fc2",), "fc1"),
+            folded_site("self_attn_layer_norm", *QKV),
+            folded_site("self_attn.v_proj", "self_attn.out_proj"),
+            folded_site("final_layer_norm", "fc1"),
+            folded_site("fc1", "fc2"),
         ),
     ),
     "starcoder2": (
         {},
         (
-            Site(QKV, "input_layernorm"),
+            folded_site("input_layernorm", *QKV),
             V_TO_O,
-            Site(("mlp.c_fc",), "post_attention_layernorm"),
+            folded_site("post_attention_layernorm", "mlp.c_fc"),
             Site(("mlp.c_proj",)),
         ),
     ),
@@ -76,15 +77,15 @@ ROWLESS: dict[str, tuple[dict[str, Any], tuple[Site, ...]]] = {
 
 def normalised(sites: tuple[Site, ...]) -> set[tuple[frozenset[str], str | None]]:
     """Sites without the order of linears that read the same tensor, which an architecture may choose freely."""
-    return {(frozenset(site.linears), site.producer) for site in sites}
+    return {(frozenset(site.linears), site.fold.producer if site.fold else None) for site in sites}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_watching_finds_the_row_of_the_family(name: str, tmp_path: Path) -> None:
     kind, changes = ROWS[name]
     model = open_model(save_tiny(tmp_path, kind, **changes))
-    assert discover_sites(model) == FAMILIES[kind]
-    assert sites_of(model) == FAMILIES[kind]
+    assert discover_sites(model) == (FAMILIES[kind],) * 3
+    assert sites_of(model) == (FAMILIES[kind],) * 3
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
@@ -93,8 +94,8 @@ def test_a_family_without_a_row_gets_the_folds_that_are_exact(kind: str, tmp_pat
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     changes, expected = ROWLESS[kind]
-    found = sites_of(open_model(save_tiny(tmp_path, kind, **changes)))
-    assert normalised(found) == normalised(expected)
+    for found in sites_of(open_model(save_tiny(tmp_path, kind, **changes))):
+        assert normalised(found) == normalised(expected)
 
 
 def test_every_linear_of_a_layer_is_in_one_site_in_execution_order() -> None:
@@ -103,13 +104,15 @@ def test_every_linear_of_a_layer_is_in_one_site_in_execution_order() -> None:
         assert len(names) == len(set(names)) == 7
         for position, site in enumerate(sites):
             earlier = {name for before in sites[:position] for name in before.linears}
-            assert site.producer is not None
-            assert site.producer in earlier or "norm" in site.producer
+            assert site.fold is not None
+            assert site.fold.readers == site.linears
+            assert site.fold.producer in earlier or "norm" in site.fold.producer
 
 
 def test_a_layer_with_other_linears_than_the_first_is_refused(tmp_path: Path) -> None:
     model = open_model(save_tiny(tmp_path, "qwen2"))
-    model.layers[2].get_submodule("mlp").extra = nn.Linear(4, 4, device="meta")
+    last = {**model.layer_linears[2], "mlp.extra": (4, 4)}
+    model = replace(model, layer_linears=(*model.layer_linears[:2], last))
     with pytest.raises(ModelError, match=r"model\.layers\.2: linears mlp\.extra do not fit the sites of qwen2"):
         sites_of(model)
 
@@ -143,35 +146,35 @@ def test_scales_folded_into_the_producer_leave_the_layer_the_same_function(
 ) -> None:
     kind, changes = ROWS[name]
     model = open_model(save_tiny(tmp_path, kind, **changes))
-    site = FAMILIES[kind][position]
-    assert site.producer is not None
+    fold = FAMILIES[kind][position].fold
+    assert fold is not None
     hidden, layer = in_float64(model, 1)
     expected = run_layer(model, 1, hidden)
-    channel = fold_channels(model, 1, site)
+    channel = fold_channels(model, 1, fold)
     assert channel is not None
-    producer = layer.get_submodule(site.producer)
+    producer = layer.get_submodule(fold.producer)
     generator = torch.Generator().manual_seed(2)
     scale = torch.exp(torch.randn(len(producer.get_parameter("weight")), generator=generator, dtype=torch.float64))
-    for linear in site.linears:
+    for linear in fold.readers:
         layer.get_parameter(f"{linear}.weight").mul_(scale[channel])
     assert float((run_layer(model, 1, hidden) - expected).abs().max()) > 1e-2  # the scale matters
     divide_producer(producer, scale)
     torch.testing.assert_close(run_layer(model, 1, hidden), expected, rtol=1e-5, atol=1e-6)
 
 
-def wrong_folds() -> list[Site]:
+def wrong_folds() -> list[Fold]:
     return [
-        Site(("self_attn.o_proj",), "self_attn.q_proj"),
-        Site(("mlp.down_proj",), "mlp.gate_proj"),
-        Site(("self_attn.q_proj", "self_attn.k_proj"), "input_layernorm"),  # v reads it too
-        Site(("mlp.gate_proj", "mlp.up_proj"), "input_layernorm"),
-        Site(("mlp.down_proj",), "self_attn.q_norm"),  # of another width
+        Fold("self_attn.q_proj", ("self_attn.o_proj",)),
+        Fold("mlp.gate_proj", ("mlp.down_proj",)),
+        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),  # v reads it too
+        Fold("input_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        Fold("self_attn.q_norm", ("mlp.down_proj",)),  # of another width
     ]
 
 
-@pytest.mark.parametrize("site", wrong_folds(), ids=str)
+@pytest.mark.parametrize("fold", wrong_folds(), ids=str)
 @torch.no_grad()
-def test_folds_that_change_the_function_are_rejected_and_undone(site: Site, tmp_path: Path) -> None:
+def test_folds_that_change_the_function_are_rejected_and_undone(fold: Fold, tmp_path: Path) -> None:
     model = open_model(save_tiny(tmp_path, "qwen3", head_dim=12))
     with outside_loaded(model, as_float(read_outside(model))):
         hidden = embed(model, random_ids(1))
@@ -179,9 +182,10 @@ def test_folds_that_change_the_function_are_rejected_and_undone(site: Site, tmp_
     assign(model.layers[0], tensors)
     expected = run_layer(model, 0, hidden)
     generator = torch.Generator().manual_seed(0)
-    assert not _preserves(model, site, hidden, expected, generator)
+    assert not _preserves(model, 0, fold, hidden, expected, generator)
     for good in LLAMA_LIKE:
-        assert _preserves(model, good, hidden, expected, generator)
+        assert good.fold is not None
+        assert _preserves(model, 0, good.fold, hidden, expected, generator)
     torch.testing.assert_close(run_layer(model, 0, hidden), expected, rtol=0, atol=0)
 
 
@@ -193,8 +197,8 @@ def test_a_large_residual_hides_no_wrong_fold(tmp_path: Path) -> None:
         hidden[..., 3] += 3e3
         assign(model.layers[0], as_float(read_layer(model, 0)))
         expected = run_layer(model, 0, hidden)
-        wrong = Site(("mlp.down_proj",), "mlp.gate_proj")
-        assert not _preserves(model, wrong, hidden, expected, torch.Generator().manual_seed(0))
+        wrong = Fold("mlp.gate_proj", ("mlp.down_proj",))
+        assert not _preserves(model, 0, wrong, hidden, expected, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(

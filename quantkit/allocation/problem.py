@@ -96,7 +96,7 @@ class Problem:
 
 
 def pose(
-    run: Request, recipe: Recipe, budget: Budget, model: Shapes, sites: Sequence[Site]
+    run: Request, recipe: Recipe, budget: Budget, model: Shapes, sites: Sequence[Sequence[Site]]
 ) -> tuple[Problem, list[str]]:
     """What is to be decided, and one line for each entry of the menu that falls away.
 
@@ -118,7 +118,7 @@ def pose(
     return Problem(model, parts, menu, fmt, run.method, run.options, symmetric, budget), notes
 
 
-def parts_of(model: Shapes, sites: Sequence[Site], also: Sequence[str]) -> dict[Part, tuple[LinearPlan, ...]]:
+def parts_of(model: Shapes, sites: Sequence[Sequence[Site]], also: Sequence[str]) -> dict[Part, tuple[LinearPlan, ...]]:
     """The linears of each site of each layer, in 16 bit, and of what is asked for outside the layers.
 
     Raises:
@@ -128,7 +128,7 @@ def parts_of(model: Shapes, sites: Sequence[Site], also: Sequence[str]) -> dict[
     parts: dict[Part, tuple[LinearPlan, ...]] = {
         (layer, number): tuple(linears[layer, name] for name in site.linears)
         for layer in range(len(model.layer_linears))
-        for number, site in enumerate(sites)
+        for number, site in enumerate(sites[layer])
     }
     for name in also:
         if name == "embeddings":

@@ -278,7 +278,7 @@ def _rounded(
     factor = None
     if schemes and METHODS[job.method].shares_factor:
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
-    channel = fold_channels(layer.runtime.model, layer.index, site) if METHODS[job.method].folds else None
+    channel = fold_channels(layer.runtime.model, layer.index, site.fold) if METHODS[job.method].folds else None
     channel = None if channel is None else channel.to(layer.runtime.device)
     for scheme in schemes:
         # Scaling rescales the Gram matrix in place: each entry needs its own.

@@ -152,7 +152,8 @@ def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
     shapes = shapes_in(recipe.config)
     sites = FAMILIES.get(shapes.config.model_type)
     if sites is not None:
-        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes), shapes, sites)[0])
+        everywhere = [sites] * len(shapes.layer_linears)
+        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes), shapes, everywhere)[0])
 
 
 def budget_of(request: AllocateRequest, recipe: Recipe, model: Shapes) -> Budget:

@@ -30,11 +30,10 @@ from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.hardware.machine import device_name, peak_device_bytes, peak_rss_bytes, versions
-from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
 from quantkit.plan import DISK_MARGIN
-from quantkit.quantized import quantization_of, writer
+from quantkit.quantized import quantization_of, sixteen_bit_linears, writer
 from quantkit.report.terminal.progress import display
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
@@ -252,17 +251,13 @@ def _types(model: StreamedModel, kind: str) -> dict[str, str]:
     Raises:
         SchemeError: rows that are no whole number of its blocks.
     """
-    names = [name for site in sites_of(model) for name in site.linears]
-    types = {f"{model.layer_name(i)}.{name}": kind for i in range(len(model.layers)) for name in names}
-    for index in range(len(model.layers)):
-        for name in names:
-            columns = model.layer_shapes(index)[f"{name}.weight"][1]
-            if columns % TYPES[kind].columns:
-                raise SchemeError(
-                    f"{model.layer_name(index)}.{name}: {kind} cuts rows into blocks of {TYPES[kind].columns}, got "
-                    f"in_features {columns}; use --type q4_0, q4_1 or q8_0, whose blocks are 32"
-                )
-    return types
+    for linear in sixteen_bit_linears(model):
+        if linear.in_features % TYPES[kind].columns:
+            raise SchemeError(
+                f"{linear.name}: {kind} cuts rows into blocks of {TYPES[kind].columns}, got in_features "
+                f"{linear.in_features}; use --type q4_0, q4_1 or q8_0, whose blocks are 32"
+            )
+    return {linear.name: kind for linear in sixteen_bit_linears(model)}
 
 
 def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:

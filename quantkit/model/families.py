@@ -12,22 +12,39 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Site:
-    """Linears that share an input, in execution order, and the module whose output channels can absorb a scale.
+class Fold:
+    """Where a scale of input channels can go: the producer's outputs are divided by it, what reads them multiplied.
 
-    producer: a norm, or the linear whose outputs reach these linears channel by channel (v -> o through attention's
-    averaging, up -> down through the gate's product); None when nothing can absorb a scale.
+    producer: a norm, or the linear whose outputs reach the readers channel by channel (v -> o through attention's
+    averaging, up -> down through the gate's product)
+    readers: every linear that reads these outputs, of one site or of several
+    """
+
+    producer: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears that read the very same input, in execution order, and so share a Gram matrix.
+
+    fold: None when nothing can absorb a scale. Sites with the same fold share a scale, and need not share an input.
     """
 
     linears: tuple[str, ...]
-    producer: str | None = None
+    fold: Fold | None = None
+
+
+def folded_site(producer: str, *linears: str) -> Site:
+    """A site whose linears alone read what the producer returns."""
+    return Site(linears, Fold(producer, linears))
 
 
 LLAMA_LIKE = (
-    Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    Site(("self_attn.o_proj",), "self_attn.v_proj"),
-    Site(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Site(("mlp.down_proj",), "mlp.up_proj"),
+    folded_site("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    folded_site("self_attn.v_proj", "self_attn.o_proj"),
+    folded_site("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"),
+    folded_site("mlp.up_proj", "mlp.down_proj"),
 )
 
 FAMILIES: dict[str, tuple[Site, ...]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import ModelError
-from quantkit.model.families import FAMILIES, Site, producer_channels
+from quantkit.model.families import FAMILIES, Fold, Site, producer_channels
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -22,48 +22,61 @@ from quantkit.model.streaming import (
 )
 
 
-def sites_of(model: StreamedModel) -> tuple[Site, ...]:
-    """The family's row, or what watching layer 0 shows.
+def sites_of(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
+    """The sites of each layer: by the family's row, or as watching one layer of each kind shows.
 
     Raises:
-        ModelError: a layer whose linears are not those of the sites.
+        ModelError: a layer whose linears are not those of the family's row.
     """
     kind = model.config.model_type
-    sites = FAMILIES.get(kind) or discover_sites(model)
+    if kind not in FAMILIES:
+        return discover_sites(model)
+    sites = FAMILIES[kind]
     known = {name for site in sites for name in site.linears}
-    for index, layer in enumerate(model.layers):
-        found = {n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        if found != known:
-            odd = ", ".join(sorted(found ^ known))
+    for index, linears in enumerate(model.layer_linears):
+        if linears.keys() != known:
+            odd = ", ".join(sorted(linears.keys() ^ known))
             raise ModelError(f"{model.layer_name(index)}: linears {odd} do not fit the sites of {kind}")
-    return sites
+    return (sites,) * len(model.layers)
 
 
-def discover_sites(model: StreamedModel) -> tuple[Site, ...]:
-    """Find the linears of a layer that read the very same tensor, and the earlier ops that can absorb a scale.
+def discover_sites(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
+    """Find the linears of each layer that read the very same tensor, and the earlier ops that can absorb a scale.
+
+    Layers with the same tensors are alike: the first of each kind is watched.
+    """
+    generator = torch.Generator().manual_seed(0)
+    outside = {name: tensor.float() for name, tensor in read_outside(model, embedding_names(model)).items()}
+    found: dict[object, tuple[Site, ...]] = {}
+    kinds = [tuple(tensors.items()) for tensors in model.layer_tensors]
+    with torch.no_grad(), outside_loaded(model, outside):
+        hidden = embed(model, torch.randint(model.config.vocab_size, (1, 16), generator=generator))
+        for index, kind in enumerate(kinds):
+            if kind not in found:
+                found[kind] = _discover(model, index, hidden, generator)
+    return tuple(found[kind] for kind in kinds)
+
+
+def _discover(model: StreamedModel, index: int, hidden: Tensor, generator: torch.Generator) -> tuple[Site, ...]:
+    """The sites of one layer, which is run on these hidden states.
 
     A fold is believed only when it was tried: with the outputs of the op divided and the linears multiplied by random
     scales, the layer must compute the same function.
     """
-    generator = torch.Generator().manual_seed(0)
-    outside = {name: tensor.float() for name, tensor in read_outside(model, embedding_names(model)).items()}
-    with torch.no_grad(), outside_loaded(model, outside):
-        ids = torch.randint(model.config.vocab_size, (1, 16), generator=generator)
-        hidden = embed(model, ids)
-        layer = model.layers[0]
-        assign(layer, {n: t.float() if t.is_floating_point() else t for n, t in read_layer(model, 0).items()})
-        try:
-            groups, norms = _watch(model, hidden)
-            expected = run_layer(model, 0, hidden)
-            sites: list[Site] = []
-            for key, names in groups.items():
-                earlier = [name for site in reversed(sites) for name in site.linears]
-                candidates = [Site(tuple(names), producer) for producer in (*norms.get(key, ()), *earlier)]
-                good = (site for site in candidates if _preserves(model, site, hidden, expected, generator))
-                sites.append(next(good, Site(tuple(names))))
-            return tuple(sites)
-        finally:
-            drop(layer)
+    layer = model.layers[index]
+    assign(layer, {n: t.float() if t.is_floating_point() else t for n, t in read_layer(model, index).items()})
+    try:
+        groups, norms = _watch(model, index, hidden)
+        expected = run_layer(model, index, hidden)
+        sites: list[Site] = []
+        for key, names in groups.items():
+            earlier = [name for site in reversed(sites) for name in site.linears]
+            folds = [Fold(producer, tuple(names)) for producer in (*norms.get(key, ()), *earlier)]
+            good = (fold for fold in folds if _preserves(model, index, fold, hidden, expected, generator))
+            sites.append(Site(tuple(names), next(good, None)))
+        return tuple(sites)
+    finally:
+        drop(layer)
 
 
 Key = tuple[int, int, int, int]
@@ -74,8 +87,8 @@ def _key(tensor: Tensor) -> Key:
     return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version
 
 
-def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
-    """Run layer 0: the linears by what they read, in execution order, and the norms by what they return."""
+def _watch(model: StreamedModel, index: int, hidden: Tensor) -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
+    """Run a layer: the linears by what they read, in execution order, and the norms by what they return."""
     groups: dict[Key, list[str]] = {}
     norms: dict[Key, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
@@ -96,40 +109,41 @@ def _watch(model: StreamedModel, hidden: Tensor) -> tuple[dict[Key, list[str]], 
         return hook
 
     handles = []
-    for name, module in model.layers[0].named_modules():
+    for name, module in model.layers[index].named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(before(name)))
         elif name and "norm" in type(module).__name__.lower():
             handles.append(module.register_forward_hook(after(name)))
     try:
-        run_layer(model, 0, hidden)
+        run_layer(model, index, hidden)
     finally:
         for handle in handles:
             handle.remove()
     return groups, norms
 
 
-def _preserves(model: StreamedModel, site: Site, hidden: Tensor, expected: Tensor, generator: torch.Generator) -> bool:
-    """Whether folding random scales into the site's producer leaves layer 0 the same function.
+def _preserves(
+    model: StreamedModel, index: int, fold: Fold, hidden: Tensor, expected: Tensor, generator: torch.Generator
+) -> bool:
+    """Whether folding random scales into the producer leaves the layer the same function.
 
     Powers of two make a true fold exact, and what the scales do to the layer without the fold is the measure.
     """
-    layer = model.layers[0]
-    assert site.producer is not None
-    producer = layer.get_submodule(site.producer)
-    channel = fold_channels(model, 0, site)
+    layer = model.layers[index]
+    producer = layer.get_submodule(fold.producer)
+    channel = fold_channels(model, index, fold)
     if channel is None:
         return False
-    touched = {site.producer, *site.linears}
+    touched = {fold.producer, *fold.readers}
     saved = {n: p.clone() for n, p in layer.named_parameters() if n.rpartition(".")[0] in touched}
     scale = torch.exp2(torch.randint(-2, 3, (int(channel.max()) + 1,), generator=generator).float())
-    for name in site.linears:
+    for name in fold.readers:
         weight = layer.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.mul_(scale[channel])
-    unfolded = _distance(run_layer(model, 0, hidden), expected)
+    unfolded = _distance(run_layer(model, index, hidden), expected)
     divide_producer(producer, scale)
-    folded = _distance(run_layer(model, 0, hidden), expected)
+    folded = _distance(run_layer(model, index, hidden), expected)
     assign(layer, saved)
     return folded < 1e-4 * unfolded
 
@@ -148,12 +162,12 @@ def divide_producer(producer: nn.Module, scale: Tensor) -> None:
         bias.div_(scale)
 
 
-def fold_channels(model: StreamedModel, index: int, site: Site) -> Tensor | None:
-    """For each input column of the site, the producer's channel that feeds it; None when nothing can absorb a scale."""
-    if site.producer is None:
+def fold_channels(model: StreamedModel, index: int, fold: Fold | None) -> Tensor | None:
+    """For each input column of the readers, the producer's channel that feeds it; None when nothing absorbs a scale."""
+    if fold is None:
         return None
     layer, config = model.layers[index], model.config
-    linear, producer = layer.get_submodule(site.linears[0]), layer.get_submodule(site.producer)
+    linear, producer = layer.get_submodule(fold.readers[0]), layer.get_submodule(fold.producer)
     if not isinstance(getattr(producer, "weight", None), Tensor):
         return None
     assert isinstance(linear, nn.Linear)

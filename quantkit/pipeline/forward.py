@@ -6,7 +6,7 @@ the same figures.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Layer:
     runtime: Runtime
     index: int
     progress: Progress
-    sites: tuple[Site, ...] = ()
+    sites: Sequence[Site] = ()
     source: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 

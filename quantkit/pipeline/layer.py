@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer: site by site its inputs are summed up, its weights rounded, and what was rounded is put in their place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.methods.gptq import Factor
 from quantkit.methods.site import QUANTIZE, SiteInput, SiteResult
 from quantkit.methods.table import METHODS
-from quantkit.model.families import Site
+from quantkit.model.families import Fold, Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped
@@ -24,15 +24,15 @@ from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
-from quantkit.scheme import QuantizedTensor, Scheme
+from quantkit.scheme import QuantizedTensor
 from quantkit.stats import Projection, SiteStats, collect, require_finite_stats
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A scale [channels] that divides the outputs of a site's producer; channel: int64 [in], see `SiteInput`."""
+class Folded:
+    """A fold that was used: the scale [channels] of its producer; channel: int64 [in], see `SiteInput`."""
 
-    site: Site
+    fold: Fold
     scale: Tensor
     channel: Tensor
 
@@ -47,7 +47,7 @@ class LayerResult:
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     offsets: dict[str, Tensor] = field(default_factory=dict)
-    folds: list[Fold] = field(default_factory=list)
+    folds: list[Folded] = field(default_factory=list)
 
 
 def quantize_layer(
@@ -80,7 +80,8 @@ def quantize_layer(
             stats = _collect(site, calibration, original, last=site is last)
             require_finite_stats(stats, name)
         layer.progress.stage(f"quantize {kinds(site)}")
-        channel = fold_channels(layer.runtime.model, layer.index, site)
+        again = any(used.fold == site.fold for used in result.folds)  # another site has scaled what this one reads
+        channel = None if again else fold_channels(layer.runtime.model, layer.index, site.fold)
         inputs = _site_input(job, layer, site, stats, channel)
         if factors is not None:
             inputs = replace(inputs, factor=factors[number])
@@ -90,11 +91,10 @@ def quantize_layer(
             raise NumericsError(f"{name}: {error}") from error
         settle = job.plan.format.settle
         outcome = replace(outcome, quantized={local: settle(q) for local, q in outcome.quantized.items()})
-        if outcome.scale is not None and channel is not None:
-            schemes = {name: linears[name].scheme for name in site.linears}
-            fold = Fold(site, outcome.scale, channel.to(layer.runtime.device))
-            _fold(layer.module, fold, schemes, result, settle)
-            result.folds.append(fold)
+        if outcome.scale is not None and channel is not None and site.fold is not None:
+            used = Folded(site.fold, outcome.scale, channel.to(layer.runtime.device))
+            _fold(layer.module, used, outcome.quantized.keys(), result, settle)
+            result.folds.append(used)
             if calibration is not None:
                 forget(calibration, site)
         result.quantized |= outcome.quantized
@@ -141,15 +141,15 @@ def as_written(source: Mapping[str, Tensor], result: LayerResult) -> dict[str, T
     return rest | {name: dequantize(quantized) for name, quantized in packed.items()}
 
 
-def folded(source: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
+def folded(source: Mapping[str, Tensor], folds: Sequence[Folded]) -> dict[str, Tensor]:
     """The layer in 16 bit with scales folded into its producers (float32 where they are): it computes the same."""
     tensors = dict(source)
-    for fold in folds:
-        for name in fold.site.linears:
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * fold.scale[fold.channel]
-        for name in (f"{fold.site.producer}.weight", f"{fold.site.producer}.bias"):
+    for used in folds:
+        for name in used.fold.readers:
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * used.scale[used.channel]
+        for name in (f"{used.fold.producer}.weight", f"{used.fold.producer}.bias"):
             if name in tensors:
-                rows = fold.scale if tensors[name].dim() == 1 else fold.scale.unsqueeze(1)
+                rows = used.scale if tensors[name].dim() == 1 else used.scale.unsqueeze(1)
                 tensors[name] = tensors[name].float() / rows
     return tensors
 
@@ -200,24 +200,23 @@ def _collect(site: Site, calibration: Passage, original: Passage | None, *, last
 
 def _fold(
     layer: nn.Module,
-    fold: Fold,
-    schemes: Mapping[str, Scheme | None],
+    used: Folded,
+    quantized: Collection[str],
     result: LayerResult,
     settle: Callable[[QuantizedTensor], QuantizedTensor],
 ) -> None:
-    """Divide the producer's outputs by the scale, and multiply the 16-bit linears of the site by it.
+    """Divide the producer's outputs by the scale, and multiply the readers that are not among `quantized` by it.
 
     A producer that is quantized already keeps its codes: its rows' scales are divided. settle: of the format
     """
-    site, scale, channel = fold.site, fold.scale, fold.channel
-    producer = site.producer
-    assert producer is not None
+    producer, scale, channel = used.fold.producer, used.scale, used.channel
     parameters = dict(layer.named_parameters())
 
     def exact(name: str) -> Tensor:
         return result.changed.get(name, parameters[name].float())
 
-    changed = {f"{name}.weight": exact(f"{name}.weight") * scale[channel] for name in site.linears}
+    readers = [f"{name}.weight" for name in used.fold.readers if name not in quantized]
+    changed = {name: exact(name) * scale[channel] for name in readers}
     if f"{producer}.bias" in parameters:
         changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
     codes = result.quantized.get(producer)
@@ -227,10 +226,8 @@ def _fold(
     else:
         result.quantized[producer] = settle(divide_rows(codes, scale))
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
-    to_be_quantized = {f"{name}.weight" for name in site.linears if schemes[name] is not None}
-    floats = {name: tensor for name, tensor in changed.items() if name not in to_be_quantized}
-    result.changed |= floats
-    assign_float(layer, {name: to_stored(name, tensor) for name, tensor in floats.items()})
+    result.changed |= changed
+    assign_float(layer, {name: to_stored(name, tensor) for name, tensor in changed.items()})
 
 
 def records_of(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:

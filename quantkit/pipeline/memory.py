@@ -140,10 +140,13 @@ def lay_out(
 
 def _keepable(work: Work) -> list[tuple[int, int]]:
     """What may be kept for each token, the most first: its width, and the numbers that everything up to it comes to."""
-    first = sites([linear for linear in work.linears if linear.layer == 0])
-    widths = [site[0].in_features for site in first if len(site) == 1]
-    both = widths + (widths[:-1] if work.follows_original else [])  # the original has left the layer at its last site
-    return [(limit, sum(w for w in both if w <= limit)) for limit in sorted({0, *widths}, reverse=True)]
+    layers: dict[int, list[int]] = {}
+    for site in sites(work.linears):
+        layers.setdefault(site[0].layer, []).extend([site[0].in_features] if len(site) == 1 else [])
+    # The original has left the layer at its last site.
+    kept = [widths + (widths[:-1] if work.follows_original else []) for widths in layers.values()]
+    limits = sorted({0, *(width for widths in kept for width in widths)}, reverse=True)
+    return [(limit, max(sum(w for w in widths if w <= limit) for widths in kept)) for limit in limits]
 
 
 def lay_out_job(

@@ -111,10 +111,10 @@ def run(
         return outcome
 
 
-def _require_one_method(job: Job, sites: tuple[Site, ...]) -> None:
+def _require_one_method(job: Job, sites: Sequence[Sequence[Site]]) -> None:
     for index in range(len(job.runtime.model.layers)):
         linears = job.plan.layer(index)
-        for site in sites:
+        for site in sites[index]:
             methods = {job.method_of(linears[name]) for name in site.linears}
             if len(methods) > 1:
                 names = ", ".join(linears[name].name for name in site.linears)
@@ -123,7 +123,7 @@ def _require_one_method(job: Job, sites: tuple[Site, ...]) -> None:
                 )
 
 
-def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress) -> Outcome:
+def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> Outcome:
     runtime, plan = job.runtime, job.plan
     model = runtime.model
     move_buffers(model.model, runtime.device)
@@ -164,7 +164,7 @@ def _run(job: Job, sites: tuple[Site, ...], journal: Journal, progress: Progress
 
 
 def _through_layers(
-    job: Job, sites: tuple[Site, ...], journal: Journal, streams: Streams, progress: Progress
+    job: Job, sites: Sequence[Sequence[Site]], journal: Journal, streams: Streams, progress: Progress
 ) -> list[dict[str, Any]]:
     """Quantize all layers, or take those that are finished, and bring the streams behind the last one.
 

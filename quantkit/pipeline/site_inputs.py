@@ -113,12 +113,13 @@ def inputs_of(passage: Passage, linear: str, *, last: bool = False, returned: bo
 def forget(passage: Passage, site: Site) -> None:
     """A scale was folded into the site's producer: what came after that is not as it was kept."""
     sites = passage.layer.sites
-    changed = next((n + 1 for n, before in enumerate(sites) if site.producer in before.linears), sites.index(site))
+    producer = site.fold.producer if site.fold else None
+    changed = next((n + 1 for n, before in enumerate(sites) if producer in before.linears), sites.index(site))
     read = {name for after in sites[changed:] for name in after.linears}
     passage.known = {
         shortcut: tensors
         for shortcut, tensors in passage.known.items()
-        if shortcut.linear not in read and not (tensors.returned and shortcut.linear == site.producer)
+        if shortcut.linear not in read and not (tensors.returned and shortcut.linear == producer)
     }
 
 

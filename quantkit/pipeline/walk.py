@@ -27,7 +27,7 @@ def walk(
     runtime: Runtime,
     progress: Progress | None = None,
     indices: Sequence[int] | None = None,
-    sites: tuple[Site, ...] = (),
+    sites: Sequence[Sequence[Site]] = (),
 ) -> Iterator[Iterator[Layer]]:
     """The layers of the original one after the other, each materialised; only one of them is.
 
@@ -45,14 +45,14 @@ def _layers(
     runtime: Runtime,
     progress: Progress,
     order: Sequence[int],
-    sites: tuple[Site, ...],
+    sites: Sequence[Sequence[Site]],
     sources: ReadAhead[dict[str, Tensor]],
 ) -> Iterator[Layer]:
     for index in order:
         progress.layer(index)
         progress.stage("read")
         source = sources.take()
-        layer = Layer(runtime, index, progress, sites, source, runtime.loaded(source))
+        layer = Layer(runtime, index, progress, sites[index] if sites else (), source, runtime.loaded(source))
         del source
         assign(layer.module, layer.weights)
         yield layer
