@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.calibration import load as calibration
@@ -23,7 +24,7 @@ from quantkit.calibration.sources import BUNDLED, MIX, parse_hub
 from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
-from tests.texts import BOS, CHAT, EOS, KEEPS, STRIPS, make_tokenizer, write_jsonl
+from tests.texts import BOS, CHAT, EOS, KEEPS, STRIPS, USER, make_tokenizer, write_jsonl
 
 PLAIN = make_tokenizer()
 BARE = make_tokenizer(bos=False, eos=False)
@@ -112,6 +113,48 @@ def test_default_size_comes_out_of_one_set_for_a_coarse_vocabulary() -> None:
 
 
 # Windows
+
+
+def without_added(windows: torch.Tensor, prefix: list[int]) -> list[int]:
+    """The stream that windows were cut from, but for its own tokens of the prefix."""
+    ids = windows.flatten().tolist()
+    assert all(row[: len(prefix)].tolist() == prefix for row in windows)
+    return [token for token in ids if token not in prefix]
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "txt"])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path, kind: str) -> None:
+    text = "".join(f"Line {i} of the page.\n\n" for i in range(200))
+    path = tmp_path / "page.txt"
+    path.write_text(text)
+    if kind != "txt":
+        value: Any = text if kind == "text" else [{"role": "user", "content": text}]
+        path = write_jsonl(tmp_path / "page.jsonl", [{kind: value}])
+    tok = make_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    plain: list[int] = BARE(text, verbose=False)["input_ids"]
+    bos = [PLAIN.bos_token_id]
+    found = load_eval(str(path), lambda: tok, seqlen=32, vocab_size=VOCAB)
+    stream = without_added(found.input_ids, bos)
+    assert len(found.input_ids) > 9
+    assert stream == plain[: len(stream)]  # nothing between two windows is lost
+    assert found.protocol.endswith("; each window begins with <s>")
+    calibrated = get(path, tok)
+    without_added(calibrated.input_ids, bos)
+    assert calibrated.protocol.endswith("; each window begins with <s>")
+
+
+def test_windows_begin_with_all_that_the_tokenizer_puts_first(stories: Path) -> None:
+    tok = make_tokenizer()
+    both = processors.TemplateProcessing(single=f"{BOS} {USER} $A", special_tokens=[(BOS, 0), (USER, 2)])
+    tok.backend_tokenizer.post_processor = both
+    without_added(get(stories, tok).input_ids, [0, 2])
+    with pytest.raises(InputError, match="each window begins with 2 special tokens"):
+        get(stories, tok, seqlen=2)
+
+
+def test_windows_begin_with_nothing_where_the_tokenizer_adds_nothing(stories: Path) -> None:
+    assert "begins" not in get(stories, BARE).protocol
+    assert BOS not in BARE.decode(get(stories, BARE).input_ids.flatten())
 
 
 def test_same_seed_same_ids_other_seed_others(stories: Path) -> None:
@@ -253,10 +296,10 @@ def test_long_text_gives_no_warning(stories: Path, caplog: pytest.LogCaptureFixt
 def test_text_is_evaluated_by_the_wikitext_protocol(tmp_path: Path) -> None:
     path = tmp_path / "wiki.txt"
     path.write_text("".join(f"Line {i} of the page.\n\n" for i in range(50)))
-    whole = PLAIN(path.read_text(), verbose=False)["input_ids"]
-    found = load_eval(str(path), lambda: PLAIN, seqlen=32, vocab_size=VOCAB)
+    whole = BARE(path.read_text(), verbose=False)["input_ids"]
+    found = load_eval(str(path), lambda: BARE, seqlen=32, vocab_size=VOCAB)
     assert found.input_ids.flatten().tolist() == whole[: len(whole) // 32 * 32]
-    first = load_eval(str(path), lambda: PLAIN, seqlen=32, samples=3, vocab_size=VOCAB)
+    first = load_eval(str(path), lambda: BARE, seqlen=32, samples=3, vocab_size=VOCAB)
     assert torch.equal(first.input_ids, found.input_ids[:3])
     assert first.protocol == "whole file tokenized as one text; the first 3 windows of 32 without overlap"
 
@@ -358,8 +401,10 @@ def test_too_few_tokens(stories: Path) -> None:
         + 39
     )
     message = refusal(stories, samples=1000, seqlen=64)
-    assert f"got {tokens} tokens, expected 1000 x 64 = 64000; use --samples {tokens // 64}," in message
-    get(stories, samples=tokens // 64, seqlen=64)
+    assert f"got {tokens} tokens, expected 1000 x 64 = 64000; use --samples 52," in message
+    get(stories, samples=52, seqlen=64)
+    with pytest.raises(InputError):
+        get(stories, samples=53, seqlen=64)
     assert f"use --seqlen {tokens} or less" in refusal(stories, seqlen=100_000)
     with pytest.raises(InputError, match="expected 1 x 100000"):
         load_eval(str(stories), lambda: PLAIN, seqlen=100_000, vocab_size=VOCAB)

@@ -6,6 +6,9 @@ passages are taken in rounds: one of every document before a second of any. They
 and cut into windows without padding. `mix` gives each of its four kinds the same number of windows, in turn.
 
 Evaluation keeps the order of the documents and drops nothing between them, so that perplexities can be compared.
+
+Where the tokenizer puts tokens before a text (`<s>`, `<bos>`), every window begins with them, as every text did in
+training. A window from the middle of a text gets them in front: without them Gemma 7B's perplexity is 6e9 instead of 3.
 """
 
 import itertools
@@ -28,6 +31,8 @@ from quantkit.calibration.tokens import (
     token_set,
     too_short,
 )
+from quantkit.errors import InputError
+from quantkit.text import one_line
 
 EVAL_TOKENS = 1 << 16  # of the bundled set, if nobody says how many: by then a KL is known to about 1%
 
@@ -61,6 +66,7 @@ def load(
     size = max(4 * seqlen, 512)  # characters of a passage: about one window of English
     texts = [list(documents_of(part, offline=offline, shuffle=seed, enough=need, size=size)) for part in parts]
     tok = tokenizer()
+    prefix = _prefix(tok, seqlen)
     kinds: list[Tensor] = []
     with ChatTemplate(tok) as template:
         for part, share, documents in zip(parts, shares, texts, strict=True):
@@ -68,13 +74,15 @@ def load(
             rng.shuffle(documents)
             rows = _encode(_in_rounds(documents, size, rng), tok, template)
             stream = _join(rows, tok.eos_token_id, share * seqlen)
-            if len(stream) < share * seqlen:
+            windows = _windows(stream, share, seqlen, prefix)
+            if len(windows) < share:
                 name = source if part == source else f"{source} ({part})"
-                raise too_short(name, len(stream), share, seqlen, len(parts))
-            kinds.append(_windows(stream, share, seqlen))
+                raise too_short(name, len(stream), share, seqlen, windows=len(windows) * len(parts))
+            kinds.append(windows)
     ids = torch.stack([kind[row] for row in range(max(shares)) for kind in kinds if row < len(kind)])
     protocol = f"documents shuffled with seed {seed}, passages joined by the end-of-text token, windows of {seqlen}"
-    return token_set(ids, source, vocab_size, protocol + template.protocol(), template.notes())
+    protocol += _begin(prefix, tok) + template.protocol()
+    return token_set(ids, source, vocab_size, protocol, template.notes())
 
 
 def load_eval(
@@ -103,18 +111,17 @@ def load_eval(
     need = most if samples is None else samples * seqlen
     texts = [list(documents_of(part, offline=offline, shuffle=None, enough=need, size=sys.maxsize)) for part in parts]
     tok = tokenizer()
+    prefix = _prefix(tok, seqlen)
     with ChatTemplate(tok) as template:
         stream = _join(_encode(_in_turn(texts), tok, template), tok.eos_token_id, need)
-    count = min(len(stream), need) // seqlen if samples is None else samples
-    if len(stream) < max(count, 1) * seqlen:
-        raise too_short(source, len(stream), max(count, 1), seqlen, option="--eval-samples")
+    windows = _windows(stream, need // seqlen, seqlen, prefix)
+    if len(windows) < (samples or 1):
+        raise too_short(source, len(stream), samples or 1, seqlen, windows=len(windows), option="--eval-samples")
     whole = source.lower().endswith(".txt") and source not in BUNDLED
     start = "whole file tokenized as one text" if whole else "documents in order, joined by the end-of-text token"
-    kept = "all windows" if samples is None and len(stream) < need else f"the first {count} windows"
-    protocol = f"{start}; {kept} of {seqlen} without overlap"
-    return token_set(
-        _windows(stream, count, seqlen), source, vocab_size, protocol + template.protocol(), template.notes()
-    )
+    kept = "all windows" if samples is None and len(stream) < need else f"the first {len(windows)} windows"
+    protocol = f"{start}; {kept} of {seqlen} without overlap" + _begin(prefix, tok) + template.protocol()
+    return token_set(windows, source, vocab_size, protocol, template.notes())
 
 
 # Documents -> ids
@@ -180,5 +187,33 @@ def _in_turn(lists: Sequence[Sequence[Document]]) -> Iterator[Document]:
         yield from (item for item in row if item is not None)
 
 
-def _windows(stream: list[int], samples: int, seqlen: int) -> Tensor:
-    return torch.tensor(stream[: samples * seqlen], dtype=torch.int64).reshape(samples, seqlen)
+def _windows(stream: list[int], most: int, seqlen: int, prefix: list[int]) -> Tensor:
+    """Up to `most` windows of a stream [windows, seqlen]; those that do not begin with the prefix get it in front."""
+    rows: list[list[int]] = []
+    start = 0
+    while len(rows) < most:
+        front = [] if stream[start : start + len(prefix)] == prefix else prefix
+        end = start + seqlen - len(front)
+        if end > len(stream):
+            break
+        rows.append(front + stream[start:end])
+        start = end
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), seqlen)
+
+
+def _prefix(tok: PreTrainedTokenizerBase, seqlen: int) -> list[int]:
+    """The tokens that the tokenizer puts before every text.
+
+    Raises:
+        InputError: a window has no room beside them.
+    """
+    bare, whole = (tok("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    prefix: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    if seqlen <= len(prefix):
+        raise InputError(f"--seqlen {seqlen}: each window begins with {len(prefix)} special tokens; use a larger one")
+    return prefix
+
+
+def _begin(prefix: list[int], tok: PreTrainedTokenizerBase) -> str:
+    """What the protocol says of the tokens before every window, if there are any."""
+    return f"; each window begins with {one_line(''.join(tok.convert_ids_to_tokens(prefix)))}" if prefix else ""

@@ -143,7 +143,14 @@ def first_windows(tokens: TokenSet, samples: int | None) -> TokenSet:
     if samples is None or samples == tokens.samples:
         return tokens
     if samples > tokens.samples:
-        raise too_short(tokens.source, tokens.input_ids.numel(), samples, tokens.seqlen, option="--eval-samples")
+        raise too_short(
+            tokens.source,
+            tokens.input_ids.numel(),
+            samples,
+            tokens.seqlen,
+            windows=tokens.samples,
+            option="--eval-samples",
+        )
     ids = tokens.input_ids[:samples].contiguous()
     protocol = f"the first {samples} windows of the file, as they are"
     return replace(tokens, input_ids=ids, sha256=_sha256(ids), protocol=protocol)
@@ -157,9 +164,9 @@ def check_positive(**numbers: int) -> None:
 
 
 def too_short(
-    source: str, tokens: int, samples: int, seqlen: int, parts: int = 1, option: str = "--samples"
+    source: str, tokens: int, samples: int, seqlen: int, *, windows: int, option: str = "--samples"
 ) -> InputError:
-    """The error for a source that has too few tokens, with what to ask for instead."""
-    hint = f"{option} {tokens // seqlen * parts}" if tokens >= seqlen else f"--seqlen {tokens} or less"
+    """The error for a source that has too few tokens, with what to ask for instead; windows: how many there are."""
+    hint = f"{option} {windows}" if windows else f"--seqlen {tokens} or less"
     need = f"{samples} x {seqlen} = {samples * seqlen}"
     return InputError(f"{source}: got {tokens} tokens, expected {need}; use {hint}, or a longer source")
