@@ -64,7 +64,7 @@ ALLOWED: dict[str, str] = {
         " quantized serving pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
     ),
     "pipeline.activations": "errors hardware",
-    "pipeline.compare": "dtypes hardware calibration verdict model pipeline.activations pipeline.runtime",
+    "pipeline.compare": "dtypes hardware calibration model pipeline.activations pipeline.metrics pipeline.runtime",
     "pipeline.fisher": (
         "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
     ),
@@ -82,6 +82,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.runtime pipeline.walk"
     ),
     "pipeline.memory": "errors hardware units model serving pipeline.job pipeline.runtime",
+    "pipeline.metrics": "errors",
     "pipeline.prefetch": "",
     "pipeline.resample": "calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk",
     "pipeline.resume": "errors checkpoint pipeline.job pipeline.tuning",

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantkit import verdict as verdict_module
 from quantkit.errors import InputError
-from quantkit.verdict import Comparison, Limits, parse_percent, verdict
+from quantkit.pipeline import metrics
+from quantkit.pipeline.metrics import Comparison
+from quantkit.verdict import Limits, parse_percent, verdict
 
 
 def random_batch(
@@ -56,7 +57,7 @@ def result_of(*batches: tuple[Tensor, Tensor, Tensor]) -> dict[str, object]:
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 def test_figures_are_those_of_the_oracle_however_positions_are_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(3, 11, 57)
-    monkeypatch.setitem(verdict_module.CHUNK_BYTES, "cpu", rows * 57 * 4)
+    monkeypatch.setitem(metrics.CHUNK_BYTES, "cpu", rows * 57 * 4)
     result, expected = result_of(batch), oracle(*batch)
     for name in ("perplexity", "perplexity_fp16", "kl_divergence", "top1_agreement"):
         assert result[name] == pytest.approx(expected[name], rel=1e-5), name
@@ -142,7 +143,7 @@ def test_memory_for_a_large_vocabulary_is_bounded() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = result_of((reference, logits, input_ids))
     peak = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < peak <= verdict_module.CHUNK_BYTES["cpu"]
+    assert 0 < peak <= metrics.CHUNK_BYTES["cpu"]
     assert result["perplexity_fp16"] == pytest.approx(vocabulary, rel=1e-4)
     assert result["kl_divergence"] == pytest.approx(math.log(math.e - 1) - 0.5, rel=1e-3)
 

@@ -13,8 +13,8 @@ from quantkit.dtypes import dtype_name
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.model.streaming import logits, outside_loaded
 from quantkit.pipeline.activations import Stream
+from quantkit.pipeline.metrics import Comparison
 from quantkit.pipeline.runtime import Runtime
-from quantkit.verdict import Comparison
 
 
 def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) -> float:
@@ -37,7 +37,7 @@ def compare_logits(
     source: Mapping[str, Tensor],
     stored: Iterable[tuple[str, Tensor]],
 ) -> list[dict[str, Any]]:
-    """The figures of `verdict.Comparison` for each quantized stream, and the dtype.
+    """The figures of `metrics.Comparison` for each quantized stream, and the dtype.
 
     All streams have left the last layer. Those of other ranks hold other samples, which count as well.
 

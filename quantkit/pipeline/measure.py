@@ -160,7 +160,7 @@ def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None
 
 @torch.no_grad()
 def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progress: Progress) -> dict[str, Any]:
-    """The figures of `verdict.Comparison`, and "layer_errors"; see `pipeline.run`.
+    """The figures of `metrics.Comparison`, and "layer_errors"; see `pipeline.run`.
 
     runtime: of the original
 
