@@ -52,7 +52,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
     from quantkit.plan import make_plan
     from quantkit.recipe import Recipe, resolver
     from quantkit.report.terminal.progress import display
-    from quantkit.settings.defaults import choose_scheme
+    from quantkit.settings.defaults import AskedScheme, choose_scheme
 
     values = dict(zip(said[::2], said[1::2], strict=True))
     options = Options(
@@ -61,7 +61,7 @@ def by_quantkit(method: str, model: Path, ids: Path, samples: int, out: Path, *s
         drift_samples=int(values["--drift-samples"]) if "--drift-samples" in values else None,
     )
     opened = open_model(model)
-    scheme = choose_scheme(method, Recipe(), 4, 128, None)
+    scheme = choose_scheme(method, Recipe(), AskedScheme(4, 128))
     plan = make_plan(opened, resolver(Recipe(), scheme), FORMATS[method])
     tokens = TokenSet(load_file(ids)["input_ids"][:samples], "ids", "ids", "ids")
     inputs = values.get("--inputs", "quantized")

@@ -40,7 +40,7 @@ from quantkit.pipeline.run import run
 from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, resolver, shipped
-from quantkit.settings.defaults import choose_scheme
+from quantkit.settings.defaults import AskedScheme, choose_scheme
 from quantkit.units import parse_bytes
 
 CANDIDATES = 1 + len(POWERS) + len(RATIO_POWERS)  # scales that AWQ's search tries
@@ -218,7 +218,7 @@ def main() -> None:
 def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Quantize the slab in `folder` without verification."""
     model = open_model(folder)
-    scheme = choose_scheme(said.method, Recipe(), 4, 128, None)
+    scheme = choose_scheme(said.method, Recipe(), AskedScheme(4, 128))
     plan = make_plan(model, resolver(Recipe(), scheme), FORMATS["gptq" if said.method == "gptq" else "awq"])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(said.vocabulary, (said.samples, said.seqlen), generator=generator)

@@ -110,6 +110,12 @@ class Plan:
         return 0 if self.format.block_bytes is None else sum(self.loaded.values())
 
     @property
+    def temporary_shards(self) -> bool:
+        """Whether the shards are nothing that an engine loads, and go once the one file is made of them."""
+        grids = {linear.scheme.grid for linear in self.quantized if linear.scheme is not None}
+        return self.format.block_bytes is not None and grids != {"integer"}
+
+    @property
     def served_bytes(self) -> int:
         """Bytes of the files that an engine loads; of a .gguf without its header."""
         return self.beside_bytes or self.file_bytes

@@ -16,21 +16,32 @@ budget: {memory: 22GiB, context: 16k, kv: fp16}
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.names import FUSED
 from quantkit.resources import recipes_dir
-from quantkit.scheme import Scheme
+from quantkit.scheme import NAMED, Scheme
 from quantkit.units import parse_bytes, parse_tokens
 
 BITS = (2, 3, 4, 5, 6, 7, 8)  # a format may hold fewer
+SCHEME_FIELDS = ("bits", "group_size", "symmetric")
 REGEX = "re:"  # what makes of a pattern a regular expression
 
 
@@ -42,6 +53,27 @@ class SchemeSpec(BaseModel):
     bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    scheme: str | None = None  # a name in NAMED, instead of the three
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in NAMED:
+            raise ValueError(f"expected a scheme: {', '.join(NAMED)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "SchemeSpec":
+        if self.scheme is not None and self.model_fields_set & {"bits", "group_size", "symmetric"}:
+            raise ValueError("scheme says bits, group_size and symmetric; leave these out")
+        return self
+
+    def over(self, scheme: Scheme) -> Scheme:
+        """The scheme with what is set here in its place."""
+        if self.scheme is not None:
+            return NAMED[self.scheme]
+        fields = {key: value for key in SCHEME_FIELDS if (value := getattr(self, key)) is not None}
+        return replace(scheme, grid="integer", **fields) if fields else scheme
 
     @field_validator("group_size")
     @classmethod
@@ -268,21 +300,16 @@ def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | N
     """(full name, layer number) -> the linear's scheme, or None to keep it in 16 bit, as the head (-1) unless named."""
 
     def resolve(name: str, layer: int) -> Scheme | None:
-        chosen: dict[str, Any] = {
-            "bits": default.bits,
-            "group_size": default.group_size,
-            "symmetric": default.symmetric,
-        }
+        chosen = default
         kept: bool | None = None  # no rule has said
         for rule in recipe.rules:
             if rule.applies(name, layer):
-                fields = ("bits", "group_size", "symmetric")
-                chosen |= {key: value for key in fields if (value := getattr(rule, key)) is not None}
-                if rule.keep is not None or any(getattr(rule, key) is not None for key in fields):
+                chosen = rule.over(chosen)
+                if rule.keep is not None or any(getattr(rule, key) is not None for key in (*SCHEME_FIELDS, "scheme")):
                     kept = rule.keep is not None
                 elif layer < 0 and kept is None:
                     kept = False  # for the head it is enough to be named
-        return None if kept or (kept is None and layer < 0) else Scheme(**chosen)
+        return None if kept or (kept is None and layer < 0) else chosen
 
     return resolve
 
@@ -316,8 +343,7 @@ def _decided_by(recipe: Recipe, name: str) -> str:
     found = [
         _place(recipe, index)
         for index, rule in enumerate(recipe.rules)
-        if rule.applies(name, layer)
-        and rule.model_dump(exclude_none=True, include={"bits", "group_size", "symmetric", "keep"})
+        if rule.applies(name, layer) and rule.model_dump(exclude_none=True, include={*SCHEME_FIELDS, "scheme", "keep"})
     ]
     return " and ".join(found) or "the default"
 

@@ -2,6 +2,7 @@
 """What the tests of GGUF share: tiny models with a tokenizer, and blocks as the `gguf` package reads them."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,20 @@ IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0)
 def parameter_names(original: Any) -> list[str]:
     layers = [f"{original.layer_name(i)}.{n}" for i in range(2) for n in original.layer_shapes(i)]
     return [*original.outside(), *layers]
+
+
+class Watching:
+    """A progress that notes what was taken from the disk, and may stop the work before a layer."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop, self.reused = stop, [False, False]
+
+    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
+    def stage(self, name: str) -> None: ...
+    def ending(self, name: str) -> None: ...
+    def layer(self, index: int) -> None:
+        if index == self.stop:
+            raise KeyboardInterrupt
+
+    def finished(self, index: int, loss: float, reused: bool) -> None:
+        self.reused[index] = reused

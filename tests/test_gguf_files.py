@@ -5,7 +5,6 @@ llama.cpp itself runs in the interop suite.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from tests.gguf_models import (
     IDS,
     INTEGERS,
     QUIET,
+    Watching,
     as_the_model_with,
     as_transformers_reads,
     parameter_names,
@@ -131,23 +131,6 @@ def test_a_16_bit_model_becomes_k_quants(tmp_path: Path) -> None:
     assert len(whole) == path.stat().st_size
     with pytest.raises(InputError, match="--type"):
         to_gguf(ExportRequest(str(folder), "convert", type="q3_x", out=tmp_path / "c"), QUIET)
-
-
-class Watching:
-    """A progress that notes what was taken from the disk, and may stop the work before a layer."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.reused = stop, [False, False]
-
-    def start(self, layers: int, tokens: int, places: Mapping[str, str]) -> None: ...
-    def stage(self, name: str) -> None: ...
-    def ending(self, name: str) -> None: ...
-    def layer(self, index: int) -> None:
-        if index == self.stop:
-            raise KeyboardInterrupt
-
-    def finished(self, index: int, loss: float, reused: bool) -> None:
-        self.reused[index] = reused
 
 
 def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from quantkit.commands.inspect import inspect_folder, inspect_table
 from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import ModelError, SchemeError
-from quantkit.gguf.export import export
+from quantkit.gguf.export import export, open_source
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
@@ -24,7 +26,16 @@ from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit_checkpoint
 from quantkit.settings.request import Request
 from tests.foreign import foreign, rewrite, shuffled
-from tests.gguf_models import DEMO, IDS, QUIET, as_the_model_with, as_transformers_reads, parameter_names, tiny
+from tests.gguf_models import (
+    DEMO,
+    IDS,
+    QUIET,
+    Watching,
+    as_the_model_with,
+    as_transformers_reads,
+    parameter_names,
+    tiny,
+)
 
 
 def test_an_export_is_atomic_repeatable_and_says_what_it_cannot_keep(tmp_path: Path) -> None:
@@ -33,15 +44,15 @@ def test_an_export_is_atomic_repeatable_and_says_what_it_cannot_keep(tmp_path: P
                     symmetric=False, out=out, offline=True, verify=False)  # fmt: skip
     quantize(asked, QUIET)
     with pytest.raises(SchemeError, match=r"q_proj: q4_1 stores -zero \* scale in float16.*--requantize.*q8_0"):
-        export(out, tmp_path / "a.gguf")
+        export(open_source(out), tmp_path / "a.gguf")
     with pytest.raises(SchemeError, match="from the 16-bit model it can be made without rounding twice"):
-        export(out, tmp_path / "a.gguf", "q4_k")
+        export(open_source(out), tmp_path / "a.gguf", "q4_k")
     assert not list(tmp_path.glob("*.gguf"))
-    exact = export(out, tmp_path / "a.gguf", "q8_0")
+    exact = export(open_source(out), tmp_path / "a.gguf", "q8_0")
     assert (exact.equal, exact.rounded, exact.nbytes) == (14, {}, (tmp_path / "a.gguf").stat().st_size)
-    assert export(out, tmp_path / "b.gguf", "q8_0").sha256 != ""
+    assert export(open_source(out), tmp_path / "b.gguf", "q8_0").sha256 != ""
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    lossy = export(out, tmp_path / "c.gguf", requantize=True)
+    lossy = export(open_source(out), tmp_path / "c.gguf", requantize=True)
     assert lossy.equal + len(lossy.rounded) == 14
     assert 0 < max(lossy.rounded.values()) < 1e-3
 
@@ -50,7 +61,7 @@ def test_scattered_groups_are_refused(tmp_path: Path) -> None:
     """Blocks are of columns side by side: act-order's groups would be rounded again."""
     foreign(tmp_path / "gptq", "gptq", Scheme(4, 32, True), change=shuffled)
     with pytest.raises(SchemeError, match=r"act-order.*--requantize"):
-        export(tmp_path / "gptq", tmp_path / "a.gguf")
+        export(open_source(tmp_path / "gptq"), tmp_path / "a.gguf")
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -65,11 +76,11 @@ def test_bfloat16_scales_that_float16_holds(tmp_path: Path) -> None:
             state[f"{name}.weight_scale"] = (state[f"{name}.weight_scale"].float() * factor).bfloat16()
 
     rewrite(tmp_path / "ct", lambda state: round_scales(state, 1.0))
-    exported = export(tmp_path / "ct", tmp_path / "a.gguf")
+    exported = export(open_source(tmp_path / "ct"), tmp_path / "a.gguf")
     assert (exported.equal, exported.rounded) == (len(held), {})
     rewrite(tmp_path / "ct", lambda state: round_scales(state, 2.0**-14))  # float16 loses bits of these
     with pytest.raises(SchemeError, match="scales in bfloat16 that gguf's float16 does not hold"):
-        export(tmp_path / "ct", tmp_path / "b.gguf")
+        export(open_source(tmp_path / "ct"), tmp_path / "b.gguf")
     assert not (tmp_path / "b.gguf").exists()
 
 
@@ -79,7 +90,7 @@ def test_a_checkpoint_without_a_quantized_linear_is_refused(tmp_path: Path) -> N
     nothing = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}, "ignore": []}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": nothing}))
     with pytest.raises(ModelError, match="every linear is stored in 16 bit"):
-        export(folder, tmp_path / "a.gguf")
+        export(open_source(folder), tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -210,3 +221,33 @@ def test_runs_refuse_groups_and_bits_that_gguf_would_only_repeat(tmp_path: Path)
         with pytest.raises(SchemeError, match=reason):
             quantize(asked, QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "scheme"), [("gptq", "q4_k"), ("awq", "q6_k"), ("rtn", "q5_k")])
+def test_k_quants_are_a_run_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, scheme: str
+) -> None:
+    """Interrupted, continued, measured in the run, and measured again from the file."""
+    folder, ids = tiny(tmp_path / "model", "llama"), tmp_path / "ids.safetensors"
+    save_file({"input_ids": IDS}, ids)
+    asked = Request(method, str(folder), method, scheme=scheme, calib=str(ids), evaluation=str(ids), offline=True)
+    asked = replace(asked, out=tmp_path / "out", max_ppl_increase=9.0)
+    whole, folder = quantize(replace(asked, out=tmp_path / "whole"), QUIET)
+    expected = (folder / whole["gguf"]["file"]).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.commands.quantize.display", lambda *_: nullcontext(Watching(1)))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(asked, QUIET)
+    first, out = quantize(asked, QUIET)
+    assert any("continued: 2 of" in fallback for fallback in first["fallbacks"])
+    path = out / first["gguf"]["file"]
+    assert path.read_bytes() == expected
+    assert sorted(path.suffix for path in out.iterdir()) == [".gguf", ".html", ".json", ".jsonl", ".md"]
+    assert first["bits_per_weight"] == pytest.approx({"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}[scheme])
+    assert {layer["method"] for layer in first["layers"]} == {method}
+    assert quantize(asked, QUIET)[0] == first  # finished: nothing is done
+    checked = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET)["verification"]
+    assert checked["kl_divergence"] == pytest.approx(first["verification"]["kl_divergence"], rel=1e-6)
+    path.write_bytes(expected[:-1])  # damaged: made again
+    assert quantize(asked, QUIET)[0]["gguf"] == first["gguf"]
+    assert path.read_bytes() == expected

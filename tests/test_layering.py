@@ -119,7 +119,7 @@ ALLOWED: dict[str, str] = {
     "__init__": "",
     "__main__": "cli",
     "cli": (
-        "errors hardware text units methods verdict settings hub report.card report.terminal results"
+        "errors hardware text units methods scheme verdict settings hub report.card report.terminal results"
         " commands.allocate commands.convert commands.convert_gguf commands.fit commands.inspect"
         " commands.quantize commands.sweep commands.verify"
     ),

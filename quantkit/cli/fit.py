@@ -18,6 +18,7 @@ from quantkit.cli.options import (
     KvOption,
     Offline,
     RecipeOption,
+    SchemeOption,
     Sym,
     WBit,
 )
@@ -32,6 +33,7 @@ def fit(
     w_bit: WBit = None,
     group: Group = None,
     sym: Sym = None,
+    scheme: SchemeOption = None,
     format: FormatOption = None,
     recipe: RecipeOption = None,
     budget: Budget = None,
@@ -57,6 +59,7 @@ def fit(
             bits=int(w_bit) if w_bit else None,
             group_size=group,
             symmetric=sym,
+            scheme=scheme,
             format=format.value if format else None,
             recipe=recipe,
             budget=parse_bytes(budget, "--budget") if budget else None,

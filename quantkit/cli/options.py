@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.scheme import NAMED
+
 
 class FormatName(StrEnum):
     awq = "awq"
@@ -84,6 +86,10 @@ Group = Annotated[
 ]
 Sym = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Fixed zero point or one per group.  [default: by method]")
+]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option("--scheme", "--type", metavar="NAME", help=f"A scheme by name: {', '.join(NAMED)}."),
 ]
 FormatOption = Annotated[
     FormatName | None, typer.Option("--format", help="How it is stored.  [default: by method and bits]")

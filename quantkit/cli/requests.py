@@ -49,6 +49,7 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         bits=int(said["w_bit"]) if said.get("w_bit") else None,
         group_size=said.get("group"),
         symmetric=said.get("sym"),
+        scheme=said.get("scheme"),
         format=plain("format"),
         recipe=said.get("recipe"),
         calib=said.get("calib"),

@@ -25,7 +25,7 @@ from quantkit.commands.verify import measured_like, verify_files
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.architecture import check_architecture
-from quantkit.gguf.export import export, layout, open_source, types_of
+from quantkit.gguf.export import NOTES, export, layout, open_source, types_of
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.gguf.rounding import RoundJob, assemble, round_layers
@@ -48,7 +48,6 @@ from quantkit.results.folder import (
 from quantkit.settings.defaults import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
 
 DEFAULT_TYPE = "q4_k"
-NOTES = ("LICENSE*", "NOTICE*")  # what goes with the weights; the rest is in the file
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
             journal.drop_from("gguf")
         if "gguf" not in journal.finished:
             path = out / f"{label}-{_suffix(types_of(source, request.type, request.requantize))}.gguf"
-            done = export(folder, path, request.type, outside=request.outside, requantize=request.requantize)
+            done = export(source, path, request.type, outside=request.outside, requantize=request.requantize)
             record = {"linears": [], "equal": done.equal, "rounded": done.rounded, "types": done.types}
             journal.append(Unit("gguf", path.name, done.sha256, record))
         unit = journal.finished["gguf"]

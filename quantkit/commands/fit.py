@@ -16,12 +16,14 @@ from quantkit.recipe import BudgetSpec, explained, resolver, shipped
 from quantkit.results.document import RESULT, read_result
 from quantkit.serving.fit import fit, fit_checkpoint, fit_stored, shapes_in
 from quantkit.settings.defaults import (
+    AskedScheme,
     choose_format,
     choose_recipe,
     choose_scheme,
     choose_serving,
     find_model,
     positions,
+    usual_method,
 )
 
 EXPECTED = "expected the folder of a model"
@@ -43,6 +45,7 @@ class FitRequest:
     tensor_parallel: int
     offline: bool
     engine: str | None = None
+    scheme: str | None = None
 
 
 def fit_request(request: FitRequest) -> dict[str, Any]:
@@ -60,8 +63,9 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
         return {"name": folder.resolve().name, "scheme": "as stored"} | result
     model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)
-    method = "gptq" if (request.format or "").startswith("gptq") else "awq"
-    scheme = choose_scheme(method, recipe, request.bits, request.group_size, request.symmetric, request.format)
+    method = usual_method(request.format)
+    asked = AskedScheme(request.bits, request.group_size, request.symmetric, request.scheme)
+    scheme = choose_scheme(method, recipe, asked, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     resolve = resolver(recipe, scheme)
     with explained(recipe):

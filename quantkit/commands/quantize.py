@@ -15,8 +15,10 @@ from quantkit.commands.quantize_result import (
     continued_note,
     cost_of,
     document_of,
+    file_made,
     finished_before,
     recorded_in,
+    remove_shards,
     write_folder,
 )
 from quantkit.errors import InputError
@@ -104,9 +106,14 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         finished.extend([before] if before and same else [])
         return same
 
+    def made() -> bool:
+        return ranks.size == 1 and file_made(plan, job.runtime.folder, before)
+
     with display(console, request.device) as progress:
-        outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough)
+        outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough, made=made)
     if outcome is None:
+        if plan.temporary_shards:
+            remove_shards(plan, job.runtime.folder)
         line = f"{job.runtime.folder}: finished before; `quantkit verify` measures it again, --fresh makes it again"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return ranks.agree(finished[0] if finished else None), job.runtime.folder
@@ -125,7 +132,7 @@ class _Asked:
 
 def _resolve(request: Request, recipe: Recipe) -> _Asked:
     limits = limits_of(request, recipe)
-    scheme = choose_scheme(request.method, recipe, request.bits, request.group_size, request.symmetric, request.format)
+    scheme = choose_scheme(request.method, recipe, request.asked_scheme, request.format)
     fmt = choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
     out = request.out or default_out(request, scheme, fmt)
@@ -227,7 +234,8 @@ def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     usual = fmt.name == METHODS[request.method].format
     label = label_of(request.model)
     tail = "" if usual else f"-{fmt.name}"
-    return Path("outputs") / f"{label}-{request.method}-w{scheme.bits}-g{scheme.group_size}{tail}"
+    numbers = f"w{scheme.bits}-g{scheme.group_size}" if scheme.grid == "integer" else scheme.grid
+    return Path("outputs") / f"{label}-{request.method}-{numbers}{tail}"
 
 
 def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told: Sequence[str]) -> None:

@@ -8,16 +8,24 @@ from typing import Any
 from quantkit import __version__
 from quantkit.calibration.tokens import notes_of, record_of
 from quantkit.checkpoint.journal import Unit
+from quantkit.checkpoint.writer import copy_file
 from quantkit.errors import OutputError
-from quantkit.formats.gguf import GGUF
-from quantkit.gguf.export import export
+from quantkit.formats.gguf import GGUF, type_of
+from quantkit.gguf.export import NOTES, Exported, export, open_source, planned_source
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.run import Outcome
-from quantkit.plan import resolved
+from quantkit.plan import Plan, resolved
 from quantkit.recipe import shipped
 from quantkit.results.document import read_result
-from quantkit.results.folder import file_records, quantized_config, sha256_of, write_beside, write_result
+from quantkit.results.folder import (
+    beside_weights,
+    file_records,
+    quantized_config,
+    sha256_of,
+    write_beside,
+    write_result,
+)
 from quantkit.scheme import Scheme
 from quantkit.settings.defaults import hub_id, label_of
 from quantkit.settings.request import Request
@@ -68,25 +76,71 @@ def document_of(
 def write_folder(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write what engines and people read beside the shards."""
     out, plan = job.runtime.folder, job.plan
+    if plan.temporary_shards:
+        return _write_gguf_folder(job, directory, result)
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
     config = quantized_config(directory, plan.quantization_config)
     files |= write_beside(out, directory, weight_map, plan.tensor_bytes, config, plan.format)
     if plan.format is GGUF:
-        exported = export(out, out / f"{out.resolve().name}.gguf", name=label_of(result["model"]))
+        exported = export(open_source(out), out / f"{out.resolve().name}.gguf", name=label_of(result["model"]))
         files[exported.path.name] = exported.sha256
-        result |= {"total_bytes": exported.nbytes, "tensor_bytes": plan.beside_bytes}  # what llama.cpp loads
-        result["gguf"] = {
-            "file": exported.path.name,
-            "bytes": exported.nbytes,
-            "types": sorted(set(exported.types.values())),
-            "equal": exported.equal,
-        }
+        result |= _exported_fields(plan, exported)
     result["files"] = file_records(out, files)
     if result["verification"] is None:
         result["verification"] = _still_valid(out, result["files"])
     write_result(out, result)
     return result
+
+
+def _write_gguf_folder(job: Job, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The folder of a run whose shards are no checkpoint: the .gguf and what people read; then the shards go."""
+    out = job.runtime.folder
+    name = label_of(result["model"])
+    path = out / f"{name}-{result_type(job.plan).upper()}.gguf"
+    exported = export(planned_source(job.runtime.model, job.plan, out), path, name=name)
+    result |= _exported_fields(job.plan, exported)
+    notes = [path for path in beside_weights(directory) if any(path.match(pattern) for pattern in NOTES)]
+    hashes = {path.name: copy_file(path, out / path.name) for path in notes}
+    result["files"] = file_records(out, hashes | {path.name: exported.sha256})
+    write_result(out, result)
+    remove_shards(job.plan, out)
+    return result
+
+
+def _exported_fields(plan: Plan, exported: Exported) -> dict[str, Any]:
+    """What quantkit.json says of a .gguf: its bytes are what llama.cpp loads."""
+    return {
+        "total_bytes": exported.nbytes,
+        "tensor_bytes": plan.beside_bytes,
+        "gguf": {
+            "file": exported.path.name,
+            "bytes": exported.nbytes,
+            "types": sorted(set(exported.types.values())),
+            "equal": exported.equal,
+        },
+    }
+
+
+def result_type(plan: Plan) -> str:
+    """The type that most linears of a .gguf have."""
+    types = [type_of(linear.scheme) for linear in plan.quantized if linear.scheme is not None]
+    return max(sorted(set(types)), key=types.count)
+
+
+def remove_shards(plan: Plan, out: Path) -> None:
+    """Remove shards that a .gguf was made of."""
+    for shard in plan.shards:
+        (out / shard.file).unlink(missing_ok=True)
+
+
+def file_made(plan: Plan, out: Path, recorded: Mapping[str, Any] | None) -> bool:
+    """Whether the one file that the shards were for is there as quantkit.json says; the shards need not be."""
+    made = ((recorded or {}).get("gguf") or {}).get("file")
+    hashes = {entry["name"]: entry["sha256"] for entry in (recorded or {}).get("files") or []}
+    if not plan.temporary_shards or not isinstance(made, str) or made not in hashes:
+        return False
+    return (out / made).is_file() and sha256_of(out / made) == hashes[made]
 
 
 def _still_valid(out: Path, files: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -150,7 +204,7 @@ def finished_before(
 ) -> bool:
     """Whether quantkit.json is that of this very run, brought to its end, with all that it is asked for."""
     files = {entry["name"]: entry["sha256"] for entry in recorded.get("files") or []}
-    found = {unit.file: unit.sha256 for unit in units}  # which have just been looked at
+    found = {} if job.plan.temporary_shards else {unit.file: unit.sha256 for unit in units}  # looked at just now
     if not all((job.runtime.folder / name).is_file() for name in (*files, "report.html", "README.md")):
         return False
     if files != found | {name: sha256_of(job.runtime.folder / name) for name in files.keys() - found.keys()}:

@@ -34,7 +34,7 @@ from quantkit.report.pages.sweep import render_sweep
 from quantkit.report.terminal.progress import display
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
-from quantkit.settings.defaults import choose_format, choose_scheme, find_model
+from quantkit.settings.defaults import AskedScheme, choose_format, choose_scheme, find_model
 from quantkit.settings.request import Request, config_options, serving
 from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
@@ -139,7 +139,7 @@ def settings_of(
     for method in request.methods:
         for bits in request.bits:
             for group in request.groups:
-                scheme = choose_scheme(method, Recipe(), bits, group, run.symmetric)
+                scheme = choose_scheme(method, Recipe(), AskedScheme(bits, group, run.symmetric))
                 fmt = choose_format(run.format, method, scheme, Recipe())
                 name = f"{method} {scheme}" + ("" if fmt.name == METHODS[method].format else f" {fmt.name}")
                 document = {

@@ -83,6 +83,7 @@ class Format:
     quant_method: what config.json's `quantization_config` calls it; empty where no checkpoint is read by it
     reads:       such a config, of any tool -> (full name of a linear -> its scheme, or None for 16 bit); None: the
                  config is of another format with the same quant_method; ModelError: what is not supported
+    grids:       names of the grids that it holds
     codes:       the key of the tensor that holds the codes
     says_all:    whether readers go by the config alone; otherwise a linear that is stored as it was is in 16 bit
     holds_mixed: whether one checkpoint can hold several schemes
@@ -119,6 +120,7 @@ class Format:
     extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
     block_bytes: Callable[[Scheme, int, int], int] | None = None
     settle: Callable[[QuantizedTensor], QuantizedTensor] = as_it_is
+    grids: tuple[str, ...] = ("integer",)
     scales: Callable[[Mapping[str, Tensor]], Tensor | None] = scales_by_column
     says_all: bool = False
     older: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], Mapping[str, Tensor]] = no_older

@@ -174,6 +174,7 @@ GGUF = replace(
     COMPRESSED_TENSORS,
     name="gguf",
     quant_method="",
+    grids=("integer", *K_TYPES),
     why_not=_run_why_not,
     specs=_specs,
     pack=_pack,

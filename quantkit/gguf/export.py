@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, open_file, require_finite
 from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import ModelError, OutputError, SchemeError
 from quantkit.formats import Format
 from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, pack_superblocks
-from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, usual_type, why_not
+from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, type_of, why_not
 from quantkit.formats.reading import unpack
 from quantkit.gguf.architecture import (
     ARCHITECTURES,
@@ -36,14 +36,15 @@ from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.grids.registry import dequantize
 from quantkit.methods import rtn
 from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import Architecture, build
-from quantkit.plan import LinearPlan
+from quantkit.model.streaming import Architecture, StreamedModel, build
+from quantkit.plan import LinearPlan, Plan
 from quantkit.quantized import packed_names, quantization_of, stored_linears
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time
 QUANTIZATION_VERSION = 2
+NOTES = ("LICENSE*", "NOTICE*")  # files that go with a .gguf; the rest is in it
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,16 @@ def open_source(directory: Path) -> Source:
     return Source(directory, architecture, raw, checkpoint, fmt, {x.name: x for x in linears if x.scheme is not None})
 
 
+def planned_source(model: StreamedModel, plan: Plan, out: Path) -> Source:
+    """The shards of a run in `out`, which have no config.json of their own."""
+    entries = {name: entry for shard in plan.shards for name, entry in open_file(out / shard.file).entries.items()}
+    raw = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
+    linears = {linear.name: linear for linear in plan.quantized}
+    return Source(model.directory, model, raw, Checkpoint(out, entries), plan.format, linears)
+
+
 def export(
-    directory: Path,
+    source: Source,
     destination: Path,
     type: str | None = None,
     *,
@@ -133,11 +142,10 @@ def export(
         SchemeError: integers that the type does not hold, before anything is written; a type that is not known.
         ModelError: a checkpoint or tokenizer that is not supported. OutputError: the file cannot be written.
     """
-    source = open_source(directory)
     types = types_of(source, type, requantize)
     if not requantize:
         _require_exact(source, types)
-    made = layout(source.architecture, source.config, directory, types, outside, name)
+    made = layout(source.architecture, source.config, source.directory, types, outside, name)
     exported = Exported(destination, "", made.file_bytes, types, 0, {})
 
     def data() -> Iterator[tuple[str, Iterator[Tensor]]]:
@@ -215,14 +223,21 @@ def _type_of(linear: LinearPlan, wanted: str | None, requantize: bool) -> str:
     if wanted is not None and wanted not in TYPES:
         raise SchemeError(f"--type: expected {', '.join(TYPES)}, got {wanted!r}")
     try:
-        found = wanted or usual_type(linear.scheme)
-        reason = why_not(linear.scheme, linear.out_features, linear.in_features, found)
+        found = wanted or type_of(linear.scheme)
+        reason = _why_not(linear, found)
     except SchemeError as error:
         raise SchemeError(f"{linear.name}: {error}") from error
     if reason is not None and not requantize:
         more = "; from the 16-bit model it can be made without rounding twice" if found not in INTEGER_TYPES else ""
         raise SchemeError(f"{linear.name}: {reason}{more}, or accept a loss with --requantize")
     return found
+
+
+def _why_not(linear: LinearPlan, kind: str) -> str | None:
+    assert linear.scheme is not None
+    if linear.scheme.grid in K_TYPES:
+        return None if kind == linear.scheme.grid else f"{linear.scheme} is no {kind}; leave out --type"
+    return why_not(linear.scheme, linear.out_features, linear.in_features, kind)
 
 
 def _require_exact(source: Source, types: Mapping[str, str]) -> None:
@@ -232,6 +247,8 @@ def _require_exact(source: Source, types: Mapping[str, str]) -> None:
     assert source.format is not None
     for linear in source.linears.values():
         assert linear.scheme is not None
+        if linear.scheme.grid in K_TYPES:
+            continue
         specs = source.format.specs(linear.scheme, linear.out_features, linear.in_features)
         stored = [source.checkpoint.entries[name].dtype for name in packed_names(source.format, linear)]
         half = not {"bfloat16", "float32"} & set(stored)  # scales: they may not be what float16 holds
@@ -275,6 +292,8 @@ def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
         found = unpack(source.format, packed, linear.scheme, (linear.out_features, linear.in_features))
     except ModelError as error:
         raise ModelError(f"{linear.name}: {error}") from error
+    if linear.scheme.grid in K_TYPES:
+        return found
     scales = found.scales.to(torch.float16)
     if not torch.equal(scales.float(), found.scales.float()):
         raise SchemeError(
@@ -304,7 +323,8 @@ def _pieces(source: Source, parameter: str, info: TensorInfo, exported: Exported
 
 
 def _linear_blocks(quantized: QuantizedTensor, name: str, kind: str, exported: Exported) -> Tensor:
-    assert quantized.scheme is not None
+    if quantized.scheme.grid in K_TYPES:
+        return pack_superblocks(quantized)
     fits = why_not(quantized.scheme, quantized.out_features, quantized.in_features, kind) is None
     if fits and quantized.g_idx is None and not (kind == "q4_1" and inexact_lows(quantized)):
         return pack(quantized, kind)

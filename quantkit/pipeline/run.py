@@ -24,7 +24,7 @@ import torch
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.writer import require_disk
 from quantkit.dtypes import to_stored
-from quantkit.errors import SchemeError
+from quantkit.errors import OutputError, SchemeError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes
 from quantkit.methods.site import SiteResult
 from quantkit.methods.table import METHODS
@@ -83,6 +83,7 @@ def run(
     fresh: bool = False,
     finish: Callable[[Outcome], None] = lambda outcome: None,
     enough: Callable[[Sequence[Unit]], bool] = lambda units: False,
+    made: Callable[[], bool] = lambda: False,
 ) -> Outcome | None:
     """Quantize a model into the runtime's folder; the checkpoint's shards and the journal are written, nothing else.
 
@@ -90,6 +91,7 @@ def run(
     processes by the first
     enough: asked, in the same way, where all is finished and sound before the work begins: whether nothing is left to
     do, not even to measure; then None is returned
+    made: whether the file that the shards were for is there, so that they need not be
 
     Raises:
         OutputError: the folder is busy, foreign, or of another run; the disk is too small.
@@ -101,10 +103,16 @@ def run(
     require_disk(folder, sum(missing) + plan.beside_bytes + DISK_MARGIN)
     sites = sites_of(job.runtime.model)
     _require_one_method(job, sites)
-    with continued(job, fresh) as journal:
+    done = not fresh and made()
+    with continued(job, fresh, look=not done) as journal:
         units = [journal.finished[shard.unit] for shard in plan.shards if shard.unit in journal.finished]
         if len(units) == len(plan.shards) and enough(units):
             return None
+        if done and len(units) == len(job.plan.shards):
+            raise OutputError(
+                f"{folder}: finished, but not measured as asked now; `quantkit verify {folder}` measures it with "
+                "other options, --fresh makes it again"
+            )
         outcome = _run(job, sites, journal, progress)
         if job.runtime.ranks.first:
             finish(outcome)

@@ -3,6 +3,7 @@
 what the result is to be served with.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from quantkit.formats import FORMATS, Format
 from quantkit.formats.gguf import BLOCK
 from quantkit.methods.table import METHODS
 from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
-from quantkit.scheme import Scheme
+from quantkit.scheme import NAMED, Scheme
 from quantkit.settings.models import model_of
 
 DEFAULT_BUDGET = 22 * 2**30  # bytes
@@ -43,27 +44,49 @@ def choose_recipe(file: Path | None, model: str) -> Recipe:
     return known if file is None else over(read_recipe(file), known)
 
 
-def choose_scheme(
-    method: str,
-    recipe: Recipe,
-    bits: int | None,
-    group_size: int | None,
-    symmetric: bool | None,
-    format: str | None = None,
-) -> Scheme:
+@dataclass(frozen=True)
+class AskedScheme:
+    """What the command line says of the scheme; None: nothing. name: of a scheme in NAMED."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    name: str | None = None
+
+
+def choose_scheme(method: str, recipe: Recipe, asked: AskedScheme, format: str | None = None) -> Scheme:
     """The command line comes before the recipe's default, which comes before 4 bits in groups of 128.
 
     gguf has groups of 32, and 8 bits only without zero points: there these are the defaults.
+
+    Raises:
+        InputError: no scheme of that name, or one with options that would change it.
     """
     default = recipe.default
+    options = {"--w-bit": asked.bits, "--group": asked.group_size, "--sym/--asym": asked.symmetric}
+    given = [option for option, value in options.items() if value is not None]
+    name = asked.name or (None if given else default.scheme)
+    if name is not None:
+        if name not in NAMED:
+            raise InputError(f"--scheme: expected {', '.join(NAMED)}, got {name!r}")
+        if given:
+            raise InputError(f"--scheme {name} says bits, group and zero points; leave out {', '.join(given)}")
+        return NAMED[name]
+    group_size, symmetric = asked.group_size, asked.symmetric
     if format == "gguf":
         group_size = BLOCK if group_size is None else group_size
-        symmetric = True if symmetric is None and (bits or default.bits) == 8 else symmetric
+        symmetric = True if symmetric is None and (asked.bits or default.bits) == 8 else symmetric
     return Scheme(
-        next(b for b in (bits, default.bits, 4) if b is not None),
+        next(b for b in (asked.bits, default.bits, 4) if b is not None),
         next(g for g in (group_size, default.group_size, 128) if g is not None),
         next(s for s in (symmetric, default.symmetric, METHODS[method].symmetric) if s is not None),
     )
+
+
+def usual_method(format: str | None) -> str:
+    """The method that a format is usual for, or the first."""
+    methods = [row.name for row in METHODS.values() if format is None or format.startswith(row.format)]
+    return (methods or list(METHODS))[0]
 
 
 def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe) -> Format:
@@ -77,6 +100,8 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
             raise InputError(f"--format: expected {', '.join(FORMATS)}, got {name!r}")
         return FORMATS[name]
     usual = METHODS[method].format
+    if scheme.grid not in FORMATS[usual].grids:
+        return next((fmt for fmt in FORMATS.values() if scheme.grid in fmt.grids), FORMATS[usual])
     if recipe.rules or (usual == "awq" and scheme.bits != 4):
         return FORMATS["compressed-tensors"]
     return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]

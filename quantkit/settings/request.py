@@ -10,7 +10,7 @@ import torch
 from quantkit.methods.table import Options
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import Recipe
-from quantkit.settings.defaults import choose_serving, positions
+from quantkit.settings.defaults import AskedScheme, choose_serving, positions
 from quantkit.verdict import Limits
 
 
@@ -24,6 +24,7 @@ class Request:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    scheme: str | None = None
     format: str | None = None
     recipe: Path | None = None
     calib: str | None = None
@@ -49,6 +50,10 @@ class Request:
     ram: int | None = None
     inputs: str = "quantized"
     amend: bool = False  # another recipe than that of the finished layers makes anew what differs
+
+    @property
+    def asked_scheme(self) -> AskedScheme:
+        return AskedScheme(self.bits, self.group_size, self.symmetric, self.scheme)
 
 
 def serving(request: Request, recipe: Recipe, model: Shapes) -> dict[str, Any]:
