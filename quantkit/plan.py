@@ -112,8 +112,7 @@ class Plan:
     @property
     def temporary_shards(self) -> bool:
         """Whether the shards are nothing that an engine loads, and go once the one file is made of them."""
-        grids = {linear.scheme.grid for linear in self.quantized if linear.scheme is not None}
-        return self.format.block_bytes is not None and grids != {"integer"}
+        return self.format.block_bytes is not None and not self.quantization_config
 
     @property
     def served_bytes(self) -> int:

@@ -15,20 +15,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from quantkit.calibration.load import load
-from quantkit.calibration.tokens import TokenSet
-from quantkit.checkpoint.journal import open_journal
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError, ModelError
 from quantkit.formats.blocks import pack
 from quantkit.gguf.architecture import rope_factors
-from quantkit.gguf.export import layout
 from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
-from quantkit.gguf.rounding import RoundJob, assemble, round_layers
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
-from quantkit.model.streaming import drop, open_model
+from quantkit.model.streaming import open_model
 from quantkit.pipeline.measure import open_quantized
 from quantkit.settings.request import Request
 from tests.gguf_models import (
@@ -36,7 +31,6 @@ from tests.gguf_models import (
     IDS,
     INTEGERS,
     QUIET,
-    Watching,
     as_the_model_with,
     as_transformers_reads,
     parameter_names,
@@ -131,35 +125,6 @@ def test_a_16_bit_model_becomes_k_quants(tmp_path: Path) -> None:
     assert len(whole) == path.stat().st_size
     with pytest.raises(InputError, match="--type"):
         to_gguf(ExportRequest(str(folder), "convert", type="q3_x", out=tmp_path / "c"), QUIET)
-
-
-def test_rounding_that_was_stopped_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "model", "llama")
-    model = open_model(folder)
-    types = {f"{model.layer_name(i)}.{name}": "q4_k" for i in range(2) for name in model.layer_linears[i]}
-    made = layout(model, json.loads((folder / "config.json").read_text()), folder, types, "q8_0", "tiny")
-    tokens = load_calibration(tmp_path)
-    digests = []
-    for name, stop in (("whole", None), ("stopped", 1)):
-        job = RoundJob(model, made, types, tokens, torch.device("cpu"), tmp_path / name)
-        if stop is not None:
-            with open_journal(job.out, {"a": 1}, fresh=False) as journal, pytest.raises(KeyboardInterrupt):
-                round_layers(job, journal, Watching(stop))
-            drop(model.layers[1])
-        again = Watching()
-        with open_journal(job.out, {"a": 1}, fresh=False) as journal:
-            records = round_layers(job, journal, again)
-        assert len(records) == 14
-        assert again.reused == [stop is not None, False]
-        digests.append(assemble(job, job.out / "tiny.gguf"))
-    assert digests[0] == digests[1]
-    assert open_gguf(tmp_path / "whole" / "tiny.gguf").infos["token_embd.weight"].type == "q8_0"
-
-
-def load_calibration(folder: Path) -> TokenSet:
-    save_file({"input_ids": IDS}, folder / "ids.safetensors")
-    source = str(folder / "ids.safetensors")
-    return load(source, pytest.fail, samples=2, seqlen=24, seed=0, vocab_size=4104)
 
 
 def test_rotations_of_llama_3_are_those_of_transformers() -> None:

@@ -2,7 +2,7 @@
 """`quantkit convert SOURCE --to gguf`: a folder with one GGUF file, its measurements, report and card.
 
 A quantized checkpoint keeps its integers (`gguf.export`). A 16-bit model is rounded straight into GGUF's blocks, with
-calibration (`gguf.rounding`). Either way the file is then opened again and measured against the 16-bit model.
+calibration, by a run as any other (`commands.quantize`).
 """
 
 import json
@@ -16,25 +16,19 @@ import torch
 from rich.console import Console
 
 from quantkit import __version__
-from quantkit.calibration.load import load
-from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of, record_of, require_positions
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.checkpoint.writer import copy_file, require_disk, write_json
+from quantkit.checkpoint.writer import copy_file, write_json
+from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import measured_like, verify_files
-from quantkit.errors import InputError, QuantkitError, SchemeError
+from quantkit.errors import InputError, QuantkitError
 from quantkit.formats.gguf import TYPES
-from quantkit.gguf.architecture import check_architecture
-from quantkit.gguf.export import NOTES, export, layout, open_source, types_of
+from quantkit.gguf.export import NOTES, export, open_source, types_of
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
-from quantkit.gguf.rounding import RoundJob, assemble, round_layers
-from quantkit.hardware.machine import device_name, peak_device_bytes, peak_rss_bytes, versions
-from quantkit.model.streaming import StreamedModel, open_model
-from quantkit.model.tokenizer import tokenizer_of
-from quantkit.plan import DISK_MARGIN
-from quantkit.quantized import quantization_of, sixteen_bit_linears, writer
-from quantkit.report.terminal.progress import display
+from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, versions
+from quantkit.methods.table import Options
+from quantkit.quantized import quantization_of, writer
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     beside_weights,
@@ -45,7 +39,8 @@ from quantkit.results.folder import (
     sha256_of,
     write_result,
 )
-from quantkit.settings.defaults import DEFAULT_SAMPLES, choose_seqlen, find_model, hub_id, positions
+from quantkit.settings.defaults import hub_id, label_of
+from quantkit.settings.request import Request
 
 DEFAULT_TYPE = "q4_k"
 
@@ -194,84 +189,35 @@ def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapp
 
 
 def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
-    began = time.monotonic()
+    """A run of gptq that leaves the file alone; see `commands.quantize`."""
     if request.requantize:
         raise InputError(f"--requantize: {request.source} is not quantized; leave it out")
-    kind = request.type or DEFAULT_TYPE
-    directory = find_model(request.source, offline=request.offline)
-    model = open_model(directory)
-    check_architecture(model.config)
-    label = (request.source if not Path(request.source).exists() else directory.resolve().name).rpartition("/")[2]
-    out = request.out or Path("outputs") / f"{label}-gguf-{kind}"
-    require_another(out, directory)
-    types = _types(model, kind)
-    made = layout(model, json.loads((directory / "config.json").read_text()), directory, types, request.outside, label)
-    tokens = _calibration(request, model)
-    require_disk(out, 2 * made.file_bytes + DISK_MARGIN)
-    job = RoundJob(model, made, types, tokens, request.device, out, request.nearest)
-    identity = {
-        "quantkit": __version__,
-        "torch": torch.__version__,
-        "device": device_name(request.device),
-        "convert": "gguf",
-        "type": kind,
-        "outside": request.outside,
-        "nearest": request.nearest,
-        "calibration": tokens.sha256,
-        "model": fingerprint(model.checkpoint),
-    }
-    _say(console, out, f"{len(types)} linears as {kind}; calibration: {tokens.source}, {tokens.samples} windows")
-    for note in notes_of(tokens):
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    with open_journal(out, identity, fresh=request.fresh) as journal:
-        unit = journal.finished.get("gguf")
-        if unit is None or not journal.verify_unit(unit):
-            if unit is not None:
-                journal.drop_from("gguf")
-            with display(console, request.device) as progress:
-                layers = round_layers(job, journal, progress)
-            path = out / f"{label}-{kind.upper()}.gguf"
-            journal.append(Unit("gguf", path.name, assemble(job, path), {"linears": [], "layers": layers}))
-        unit = journal.finished["gguf"]
-        for index in range(len(model.layers)):
-            job.file(index).unlink(missing_ok=True)
-        for path in [path for path in beside_weights(directory) if any(path.match(pattern) for pattern in NOTES)]:
-            copy_file(path, out / path.name)
-    written = open_gguf_model(out / unit.file, model)
-    document = _document(request, None, written, unit, out, request.source)
-    document |= {"layers": unit.record["layers"], "calibration": record_of(tokens)}
-    document |= {"method": "rtn" if request.nearest else "gptq", "seconds": time.monotonic() - began}
-    return _finish(request, document, None, out, console), out
-
-
-def _types(model: StreamedModel, kind: str) -> dict[str, str]:
-    """The type of every linear of the decoder layers.
-
-    Raises:
-        SchemeError: rows that are no whole number of its blocks.
-    """
-    for linear in sixteen_bit_linears(model):
-        if linear.in_features % TYPES[kind].columns:
-            raise SchemeError(
-                f"{linear.name}: {kind} cuts rows into blocks of {TYPES[kind].columns}, got in_features "
-                f"{linear.in_features}; use --type q4_0, q4_1 or q8_0, whose blocks are 32"
-            )
-    return {linear.name: kind for linear in sixteen_bit_linears(model)}
-
-
-def _calibration(request: ExportRequest, model: StreamedModel) -> TokenSet:
-    seqlen = choose_seqlen(positions(model.config), request.seqlen)
-    tokens = load(
-        request.calib or "mix",
-        tokenizer_of(model.directory),
-        samples=request.samples or DEFAULT_SAMPLES,
-        seqlen=seqlen,
+    kind, exact = request.type or DEFAULT_TYPE, request.outside == "f16"
+    run = Request(
+        method="gptq",
+        model=request.source,
+        command=request.command,
+        scheme=kind,
+        format="gguf",
+        calib=request.calib,
+        samples=request.samples,
+        seqlen=request.seqlen,
         seed=request.seed,
-        vocab_size=model.config.vocab_size,
+        evaluation=request.evaluation,
+        eval_samples=request.eval_samples,
+        device=request.device,
+        options=Options(rounding="nearest" if request.nearest else "gptq"),
+        out=request.out or Path("outputs") / f"{label_of(request.source)}-gguf-{kind}",
+        fresh=request.fresh,
         offline=request.offline,
+        verify=request.verify and exact,
+        one_file=True,
+        outside=request.outside,
     )
-    require_positions(tokens, positions(model.config))
-    return note_left_out(tokens, samples=request.samples, seqlen=request.seqlen)
+    result, out = quantize(run, console)
+    if exact or not request.verify:
+        return result, out
+    return _finish(request, result, None, out, console), out  # the embedding was rounded after the run
 
 
 # ---------------------------------------------------------------- the folder

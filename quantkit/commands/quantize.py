@@ -23,7 +23,7 @@ from quantkit.commands.quantize_result import (
 )
 from quantkit.errors import InputError
 from quantkit.formats import Format
-from quantkit.formats.gguf import GGUF
+from quantkit.formats.gguf import GGUF_ALONE
 from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.hardware.ranks import ALONE, Ranks
@@ -99,7 +99,9 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told, *continued))
         result = document_of(request, job, outcome, asked.scheme, model.directory, memory, asked.limits)
         cost = cost_of(result, time.monotonic() - began, again)
-        finished.append(write_folder(job, outcome, model.directory, result | cost | {"memory": layout.record()}))
+        finished.append(
+            write_folder(job, outcome, model.directory, result | cost | {"memory": layout.record()}, request.outside)
+        )
 
     def enough(units: Sequence[Unit]) -> bool:
         same = before is not None and ranks.size == 1 and finished_before(job, units, memory, asked.limits, before)
@@ -107,7 +109,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         return same
 
     def made() -> bool:
-        return ranks.size == 1 and file_made(plan, job.runtime.folder, before)
+        return ranks.size == 1 and file_made(plan, job.runtime.folder, before, request.outside)
 
     with display(console, request.device) as progress:
         outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough, made=made)
@@ -133,12 +135,12 @@ class _Asked:
 def _resolve(request: Request, recipe: Recipe) -> _Asked:
     limits = limits_of(request, recipe)
     scheme = choose_scheme(request.method, recipe, request.asked_scheme, request.format)
-    fmt = choose_format(request.format, request.method, scheme, recipe)
+    fmt = GGUF_ALONE if request.one_file else choose_format(request.format, request.method, scheme, recipe)
     directory = find_model(request.model, offline=request.offline)
     out = request.out or default_out(request, scheme, fmt)
     require_another(out, directory)
     model = open_model(directory)
-    if fmt is GGUF:
+    if fmt.block_bytes is not None:
         check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
     resolve = resolver(recipe, scheme)

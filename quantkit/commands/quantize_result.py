@@ -10,7 +10,7 @@ from quantkit.calibration.tokens import notes_of, record_of
 from quantkit.checkpoint.journal import Unit
 from quantkit.checkpoint.writer import copy_file
 from quantkit.errors import OutputError
-from quantkit.formats.gguf import GGUF, type_of
+from quantkit.formats.gguf import type_of
 from quantkit.gguf.export import NOTES, Exported, export, open_source, planned_source
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.pipeline.job import Job
@@ -73,16 +73,18 @@ def document_of(
     }
 
 
-def write_folder(job: Job, outcome: Outcome, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Write what engines and people read beside the shards."""
+def write_folder(
+    job: Job, outcome: Outcome, directory: Path, result: dict[str, Any], outside: str = "f16"
+) -> dict[str, Any]:
+    """Write what engines and people read beside the shards; outside: see `gguf.export`."""
     out, plan = job.runtime.folder, job.plan
     if plan.temporary_shards:
-        return _write_gguf_folder(job, directory, result)
+        return _write_gguf_folder(job, directory, result, outside)
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
     config = quantized_config(directory, plan.quantization_config)
     files |= write_beside(out, directory, weight_map, plan.tensor_bytes, config, plan.format)
-    if plan.format is GGUF:
+    if plan.format.block_bytes is not None:
         exported = export(open_source(out), out / f"{out.resolve().name}.gguf", name=label_of(result["model"]))
         files[exported.path.name] = exported.sha256
         result |= _exported_fields(plan, exported)
@@ -93,13 +95,14 @@ def write_folder(job: Job, outcome: Outcome, directory: Path, result: dict[str, 
     return result
 
 
-def _write_gguf_folder(job: Job, directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+def _write_gguf_folder(job: Job, directory: Path, result: dict[str, Any], outside: str) -> dict[str, Any]:
     """The folder of a run whose shards are no checkpoint: the .gguf and what people read; then the shards go."""
     out = job.runtime.folder
     name = label_of(result["model"])
     path = out / f"{name}-{result_type(job.plan).upper()}.gguf"
-    exported = export(planned_source(job.runtime.model, job.plan, out), path, name=name)
+    exported = export(planned_source(job.runtime.model, job.plan, out), path, outside=outside, name=name)
     result |= _exported_fields(job.plan, exported)
+    result["gguf"]["embeddings"] = outside
     notes = [path for path in beside_weights(directory) if any(path.match(pattern) for pattern in NOTES)]
     hashes = {path.name: copy_file(path, out / path.name) for path in notes}
     result["files"] = file_records(out, hashes | {path.name: exported.sha256})
@@ -134,11 +137,17 @@ def remove_shards(plan: Plan, out: Path) -> None:
         (out / shard.file).unlink(missing_ok=True)
 
 
-def file_made(plan: Plan, out: Path, recorded: Mapping[str, Any] | None) -> bool:
+def file_made(plan: Plan, out: Path, recorded: Mapping[str, Any] | None, outside: str) -> bool:
     """Whether the one file that the shards were for is there as quantkit.json says; the shards need not be."""
-    made = ((recorded or {}).get("gguf") or {}).get("file")
+    said = (recorded or {}).get("gguf") or {}
+    made = said.get("file")
     hashes = {entry["name"]: entry["sha256"] for entry in (recorded or {}).get("files") or []}
-    if not plan.temporary_shards or not isinstance(made, str) or made not in hashes:
+    if (
+        not plan.temporary_shards
+        or not isinstance(made, str)
+        or made not in hashes
+        or said.get("embeddings") != outside
+    ):
         return False
     return (out / made).is_file() and sha256_of(out / made) == hashes[made]
 

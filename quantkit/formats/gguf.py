@@ -131,27 +131,44 @@ def type_of(scheme: Scheme) -> str:
     return scheme.grid if scheme.grid in K_TYPES else usual_type(scheme)
 
 
+def _block_specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+    return {"blocks": TensorSpec("uint8", (out_features, TYPES[type_of(scheme)].row_bytes(in_features)))}
+
+
+def _block_pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
+    from quantkit.formats.blocks import pack, pack_superblocks
+
+    if quantized.scheme.grid in K_TYPES:
+        return {"blocks": pack_superblocks(quantized)}
+    return {"blocks": pack(quantized, type_of(quantized.scheme))}
+
+
+def _block_unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+    from quantkit.formats.blocks import unpack, unpack_superblocks
+
+    (blocks,) = matching(tensors, _block_specs(scheme, *shape))
+    if scheme.grid in K_TYPES:
+        return unpack_superblocks(blocks, scheme.grid)
+    return unpack(blocks, type_of(scheme), scheme)
+
+
+def _no_config(quantized: Sequence[QuantizedLayer], kept: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Nothing: blocks in safetensors are read by nobody but us."""
+    check_layers(quantized, kept)
+    return {}
+
+
 def _specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-    if scheme.grid not in K_TYPES:
-        return COMPRESSED_TENSORS.specs(scheme, out_features, in_features)
-    return {"blocks": TensorSpec("uint8", (out_features, TYPES[scheme.grid].row_bytes(in_features)))}
+    held = _block_specs if scheme.grid in K_TYPES else COMPRESSED_TENSORS.specs
+    return held(scheme, out_features, in_features)
 
 
 def _pack(quantized: QuantizedTensor) -> dict[str, Tensor]:
-    from quantkit.formats.blocks import pack_superblocks
-
-    if quantized.scheme.grid not in K_TYPES:
-        return COMPRESSED_TENSORS.pack(quantized)
-    return {"blocks": pack_superblocks(quantized)}
+    return (_block_pack if quantized.scheme.grid in K_TYPES else COMPRESSED_TENSORS.pack)(quantized)
 
 
 def _unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
-    from quantkit.formats.blocks import unpack_superblocks
-
-    if scheme.grid not in K_TYPES:
-        return COMPRESSED_TENSORS.unpack(tensors, scheme, shape)
-    (blocks,) = matching(tensors, _specs(scheme, *shape))
-    return unpack_superblocks(blocks, scheme.grid)
+    return (_block_unpack if scheme.grid in K_TYPES else COMPRESSED_TENSORS.unpack)(tensors, scheme, shape)
 
 
 def _settle(quantized: QuantizedTensor) -> QuantizedTensor:
@@ -161,11 +178,9 @@ def _settle(quantized: QuantizedTensor) -> QuantizedTensor:
 
 
 def _config(quantized: Sequence[QuantizedLayer], kept: Sequence[str], **options: Any) -> dict[str, Any]:
-    """As compressed-tensors, which vLLM loads too, where all are integers; blocks are read by nobody but us."""
-    if all(scheme.grid == "integer" for _, scheme in quantized):
-        return COMPRESSED_TENSORS.config(quantized, kept, **options)
-    check_layers(quantized, kept)
-    return {}
+    """As compressed-tensors, which vLLM loads too, where all are integers."""
+    integers = all(scheme.grid == "integer" for _, scheme in quantized)
+    return (COMPRESSED_TENSORS.config if integers else _no_config)(quantized, kept, **options)
 
 
 # A run keeps its layers as compressed-tensors, which vLLM loads too, with scales that gguf holds to the last bit; or,
@@ -184,3 +199,6 @@ GGUF = replace(
     extra_files=no_extra_files,
     block_bytes=lambda scheme, rows, columns: rows * TYPES[type_of(scheme)].row_bytes(columns),
 )
+
+# The same where the file alone is wanted: all linears are kept as its blocks.
+GGUF_ALONE = replace(GGUF, specs=_block_specs, pack=_block_pack, unpack=_block_unpack, config=_no_config)

@@ -49,6 +49,8 @@ class Request:
     vram: int | None = None
     ram: int | None = None
     inputs: str = "quantized"
+    one_file: bool = False  # leave a .gguf alone, without the checkpoint that it is made of
+    outside: str = "f16"  # of a .gguf: the type of the embedding and the head
     amend: bool = False  # another recipe than that of the finished layers makes anew what differs
 
     @property
