@@ -210,14 +210,15 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
         out=request.out or Path("outputs") / f"{label_of(request.source)}-gguf-{kind}",
         fresh=request.fresh,
         offline=request.offline,
-        verify=request.verify and exact,
+        verify=request.verify,
         one_file=True,
         outside=request.outside,
     )
     result, out = quantize(run, console)
     if exact or not request.verify:
         return result, out
-    return _finish(request, result, None, out, console), out  # the embedding was rounded after the run
+    # The embedding was rounded after the run: its tokens and limits are taken to measure the file.
+    return _finish(request, result, None, out, console, result), out
 
 
 # ---------------------------------------------------------------- the folder
