@@ -59,10 +59,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
-    "gguf": (
-        "dtypes errors hardware formats grids methods scheme stats calibration checkpoint model plan"
-        " quantized serving pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
-    ),
+    "gguf": "dtypes errors formats grids methods scheme checkpoint model plan quantized serving",
     "pipeline.activations": "errors hardware",
     "pipeline.compare": "dtypes hardware calibration model pipeline.activations pipeline.metrics pipeline.runtime",
     "pipeline.fisher": (
@@ -131,8 +128,7 @@ ALLOWED: dict[str, str] = {
         "errors hardware formats checkpoint verdict plan quantized serving settings convert results commands.verify"
     ),
     "commands.convert_gguf": (
-        "errors hardware formats calibration checkpoint model plan quantized settings gguf report.terminal"
-        " results commands.verify"
+        "errors hardware formats methods checkpoint quantized settings gguf results commands.quantize commands.verify"
     ),
     "commands.fit": "errors jsonfile checkpoint recipe model plan quantized serving settings gguf report.pages results",
     "commands.inspect": "errors units formats scheme checkpoint plan quantized serving gguf results",

@@ -218,7 +218,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
     if exact or not request.verify:
         return result, out
     # The embedding was rounded after the run: its tokens and limits are taken to measure the file.
-    return _finish(request, result, None, out, console, result), out
+    return _finish(request, result, None, out, console, dict(result)), out
 
 
 # ---------------------------------------------------------------- the folder
