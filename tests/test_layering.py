@@ -111,7 +111,7 @@ ALLOWED: dict[str, str] = {
     "report.pages": "text report.formatting report.rendering",
     "report.rendering": "text",
     "report.terminal": "text units serving hub",
-    "results": "errors jsonfile formats checkpoint report.card report.pages",
+    "results": "errors jsonfile formats checkpoint model report.card report.pages",
     # commands
     "__init__": "",
     "__main__": "cli",
@@ -125,7 +125,8 @@ ALLOWED: dict[str, str] = {
         " pipeline.memory pipeline.runtime report.terminal commands.quantize"
     ),
     "commands.convert": (
-        "errors hardware formats checkpoint verdict plan quantized serving settings convert results commands.verify"
+        "errors hardware formats checkpoint verdict model plan quantized serving settings convert results"
+        " commands.verify"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint quantized settings gguf results commands.quantize commands.verify"

@@ -25,6 +25,7 @@ from quantkit.convert.plan import Conversion, make_conversion, open_source, writ
 from quantkit.errors import InputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
+from quantkit.model.config import with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.quantized import quantization_of, writer
 from quantkit.results.document import RESULT
@@ -180,7 +181,9 @@ def _finish(
 
 def _config(conversion: Conversion) -> dict[str, Any]:
     """The source's config.json with the new quantization."""
-    config = {k: v for k, v in conversion.source.raw.items() if k not in ("quantization_config", "compression_config")}
+    config = with_older_keys(
+        {k: v for k, v in conversion.source.raw.items() if k not in ("quantization_config", "compression_config")}
+    )
     if conversion.format is not None:
         return config | {"quantization_config": conversion.quantization_config}
     config.pop("dtype", None)

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
+from quantkit.model.older import older_rope_keys
 from quantkit.model.unsupported import unsupported
 
 SIZES = (
@@ -48,12 +49,13 @@ def load_config(directory: Path) -> PretrainedConfig:
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"{path}: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
-    unread = isinstance(raw.get("rope_parameters"), dict) and "rope_theta" not in raw
-    if unread and int(transformers.__version__.partition(".")[0]) < 5:
-        raise ModelError(
-            f"{path}: says rope_parameters, which this transformers does not read, and no rope_theta; "
-            "use transformers 5, or add rope_theta (and rope_scaling) to it"
-        )
+    if int(transformers.__version__.partition(".")[0]) < 5 and isinstance(rope := raw.get("rope_parameters"), dict):
+        unread = [key for key in older_rope_keys(kind, rope) if raw.get(key) is None]
+        if unread:
+            raise ModelError(
+                f"{path}: says rope_parameters, which this transformers does not read, and no {unread[0]}; "
+                f"use transformers 5, or add {', '.join(unread)} to it"
+            )
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, config)
     return config
@@ -65,16 +67,37 @@ def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         ModelError: no model_type, not a causal language model, or values that transformers does not accept.
     """
-    values = {key: copy.deepcopy(value) for key, value in raw.items() if key != "quantization_config"}
-    kind = values.pop("model_type", None)
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
     try:
+        values = {key: _floats(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
         config = AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"config: transformers does not accept it ({str(error).splitlines()[0][:200]})") from error
+    except Exception as error:  # transformers checks values in many ways, and raises whatever comes
+        raise ModelError(f"config: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def with_older_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json's content that transformers 4 and 5 read alike; one without `rope_parameters` stays as it is.
+
+    Raises:
+        ModelError: see `config_from_dict`.
+    """
+    if not isinstance(raw.get("rope_parameters"), Mapping):
+        return dict(raw)
+    # With the defaults of transformers 5 in it. transformers 4 keeps there what the file says.
+    rope = getattr(config_from_dict(raw), "rope_parameters", None)
+    older = older_rope_keys(str(raw["model_type"]), rope or {})
+    return {**older, **raw, **older}
+
+
+def _floats(value: Any) -> Any:
+    """A copy in which infinities and NaN, which transformers 5 writes as {"__float__": "Infinity"}, are numbers."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _floats(v) for k, v in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def one_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from quantkit.checkpoint.reader import is_plain_name
 from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
 from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
+from quantkit.model.config import with_older_keys
 from quantkit.report.card import render_card
 from quantkit.report.pages.run import render_report
 from quantkit.results.document import RESULT, read_result
@@ -137,19 +138,9 @@ def _lies_within(directory: Path, path: Path) -> bool:
     return any(path.resolve().is_relative_to(place) for place in allowed)
 
 
-def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 reads of `rope_parameters`, which only 5 knows: without it, it would use other rotations."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return {}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    usual = rope.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"]} | ({} if usual else {"rope_scaling": scaling})
-
-
 def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
     """The model's config.json with the quantization added, and float16 as the dtype that the file now has."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("dtype", None)
-    config = older_rope_keys(config) | config
+    config = with_older_keys(config)
     return config | {"torch_dtype": "float16", "quantization_config": dict(quantization_config)}
