@@ -14,11 +14,12 @@ budget: {memory: 22GiB, context: 16k, kv: fp16}
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,13 +36,16 @@ from pydantic import (
 )
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
+from quantkit.files import read_bytes
 from quantkit.formats.names import FUSED
+from quantkit.patterns import compiled, matches
 from quantkit.resources import recipes_dir
 from quantkit.scheme import NAMED, Scheme
 from quantkit.units import parse_bytes, parse_tokens
 
 BITS = (2, 3, 4, 5, 6, 7, 8)  # a format may hold fewer
 SCHEME_FIELDS = ("bits", "group_size", "symmetric")
+LARGEST_FILE, DEEPEST, MOST_VALUES = 2**22, 50, 300_000  # bytes, levels, values: room for a rule for each linear
 REGEX = "re:"  # what makes of a pattern a regular expression
 
 
@@ -104,8 +108,8 @@ class Rule(SchemeSpec):
     def _pattern(cls, value: str | None) -> str | None:
         if value is not None and value.startswith(REGEX):
             try:
-                re.compile(value.removeprefix(REGEX))
-            except re.error as error:
+                compiled(value.removeprefix(REGEX))
+            except InputError as error:  # pydantic tells ValueErrors, with their place
                 raise ValueError(f"expected a regular expression after {REGEX} ({error})") from error
         return value
 
@@ -135,7 +139,7 @@ class Rule(SchemeSpec):
 
 def _matches(pattern: str, name: str) -> bool:
     if pattern.startswith(REGEX):
-        return re.fullmatch(pattern.removeprefix(REGEX), name) is not None
+        return matches(compiled(pattern.removeprefix(REGEX)), name, whole=True)
     return fnmatchcase(name, pattern)
 
 
@@ -230,38 +234,61 @@ def read_recipe(path: Path) -> Recipe:
         InputError: unreadable, not YAML, or a field that is unknown or has a wrong value, with its line in the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        raw: Any = yaml.safe_load(text)
+        root, raw = _parse(path)
     except OSError as error:
         raise InputError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that cannot be
         raise InputError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]})") from error
-    _refuse_repeated(path, yaml.compose(text, yaml.SafeLoader))
     try:
         recipe = Recipe.model_validate(raw if raw is not None else {})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        line = _line(yaml.compose(text, yaml.SafeLoader), first["loc"])
+        line = _line(root, first["loc"])
         said = f"{first['msg']}, got {repr(first['input'])[:80]}"
         if first["type"] == "extra_forbidden":
             said = f"no such key{_meant(str(first['loc'][-1]), _keys(first['loc']))}"
         raise InputError(f"recipe {path}, line {line}: {place}: {said}") from error
-    root = yaml.compose(text, yaml.SafeLoader)
     recipe._rule_lines = tuple(_line(root, ("rules", index)) for index in range(len(recipe.rules)))
     return recipe
 
 
-def _refuse_repeated(path: Path, node: yaml.Node | None) -> None:
-    """YAML takes the last of several equal keys, without a word."""
+def _parse(path: Path) -> tuple[yaml.Node | None, Any]:
+    """The file as nodes, which know their lines, and as plain values."""
+    loader = yaml.SafeLoader(read_bytes(path, LARGEST_FILE).decode("utf-8"))
+    try:
+        root = loader.get_single_node()
+        for number, (node, depth) in enumerate(_walk(root, 0), 1):
+            if depth > DEEPEST or number > MOST_VALUES:
+                fault = "too many values, or too deep, with its aliases written out; write it shorter"
+                raise InputError(f"recipe {path}, line {node.start_mark.line + 1}: {fault}")
+            if (key := _repeated(node)) is not None:
+                line = key.start_mark.line + 1
+                raise InputError(f"recipe {path}, line {line}: {key.value!r} is there twice; keep one")
+        return root, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _walk(node: yaml.Node | None, depth: int) -> Iterator[tuple[yaml.Node, int]]:
+    """The values of a file as if its aliases were written out, which may be endless, and how deep each is."""
+    if node is None:
+        return
+    yield node, depth
+    if isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            yield from _walk(item[1] if isinstance(node, yaml.MappingNode) else item, depth + 1)
+
+
+def _repeated(node: yaml.Node) -> yaml.ScalarNode | None:
+    """A key that a mapping has twice: YAML takes the last, without a word."""
     seen: set[str] = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if key.value in seen:
-            raise InputError(f"recipe {path}, line {key.start_mark.line + 1}: {key.value!r} is there twice; keep one")
-        seen.add(key.value)
-        _refuse_repeated(path, value)
-    for item in node.value if isinstance(node, yaml.SequenceNode) else ():
-        _refuse_repeated(path, item)
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                return key
+            seen.add(key.value)
+    return None
 
 
 def _keys(place: Sequence[str | int]) -> Sequence[str]:
@@ -384,8 +411,9 @@ def check_fused(schemes: dict[str, Scheme | None]) -> None:
                 )
 
 
-def shipped() -> dict[str, Recipe]:
-    """The recipes that come with quantkit, by name."""
+@cache
+def shipped() -> Mapping[str, Recipe]:
+    """The recipes that come with quantkit, by name; read once in a process."""
     try:
         return {path.stem: read_recipe(path) for path in sorted(recipes_dir().glob("*.yaml"))}
     except QuantkitError as error:

@@ -14,9 +14,9 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         InputError: anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(B|KiB|MiB|GiB|TiB)", text.strip())
     if not match:
-        raise InputError(f"{option}: expected a size such as 22GiB, 500MiB or 123456B, got {text!r}")
+        raise InputError(f"{option}: expected a size such as 22GiB, 500MiB or 123456B, got {text!r:.60}")
     return int(float(match[1]) * _BYTES[match[2]]) if "." in match[1] else int(match[1]) * _BYTES[match[2]]
 
 
@@ -26,10 +26,10 @@ def parse_tokens(text: str, option: str) -> int:
     Raises:
         InputError: anything else, or zero.
     """
-    match = re.fullmatch(r"(\d+)(k?)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18})(k?)", text.strip().lower())
     count = int(match[1]) * (1024 if match[2] else 1) if match else 0
     if count < 1:
-        raise InputError(f"{option}: expected a number of tokens such as 8192 or 16k, got {text!r}")
+        raise InputError(f"{option}: expected a number of tokens such as 8192 or 16k, got {text!r:.60}")
     return count
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 
 # The package in eight layers, each resting on those above it in this list. A part is a file, or a folder, of quantkit.
 LAYERS: dict[str, str] = {
-    "words": "errors text units dtypes jsonfile resources hardware network",
+    "words": "errors text units files patterns dtypes jsonfile resources hardware network",
     "numbers": "scheme kernels grids stats methods formats",
     "files": "checkpoint calibration recipe verdict",
     "models": "model plan quantized",
@@ -27,14 +27,16 @@ ALLOWED: dict[str, str] = {
     # words
     "dtypes": "errors",
     "errors": "",
+    "files": "",
     "hardware": "errors",
     "jsonfile": "errors",
     "network": "text",
+    "patterns": "errors",
     "resources": "errors",
     "text": "",
     "units": "errors",
     # numbers
-    "formats": "dtypes errors grids scheme",
+    "formats": "dtypes errors patterns grids scheme",
     "grids": "errors kernels scheme",
     "kernels": "scheme",
     "methods": "errors hardware grids kernels scheme stats",
@@ -43,7 +45,7 @@ ALLOWED: dict[str, str] = {
     # files
     "calibration": "errors network resources text",
     "checkpoint": "dtypes errors network",
-    "recipe": "errors resources units formats scheme",
+    "recipe": "errors files patterns resources units formats scheme",
     "verdict": "errors units",
     # models
     "model": "errors hardware jsonfile text checkpoint",

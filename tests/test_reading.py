@@ -235,3 +235,11 @@ def test_scales_in_bfloat16_stay_exact(fmt: str) -> None:
     scales = (small if fmt == "compressed-tensors" else small.t()).float()
     expected = (tensor.codes.float() - tensor.zeros.float().repeat_interleave(32, 1)) * scales.repeat_interleave(32, 1)
     assert torch.equal(dequantize(found), expected)
+
+
+@pytest.mark.parametrize("text", ["(.*?,?){40}[!-]$", ".{99999999999}"])
+def test_a_foreign_pattern_cannot_hold_up_the_reading(text: str) -> None:
+    name = "model.layers.1.self_attn.a_projection-of_a_long_name"
+    for config in (ct(ignore=[f"re:{text}"]), {"quant_method": "gptq", "bits": 4, "dynamic": {f"-:{text}": {}}}):
+        with pytest.raises(ModelError, match=r"takes too long|not a regular expression"):
+            read_schemes(config, {name: (64, 64)}, {})

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe files: which rule decides, and that every mistake is told with its place."""
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantkit.errors import InputError, SchemeError
+from quantkit.files import read_bytes
 from quantkit.recipe import (
     Recipe,
     Rule,
@@ -22,8 +25,10 @@ from quantkit.recipe import (
 )
 from quantkit.resources import recipes_dir
 from quantkit.scheme import Scheme
+from tests.running import done
 
 DEFAULT = Scheme(4, 128, False)
+BOMB = ["too many values", "write it shorter"]
 
 
 def recipe(tmp_path: Path, text: str) -> Recipe:
@@ -109,6 +114,13 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
     assert Rule(layers=text, bits=8).applies(DOWN, layer) == expected
 
 
+def bomb(first: str, more: str) -> str:
+    """A file whose every line holds the line before it twice."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    lines = [f"{name}: &{name} {more.format(before)}" for before, name in pairwise(letters)]
+    return "\n".join([f"a: &a {first}", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -140,6 +152,16 @@ def test_layer_ranges_hold_exactly_their_numbers(parts: list[tuple[int, int]], l
         ("!!python/object/apply:os.system ['true']", ["not YAML"]),
         ("date: 2024-13-45", ["not YAML"]),
         ("[" * 5000, ["not YAML"]),
+        (bomb("[x, x]", "[*{0}, *{0}]"), BOMB),
+        (bomb("{x: 1}", "{{<<: [*{0}, *{0}]}}"), BOMB),
+        ("rules: &r [*r]", ["line 1", "too deep"]),
+        ("config: &c {a: *c}", ["line 1", "too deep"]),
+        ("rules:\n- {match: 're:.{99999999999}', bits: 8}", ["line 2", "rules.0.match", "not a regular expression"]),
+        (f"rules:\n- {{match: 're:{'(' * 5000}{')' * 5000}', bits: 8}}", ["line 2", "not a regular expression"]),
+        ("rules:\n- {match: 're:(?R)', bits: 8}", ["line 2", "not a regular expression"]),
+        (f"rules:\n- {{match: 're:{'a|' * 100_000}', bits: 8}}", ["line 2", "at most 100,000"]),
+        ("budget: {memory: " + "9" * 400 + ".5GiB}", ["line 1", "budget.memory"]),
+        ("x" * (2**22 + 1), ["at most 4,194,304 bytes"]),
         ("x: " + "y" * 5000, ["x", "expected one of model, "]),
     ],
 )
@@ -153,7 +175,37 @@ def test_mistakes_are_told_in_one_line_with_their_place(text: str, words: list[s
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("text", ["(.*){1,32000}[-!]", "(.*?,?){40}[!-]", "(?:[a-z.0-9_]|[a-z.]|[a-z])*[!-]"])
+def test_patterns_that_take_for_ever_are_refused(text: str, tmp_path: Path) -> None:
+    endless = recipe(tmp_path, f"rules:\n- {{match: 're:{text}', bits: 8}}")
+    with pytest.raises(InputError, match="takes too long"):
+        resolver(endless, DEFAULT)("model.layers.1.self_attn.a_projection-of_a_long_name", 1)
+
+
+def test_patterns_are_those_of_python(tmp_path: Path) -> None:
+    rules = r"- {match: 're:model\.layers\.(?!5\.)\d+\..*(?<!up)_proj', bits: 8}"
+    assert resolved(tmp_path, rules, DOWN.replace(".5.", ".6."), 6) == Scheme(8, 128, False)
+    assert resolved(tmp_path, rules, DOWN) == DEFAULT
+    assert resolved(tmp_path, rules, UP.replace(".5.", ".6."), 6) == DEFAULT
+
+
+def test_the_shipped_recipes_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def read(path: Path, most: int) -> bytes:
+        names.append(path.name)
+        return read_bytes(path, most)
+
+    monkeypatch.setattr("quantkit.recipe.read_bytes", read)
+    shipped.cache_clear()
+    done("fit", "deepseek-r1-32b", "--offline")
+    assert sorted(names) == sorted(path.name for path in recipes_dir().glob("*.yaml"))
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: cannot be read \(expected a regular file\)"):
+        read_recipe(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
         read_recipe(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="cannot be read"):

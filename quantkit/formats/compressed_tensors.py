@@ -178,7 +178,7 @@ _CLASSES = ("Linear", "Module")  # the classes that an nn.Linear is of
 
 def _matches(target: str, name: str) -> bool:
     if target.startswith("re:"):
-        return compiled(target.removeprefix("re:")).match(name) is not None
+        return compiled(target.removeprefix("re:"))(name)
     return target == name or target in _CLASSES
 
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from quantkit.errors import ModelError, SchemeError
+from quantkit.errors import InputError, ModelError, SchemeError
+from quantkit.patterns import compiled, matches
 from quantkit.scheme import Scheme
 
 Resolve = Callable[[str], Scheme | None]  # full name of a linear -> its scheme, or None for 16 bit
@@ -47,25 +47,34 @@ def strings(config: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression of a config."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ModelError(f"quantization_config: {text!r:.60}: not a regular expression ({error})") from error
+def pattern(text: str) -> Callable[[str], bool]:
+    """A regular expression of a config, as a test of names: it need match their beginning only.
+
+    Raises:
+        ModelError: it is not one; from the test: it takes too long.
+    """
+
+    def test(name: str) -> bool:
+        try:
+            return matches(compiled(text), name)
+        except InputError as error:
+            raise ModelError(f"quantization_config: {error}") from error
+
+    test("")  # a pattern that is none is told at once
+    return test
 
 
 def dynamic(
     config: Mapping[str, Any], scheme: Callable[[Mapping[str, Any]], Scheme]
 ) -> Callable[[str, Scheme], Scheme | None]:
     """GPTQModel's `dynamic`: (name, scheme of the others) -> the scheme, or None for 16 bit."""
-    rules: list[tuple[re.Pattern[str], Scheme | None]] = []
+    rules: list[tuple[Callable[[str], bool], Scheme | None]] = []
     for text, changes in json_object(config, "dynamic").items():
         skips = text.startswith("-:")
         changed = None if skips else scheme(changes if isinstance(changes, Mapping) else {})
         rules.append((pattern(text[2:] if text[:2] in ("-:", "+:") else text), changed))
 
     def resolve(name: str, base: Scheme) -> Scheme | None:
-        return next((found for pattern, found in rules if pattern.match(name)), base)
+        return next((found for applies, found in rules if applies(name)), base)
 
     return resolve
