@@ -1,8 +1,9 @@
 # The two commands: `make demo` and `make test`. Everything they need is installed into .venv, versions pinned.
 PYTHON ?= python3
 BIN := .venv/bin
+SITE = $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html -c docs . site
 
-.PHONY: demo test check interop stacks format clean
+.PHONY: demo test check docs interop stacks format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,12 +17,17 @@ demo: .venv/installed ## quantize the bundled model, verify it, and say where th
 test: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-check: .venv/installed ## what CI runs: format, lint, types, tests, and the quick part of interop
+check: .venv/installed ## what CI runs: format, lint, types, documentation, tests, and the quick part of interop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(SITE)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 	$(BIN)/python -m interop.run --quick
+
+docs: .venv/installed ## the documentation site, in site/; a warning is an error
+	$(SITE)
+	@echo site/index.html
 
 interop: .venv/installed ## other programs read what quantkit writes, and the other way; makes interop/RESULTS.md
 	$(BIN)/python -m interop.run
@@ -37,4 +43,4 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist site

@@ -4,9 +4,9 @@
     python -m interop.run [WORD ...]      only the pairs whose names hold one of the words; the others keep their result
     python -m interop.run --quick         the part for every change: QUICK on the demo, in a few minutes; writes nothing
 
-What was found is kept in results.json; RESULTS.md and the table in the README are made from it (`tables.py`), and the
-linter is held against it (tests/test_findings.py). Exit 0 when everything is as known: `pairs.KNOWN` says what is not
-ok, and why.
+The outcomes are kept in results.json. `tables.py` makes RESULTS.md and the table in docs/engines.md from them, and
+tests/test_findings.py checks the linter against them. Exit 0 when everything is as known: `pairs.KNOWN` says what is
+not ok, and why.
 
 The models are small and the calibration is short: what is compared is what the same bytes mean to two programs, not
 how accurate they are. Everything that is made lies in .interop/.

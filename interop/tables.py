@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RESULTS.md and the table in the README, from results.json."""
+"""RESULTS.md and the table in docs/engines.md, from results.json."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from interop.pairs import (
 )
 
 TABLE = Path(__file__).parent / "RESULTS.md"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "engines.md"
 BEGIN, END = "<!-- interop: made by `make interop` -->", "<!-- /interop -->"
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -43,10 +43,10 @@ def unexpected(results: Results) -> list[str]:
 def write_tables(results: Results) -> None:
     """Write both from the results."""
     TABLE.write_text(render(results), encoding="utf-8")
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     if BEGIN in page and END in page:
         before, _, rest = page.partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{summary(results)}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n{summary(results)}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- RESULTS.md
@@ -139,7 +139,7 @@ def _versions(results: Results) -> str:
     return ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in sorted(versions.items()))
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- docs/engines.md
 
 
 def summary(results: Results) -> str:

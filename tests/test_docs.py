@@ -1,12 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LOG.md keeps its order and its index."""
+"""What the pages promise: the commands and options that they name exist, and LOG.md keeps its order and its index."""
 
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from quantkit.cli import app
 
 ROOT = Path(__file__).parents[1]
 LOG = (ROOT / "LOG.md").read_text(encoding="utf-8")
 VERDICTS = ("kept", "negative", "measured", "mended", "open")
+
+
+def commands() -> dict[str, Any]:
+    group: Any = get_command(app)
+    named: dict[str, Any] = group.commands
+    return named
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
+def test_the_table_of_commands_names_all_of_them(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `quantkit (\w+)", text, re.MULTILINE)) == set(commands())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/recipes.md", "docs/verdict.md"])
+def test_every_option_that_a_page_names_exists(page: str) -> None:
+    options = [option for command in commands().values() for option in command.params]
+    exist = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text(encoding="utf-8")))
+    assert named - exist <= {"--help"}
 
 
 def anchor(heading: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from interop.pairs import CASES, GROUPS, HEADS, KEEP, KNOWN, MIXED, READERS, RESULTS, Case, outcome, reason, runs_here
 from interop.run import pairs
-from interop.tables import BEGIN, END, README, TABLE, render, summary, unexpected
+from interop.tables import BEGIN, END, PAGE, TABLE, render, summary, unexpected
 from quantkit.formats import FORMATS
 from quantkit.formats.gguf import GGUF
 from quantkit.model.config import config_from_dict
@@ -71,5 +71,5 @@ def test_every_known_failure_is_of_a_pair_that_exists() -> None:
 
 def test_the_tables_are_made_from_the_results() -> None:
     assert TABLE.read_text(encoding="utf-8") == render(FOUND)
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     assert page.partition(BEGIN)[2].partition(END)[0] == f"\n{summary(FOUND)}"
