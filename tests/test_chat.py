@@ -11,7 +11,7 @@ import transformers.utils.chat_template_utils as transformers_templates
 from quantkit.calibration import chat
 from quantkit.calibration.chat import ChatTemplate
 from quantkit.calibration.load import load, load_eval
-from quantkit.calibration.sources import Conversation
+from quantkit.calibration.shapes import Conversation
 from quantkit.calibration.tokens import TokenSet
 from tests.texts import (
     ASSISTANT,

@@ -118,9 +118,9 @@ ALLOWED: dict[str, str] = {
     "__init__": "",
     "__main__": "cli",
     "cli": (
-        "errors hardware text units methods scheme verdict settings hub report.card report.terminal results"
-        " commands.allocate commands.convert commands.convert_gguf commands.fit commands.inspect"
-        " commands.quantize commands.sweep commands.verify"
+        "errors hardware text units methods scheme calibration verdict settings hub report.card"
+        " report.terminal results commands.allocate commands.convert commands.convert_gguf commands.fit"
+        " commands.inspect commands.quantize commands.sweep commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe model serving settings allocation pipeline.job"

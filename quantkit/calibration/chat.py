@@ -24,7 +24,7 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.calibration import sandbox
-from quantkit.calibration.sources import Conversation, Document
+from quantkit.calibration.shapes import Conversation, Document, plain_text
 from quantkit.text import clean_line
 
 SECONDS, ALL_SECONDS = 3.0, 60.0  # of processor time: for one conversation, which usually takes 0.001, and for all
@@ -72,7 +72,7 @@ class ChatTemplate:
             except TemplateFaultError as fault:
                 reason = f"the chat template refused them ({clean_line(fault)})"
         self.faults[reason] += 1
-        return "\n".join(f"{message['role']}: {message['content']}" for message in document), True
+        return plain_text(document), True
 
     def notes(self) -> tuple[str, ...]:
         """One note for each reason why conversations were joined without the template."""
@@ -120,7 +120,7 @@ def render(conversation: Conversation, apply: Apply, eos: str) -> str:
     """
     text = apply(conversation, False)
     *history, last = conversation
-    if last["role"] != "assistant" or not history or _squeeze(last["content"]) in _squeeze(text):
+    if last["role"] != "assistant" or not history or _squeeze(last["content"] or "") in _squeeze(text):
         return text
     prompt, reply = apply(history, True), str(last["content"])
     if prompt.rstrip().endswith("<think>"):

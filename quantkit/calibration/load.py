@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.calibration.chat import ChatTemplate
-from quantkit.calibration.sources import BUNDLED, DEFAULT_EVAL, MIX, Document, documents_of
+from quantkit.calibration.shapes import Document
+from quantkit.calibration.sources import CHARACTERS_PER_TOKEN, DEFAULT_EVAL, MIX, Corpus, open_corpus
 from quantkit.calibration.tokens import (
     TokenSet,
     check_positive,
@@ -64,7 +65,8 @@ def load(
     shares = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
     need = samples * seqlen
     size = max(4 * seqlen, 512)  # characters of a passage: about one window of English
-    texts = [list(documents_of(part, offline=offline, shuffle=seed, enough=need, size=size)) for part in parts]
+    corpora = [open_corpus(part, offline=offline, shuffle=seed) for part in parts]
+    texts = [_some(corpus, need, size) for corpus in corpora]
     tok = tokenizer()
     prefix = _prefix(tok, seqlen)
     kinds: list[Tensor] = []
@@ -82,7 +84,7 @@ def load(
     ids = torch.stack([kind[row] for row in range(max(shares)) for kind in kinds if row < len(kind)])
     protocol = f"documents shuffled with seed {seed}, passages joined by the end-of-text token, windows of {seqlen}"
     protocol += _begin(prefix, tok) + template.protocol()
-    return token_set(ids, source, vocab_size, protocol, template.notes())
+    return token_set(ids, source, vocab_size, protocol, _notes(corpora, template))
 
 
 def load_eval(
@@ -109,7 +111,8 @@ def load_eval(
     parts = MIX if source == "mix" else (source,)
     most = max(1, EVAL_TOKENS // seqlen) * seqlen if source == DEFAULT_EVAL else sys.maxsize
     need = most if samples is None else samples * seqlen
-    texts = [list(documents_of(part, offline=offline, shuffle=None, enough=need, size=sys.maxsize)) for part in parts]
+    corpora = [open_corpus(part, offline=offline, shuffle=None) for part in parts]
+    texts = [_some(corpus, need, sys.maxsize) for corpus in corpora]
     tok = tokenizer()
     prefix = _prefix(tok, seqlen)
     with ChatTemplate(tok) as template:
@@ -117,11 +120,36 @@ def load_eval(
     windows = _windows(stream, need // seqlen, seqlen, prefix)
     if len(windows) < (samples or 1):
         raise too_short(source, len(stream), samples or 1, seqlen, windows=len(windows), option="--eval-samples")
-    whole = source.lower().endswith(".txt") and source not in BUNDLED
-    start = "whole file tokenized as one text" if whole else "documents in order, joined by the end-of-text token"
+    start = (
+        "whole file tokenized as one text"
+        if corpora[0].one_text
+        else "documents in order, joined by the end-of-text token"
+    )
     kept = "all windows" if samples is None and len(stream) < need else f"the first {len(windows)} windows"
     protocol = f"{start}; {kept} of {seqlen} without overlap" + _begin(prefix, tok) + template.protocol()
-    return token_set(windows, source, vocab_size, protocol, template.notes())
+    return token_set(windows, source, vocab_size, protocol, _notes(corpora, template))
+
+
+def _some(corpus: Corpus, enough: int, size: int) -> list[Document]:
+    """The documents of a source; of the hub's, no more than `enough` tokens can need from passages of `size`."""
+    if corpus.one_text:
+        return ["".join(map(str, corpus.documents))]
+    documents: list[Document] = []
+    characters = 0
+    for document in corpus.documents:
+        documents.append(document)
+        characters += min(_length(document), size)
+        if corpus.remote and characters >= enough * CHARACTERS_PER_TOKEN:
+            break
+    return documents
+
+
+def _length(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(turn["content"] or "") for turn in document)
+
+
+def _notes(corpora: Iterable[Corpus], template: ChatTemplate) -> tuple[str, ...]:
+    return (*(note for corpus in corpora for note in corpus.notes()), *template.notes())
 
 
 # Documents -> ids

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every source of text -> documents: bundled sets, files, and datasets of the hub."""
+"""A SOURCE of text -> its documents.
 
-import gzip
-import json
-import lzma
+general                        a bundled set
+hf:ORG/NAME[/CONFIG][:SPLIT]   a data set of the hub
+data.jsonl                     a file
+data.jsonl#NAME                the same, and the field of its rows to take
+"""
+
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
+from quantkit.calibration.files import READERS, TEXTS, Row, existing_file, kind_of, pieces_of, rows_of
+from quantkit.calibration.shapes import Document, document_of
 from quantkit.errors import InputError
 from quantkit.network import patient_library
 from quantkit.resources import calibration_dir
@@ -20,115 +25,105 @@ from quantkit.text import clean_line
 MIX = ("general", "code", "chinese", "reasoning")
 DEFAULT_EVAL = "eval"
 BUNDLED = ("mix", *MIX, DEFAULT_EVAL)
-
-Conversation = list[dict[str, Any]]
-Document = str | Conversation
-
-_EXPECTED = (
-    f"a bundled set ({', '.join(BUNDLED)}), a file (.txt, .jsonl, .jsonl.gz, .jsonl.xz, .parquet, .safetensors), "
-    "or hf:ORG/NAME[/CONFIG][:SPLIT]"
+EXPECTED = (
+    f"a bundled set ({', '.join(BUNDLED)}), a file ({', '.join((*TEXTS, *READERS, '.safetensors'))}; .gz, .xz or .bz2 "
+    "behind it), or hf:ORG/NAME[/CONFIG][:SPLIT]"
 )
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_CHARACTERS_PER_TOKEN = 12  # more than any language and tokenizer need: bounds what is streamed from the hub
+CHARACTERS_PER_TOKEN = 12  # more than any language and tokenizer need: bounds what is streamed from the hub
 
 
-def documents_of(source: str, *, offline: bool, shuffle: int | None, enough: int, size: int) -> Iterator[Document]:
-    """All documents of a source that hold something; of the hub's, no more than `enough` tokens can need."""
-    found = False
-    for document in _read(source, offline=offline, shuffle=shuffle, enough=enough, size=size):
-        if not isinstance(document, str) or document.strip():
-            found = True
-            yield document
-    if not found:
-        raise InputError(f"{source}: expected text, got none; use another source: {_EXPECTED}")
+@dataclass
+class Corpus:
+    """The documents of a source, in order.
+
+    source: as the user named it
+    documents: each is read when it is asked for
+    one_text: they are the pieces of one text
+    remote: they come from the hub, so that no more should be asked for than is needed
+    rows: what was seen of the rows so far: how many were "read", and how many of these are "empty"
+    """
+
+    source: str
+    documents: Iterator[Document]
+    one_text: bool = False
+    remote: bool = False
+    rows: Counter[str] = field(default_factory=Counter)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of the rows that were read."""
+        empty = self.rows["empty"]
+        return (f"{empty} of {self.rows['read']} rows hold no text and were left out",) if empty else ()
 
 
-def _read(source: str, *, offline: bool, shuffle: int | None, enough: int, size: int) -> Iterator[Document]:
+def open_corpus(source: str, *, offline: bool, shuffle: int | None) -> Corpus:
+    """The documents of a source; those of the hub are shuffled within a buffer, if there is a seed for it.
+
+    Raises:
+        InputError: no such source, or of an unknown kind; while documents are read: it is damaged, or holds no text.
+    """
     if source in BUNDLED:
-        yield from _jsonl(calibration_dir() / f"{source}.jsonl.xz")
-        return
-    if source.startswith("hf:"):
-        yield from _hub(source, offline=offline, shuffle=shuffle, enough=enough, size=size)
-        return
-    path = existing_file(source)
-    name = path.name.lower()
-    if name.endswith(".txt"):
-        yield _text(path)
-    elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
-        yield from _jsonl(path)
-    elif name.endswith(".parquet"):
-        yield from _parquet(path)
-    else:
-        raise InputError(f"{source}: unknown kind of source; expected {_EXPECTED}")
+        return _corpus(source, rows_of(calibration_dir() / f"{source}.jsonl.xz", None), None)
+    place, name = split_field(source)
+    if place.startswith("hf:"):
+        return replace(_corpus(source, _hub(place, name, offline=offline, shuffle=shuffle), name), remote=True)
+    path = existing_file(place, EXPECTED)
+    if kind_of(path) in TEXTS:
+        return Corpus(source, _with_words(source, pieces_of(path)), one_text=True)
+    if kind_of(path) not in READERS:
+        raise InputError(f"{source}: unknown kind of source; expected {EXPECTED}")
+    return _corpus(source, rows_of(path, name), name)
 
 
-def existing_file(source: str) -> Path:
-    """The path of a source that is a file. Raises InputError if there is none."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    found = "a folder" if path.is_dir() else "no such file"
-    raise InputError(f"{source or repr(source)}: {found}; expected {_EXPECTED}")
+def split_field(source: str) -> tuple[str, str | None]:
+    """`SOURCE#NAME` -> (source, name of the field); a file whose own name has a # is no such thing."""
+    place, mark, name = source.rpartition("#")
+    if not mark or not name or Path(source).expanduser().exists():
+        return source, None
+    return place, name
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # not read_text: line ends stay as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, "UTF-8 text", error) from None
+def with_field(field: str, *sources: str | None) -> tuple[str | None, ...]:
+    """The sources, with the field to take behind each that has rows and names none itself.
+
+    Raises:
+        InputError: there is no such source.
+    """
+    named = tuple(f"{source}#{field}" if source and _has_rows(source) else source for source in sources)
+    if named == sources:
+        raise InputError(
+            f"--field {field}: no source with rows and without a field of its own; name one with --calib or --eval"
+        )
+    return named
 
 
-def _jsonl(path: Path) -> Iterator[Document]:
-    opener = _OPENERS.get(path.suffix.lower(), open)
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}: line {number}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: expected one JSON record, got {first_line(error)}; mend it") from None
-                yield _document(record, where)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise unreadable(path, "JSON lines", error) from None
+def _has_rows(source: str) -> bool:
+    return split_field(source)[1] is None and (source.startswith("hf:") or kind_of(Path(source)) in READERS)
 
 
-def _parquet(path: Path) -> Iterator[Document]:
-    import pyarrow as arrow  # only here: it is slow to import
-    import pyarrow.parquet as parquet
+def _corpus(source: str, rows: Iterable[Row], name: str | None) -> Corpus:
+    counts: Counter[str] = Counter()
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in ("messages", "text") if name in file.schema_arrow.names]
-            if not columns:
-                got = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{path}: expected a column 'text' or 'messages', got {got}; rename one")
-            rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield _document(row, f"{path}: row {number}")
-    except (arrow.ArrowException, OSError) as error:
-        raise unreadable(path, "a parquet file", error) from None
+    def documents() -> Iterator[Document]:
+        for record, where in rows:
+            document = document_of(record, where, name)
+            counts.update(read=1, empty=document is None)
+            if document is not None:
+                yield document
+
+    return Corpus(source, _with_words(source, documents()), rows=counts)
 
 
-def _document(record: object, where: str) -> Document:
-    """Text or messages of a record; messages where it has both, as text may be another model's template."""
-    fields = record if isinstance(record, dict) else {}
-    messages, text = fields.get("messages"), fields.get("text")
-    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-        return messages
-    if isinstance(text, str) and messages is None:
-        return text
-    got = f"the fields {', '.join(map(str, fields))}" if fields else type(record).__name__
-    raise InputError(
-        f"{where}: expected 'text' (a string) or 'messages' (a list of role and content, both strings), got {got}; "
-        "mend or remove it"
-    )
+def _with_words(source: str, documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents. Raises InputError when there are none with words in them."""
+    words = False
+    for document in documents:
+        words = words or not isinstance(document, str) or bool(document.strip())
+        yield document
+    if not words:
+        raise InputError(f"{source}: expected text, got none; use another source: {EXPECTED}")
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+# ---------------------------------------------------------------- the hub
 
 
 def parse_hub(source: str) -> tuple[str, str | None, str]:
@@ -140,14 +135,18 @@ def parse_hub(source: str) -> tuple[str, str | None, str]:
     return match[1], match[2], match[3] or "train"
 
 
-def _hub(source: str, *, offline: bool, shuffle: int | None, enough: int, size: int) -> Iterator[Document]:
-    """Stream a dataset, in an order shuffled within a buffer, until `enough` tokens are surely there."""
+def _hub(source: str, name: str | None, *, offline: bool, shuffle: int | None) -> Iterator[Row]:
+    """The rows of a data set, in an order that is shuffled within a buffer if there is a seed for it."""
     dataset, config, split = parse_hub(source)
     if offline or constants.HF_HUB_OFFLINE:
         raise InputError(
             f"{source}: a dataset of the hub needs the network, and this run is offline; use a bundled set "
             f"({', '.join(BUNDLED)}) or a file"
         )
+    return _hub_rows(source, dataset, config, split, shuffle)
+
+
+def _hub_rows(source: str, dataset: str, config: str | None, split: str, shuffle: int | None) -> Iterator[Row]:
     import datasets  # only here: it is slow to import
 
     fault = ""
@@ -156,14 +155,8 @@ def _hub(source: str, *, offline: bool, shuffle: int | None, enough: int, size: 
             stream = datasets.load_dataset(dataset, config, split=split, streaming=True)
             if shuffle is not None:
                 stream = stream.shuffle(seed=shuffle, buffer_size=1000)
-            characters = 0
             for number, record in enumerate(stream, 1):
-                document = _document(record, f"{source}: row {number}")
-                yield document
-                length = len(document) if isinstance(document, str) else sum(len(m["content"]) for m in document)
-                characters += min(length, size)
-                if characters >= enough * _CHARACTERS_PER_TOKEN:
-                    return
+                yield record, f"{source}: row {number}"
     except InputError:
         raise
     except Exception as error:  # the library raises a dozen unrelated types for a wrong name or a lost connection
@@ -173,13 +166,3 @@ def _hub(source: str, *, offline: bool, shuffle: int | None, enough: int, size: 
             f"{source}: expected a dataset with split {split!r}, got {fault}; "
             "check the name, the config and the connection"
         )
-
-
-def unreadable(path: Path, expected: str, error: Exception) -> InputError:
-    """The error for a file that cannot be read as what its name says."""
-    return InputError(f"{path}: expected {expected}, got {first_line(error)}; check or replace the file")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its type."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

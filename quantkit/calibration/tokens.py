@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.calibration.sources import existing_file, unreadable
+from quantkit.calibration.files import existing_file, unreadable
+from quantkit.calibration.sources import EXPECTED
 from quantkit.errors import InputError
 
 _INTEGERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32"}
@@ -112,7 +113,7 @@ def read_token_file(source: str, vocab_size: int) -> TokenSet:
     Raises:
         InputError: the file is missing or damaged, holds something else, or an id outside the vocabulary.
     """
-    path = existing_file(source)
+    path = existing_file(source, EXPECTED)
     expected = "one integer tensor input_ids [samples, seqlen]"
     try:
         with safe_open(path, framework="pt") as file:

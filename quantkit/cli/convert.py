@@ -13,6 +13,7 @@ from quantkit.cli.options import (
     Device,
     Eval,
     EvalSamples,
+    FieldOption,
     For,
     Fresh,
     Json,
@@ -24,7 +25,7 @@ from quantkit.cli.options import (
     Seqlen,
     TargetName,
 )
-from quantkit.cli.requests import engine_name
+from quantkit.cli.requests import engine_name, sources
 from quantkit.errors import InputError
 
 GGUF_ONLY = {  # parameters and what they are called
@@ -71,6 +72,7 @@ def convert(
     ] = Rounding.gptq,
     eval: Eval = None,
     eval_samples: EvalSamples = None,
+    field: FieldOption = None,
     device: Device = "auto",
     fresh: Fresh = False,
     offline: Offline = False,
@@ -98,7 +100,7 @@ def convert(
             requantize=requantize,
             fresh=fresh,
             against=against,
-            evaluation=eval,
+            evaluation=sources({"eval": eval, "field": field})[1],
             eval_samples=eval_samples,
             device=choose_device(device),
             offline=offline,
@@ -123,6 +125,7 @@ def _to_gguf(said: dict[str, Any]) -> None:
         engine = engine_name(said["engine"])
         if engine not in (None, "llama.cpp", "transformers"):
             raise InputError(f"--for {engine}: does not read gguf by itself; use --to compressed-tensors")
+        calib, evaluation = sources(said)
         request = ExportRequest(
             source=str(said["out"]),
             command=command(),
@@ -132,11 +135,11 @@ def _to_gguf(said: dict[str, Any]) -> None:
             requantize=said["requantize"],
             nearest=said["rounding"] is Rounding.nearest,
             against=said["against"],
-            calib=said["calib"],
+            calib=calib,
             samples=said["samples"],
             seqlen=said["seqlen"],
             seed=said["seed"],
-            evaluation=said["eval"],
+            evaluation=evaluation,
             eval_samples=said["eval_samples"],
             device=choose_device(said["device"]),
             fresh=said["fresh"],

@@ -101,6 +101,10 @@ QualityOption = Annotated[
     Quality, typer.Option("--quality", help="fast: what Gram matrices give; best: each layer tuned by gradients.")
 ]
 Calib = Annotated[str | None, typer.Option("--calib", help="Calibration SOURCE.  [default: mix]")]
+FieldOption = Annotated[
+    str | None,
+    typer.Option("--field", help="Field of the rows of --calib and --eval that holds the text.  [default: the usual]"),
+]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.  [default: 128]")]
 Seqlen = Annotated[int | None, typer.Option("--seqlen", min=2, help="Tokens of a window.  [default: 2048]")]
 Seed = Annotated[int, typer.Option("--seed", help="Order of the calibration documents.")]

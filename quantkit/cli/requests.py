@@ -42,6 +42,7 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
     if options.rounding == "nearest" and not METHODS[method].nearest:
         raise InputError(f"--rounding nearest: {method} rounds with error compensation; use awq or rtn")
     states = plain("states")
+    calib, evaluation = sources(said)
     return Request(
         method=method,
         model=said["model"],
@@ -52,11 +53,11 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         scheme=said.get("scheme"),
         format=plain("format"),
         recipe=said.get("recipe"),
-        calib=said.get("calib"),
+        calib=calib,
         samples=said.get("samples"),
         seqlen=said.get("seqlen"),
         seed=said.get("seed", 0),
-        evaluation=said.get("eval"),
+        evaluation=evaluation,
         eval_samples=said.get("eval_samples"),
         budget=size("budget"),
         context=parse_tokens(said["context"], "--context") if said.get("context") else None,
@@ -75,6 +76,16 @@ def run_request(method: str, said: Mapping[str, Any], process: int | None = None
         ram=size("ram"),
         inputs=plain("inputs") or "quantized",
     )
+
+
+def sources(said: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(--calib, --eval), with what --field says."""
+    if not said.get("field"):
+        return said.get("calib"), said.get("eval")
+    from quantkit.calibration.sources import with_field
+
+    calib, evaluation = with_field(said["field"], said.get("calib"), said.get("eval"))
+    return calib, evaluation
 
 
 def engine_name(engine: Engine | Kernels | None) -> str | None:

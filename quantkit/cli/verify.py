@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import FAIL, command, heed_termination, print_json, quiet_libraries, screen, told
-from quantkit.cli.options import Context, Device, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
+from quantkit.cli.options import Context, Device, FieldOption, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
+from quantkit.cli.requests import sources
 
 
 def verify(
@@ -24,6 +25,7 @@ def verify(
     eval_samples: Annotated[
         int | None, typer.Option("--eval-samples", min=1, help="Evaluation windows.  [default: as recorded]")
     ] = None,
+    field: FieldOption = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="Memory of the card.  [default: as recorded, or 22GiB]")
     ] = None,
@@ -51,7 +53,7 @@ def verify(
             out=out,
             command=command(),
             against=against,
-            evaluation=eval,
+            evaluation=sources({"eval": eval, "field": field})[1],
             seqlen=seqlen,
             eval_samples=eval_samples,
             budget=parse_bytes(budget, "--budget") if budget else None,
