@@ -30,7 +30,7 @@ from quantkit.hardware.ranks import ALONE, Ranks, joined
 from quantkit.methods.awq import POWERS, RATIO_POWERS, ROWS_JUDGED
 from quantkit.methods.table import Options
 from quantkit.model.config import config_from_dict
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import build, open_model
 from quantkit.pipeline.job import Job

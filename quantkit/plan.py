@@ -13,6 +13,7 @@ from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.names import is_lm_head
+from quantkit.model.family import ALONE, Role
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import check_fused
 from quantkit.scheme import Scheme
@@ -27,7 +28,7 @@ class LinearPlan:
     """A linear of a decoder layer, or the head: full name, layer number (OUTSIDE: the head), name within the layer,
     shape; scheme None keeps 16 bit.
 
-    method: how its integers are chosen, where that is not the same for all
+    method: how its integers are chosen, where that is not the same for all; role: what it is to layer and engines
     """
 
     name: str
@@ -37,6 +38,7 @@ class LinearPlan:
     in_features: int
     scheme: Scheme | None
     method: str | None = None
+    role: Role = ALONE
 
     @property
     def unit(self) -> str:
@@ -130,6 +132,22 @@ class Plan:
         return {linear.local: linear for linear in self.linears if linear.layer == index}
 
 
+def decoder_linears(model: Shapes) -> tuple[LinearPlan, ...]:
+    """The linears of the decoder layers in order, in 16 bit as the original has them."""
+    return tuple(
+        LinearPlan(f"{model.layer_name(index)}.{local}", index, local, *shape, None, role=model.family.role(local))
+        for index, linears in enumerate(model.layer_linears)
+        for local, shape in linears.items()
+    )
+
+
+def head_linear(model: Shapes) -> LinearPlan | None:
+    """The head in 16 bit, if it has a weight of its own."""
+    name = model.head_name
+    shape = model.outside().get(f"{name}.weight", ())
+    return LinearPlan(name, OUTSIDE, name, *shape, None) if name and len(shape) == 2 else None
+
+
 def make_plan(
     model: Shapes,
     resolve: Callable[[str, int], Scheme | None],
@@ -147,7 +165,12 @@ def make_plan(
         SchemeError: a linear that the format cannot hold, with what would; linears that engines fuse with different
             schemes; several schemes in a format that has one; a tied head that is to be quantized.
     """
-    linears = [linear for index in range(len(model.layer_linears)) for linear in _linears(model, resolve, index)]
+    linears = [replace(linear, scheme=resolve(linear.name, linear.layer)) for linear in decoder_linears(model)]
+    by_layer: dict[int, dict[str, Scheme | None]] = {}
+    for linear in linears:
+        by_layer.setdefault(linear.layer, {})[linear.name] = linear.scheme
+    for schemes in by_layer.values():
+        check_fused(schemes, model.family.fused)
     last = _head(model, head)
     everything = [*linears, *([last] if last else [])]
     if method_of is not None:
@@ -160,39 +183,24 @@ def make_plan(
     quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in everything if linear.scheme is not None]
     kept = [linear.name for linear in everything if linear.scheme is None]
     tied = [model.head_name] if model.head_name and last is None else []
-    config = fmt.config(quantized, [*kept, *tied], **config_options)
+    config = fmt.config(quantized, [*kept, *tied], model.family.fused, **config_options)
     layers = tuple(linear for linear in everything if linear.layer != OUTSIDE)
     return Plan(fmt, layers, everything[-1] if last else None, _shards(model, everything, fmt), config)
 
 
 def _head(model: Shapes, scheme: Scheme | None) -> LinearPlan | None:
     """The head, if it has a weight of its own."""
-    name = model.head_name
-    if name is None:
-        return None
-    shape = model.outside().get(f"{name}.weight", ())
-    if len(shape) == 2:
-        if scheme is not None and not is_lm_head(name):
-            raise SchemeError(
-                f"{name}: engines read a quantized head by the name of lm_head only; leave it in 16 bit", (name,)
-            )
-        return LinearPlan(name, OUTSIDE, name, *shape, scheme)
-    if scheme is not None:
+    head, name = head_linear(model), model.head_name or ""
+    if head is None and name and scheme is not None:
         raise SchemeError(
             f"{name}: is the embedding's own matrix (tied), and embeddings stay in 16 bit; leave {name} in 16 bit",
             (name,),
         )
-    return None
-
-
-def _linears(model: Shapes, resolve: Callable[[str, int], Scheme | None], index: int) -> list[LinearPlan]:
-    prefix = model.layer_name(index)
-    found = [
-        LinearPlan(f"{prefix}.{name}", index, name, *shape, resolve(f"{prefix}.{name}", index))
-        for name, shape in model.layer_linears[index].items()
-    ]
-    check_fused({linear.name: linear.scheme for linear in found})
-    return found
+    if head is not None and scheme is not None and not is_lm_head(name):
+        raise SchemeError(
+            f"{name}: engines read a quantized head by the name of lm_head only; leave it in 16 bit", (name,)
+        )
+    return head and replace(head, scheme=scheme)
 
 
 def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[ShardPlan, ...]:

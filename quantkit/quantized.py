@@ -12,10 +12,9 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ModelError
 from quantkit.formats import Format
 from quantkit.formats.reading import read_schemes, unpack
-from quantkit.grids.registry import dequantize
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes
-from quantkit.plan import OUTSIDE, LinearPlan
+from quantkit.plan import LinearPlan, decoder_linears, head_linear
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -70,26 +69,14 @@ def stored_linears(
     Raises:
         ModelError: see `formats.reading.read_schemes`.
     """
-    linears = sixteen_bit_linears(model)
-    head = model.head_name
-    shape = model.outside().get(f"{head}.weight", ())
-    if head and len(shape) == 2:
-        linears = (*linears, LinearPlan(head, OUTSIDE, head, *shape, None))
+    head = head_linear(model)
+    linears = (*decoder_linears(model), *([head] if head else []))
     shapes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
     try:
         fmt, schemes = read_schemes(quantization, shapes, checkpoint.entries)
     except ModelError as error:
         raise ModelError(f"{checkpoint.directory}: {error}") from error
     return fmt, tuple(replace(linear, scheme=schemes[linear.name]) for linear in linears)
-
-
-def sixteen_bit_linears(model: Shapes) -> tuple[LinearPlan, ...]:
-    """The linears of the decoder layers as the original has them."""
-    return tuple(
-        LinearPlan(f"{model.layer_name(index)}.{local}", index, local, *shape, None)
-        for index, linears in enumerate(model.layer_linears)
-        for local, shape in linears.items()
-    )
 
 
 def parameters(model: Shapes) -> dict[str, tuple[int, ...]]:
@@ -134,6 +121,8 @@ def read_dequantized(
 
 def dequantized(stored: Mapping[str, Tensor], linears: Iterable[LinearPlan], fmt: Format) -> dict[str, Tensor]:
     """The same for tensors that are in memory already, which are left as they are."""
+    from quantkit.grids.registry import dequantize  # imports torch, which `fit` does without
+
     tensors = dict(stored)
     for linear in linears:
         if linear.scheme is not None:

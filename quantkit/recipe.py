@@ -37,7 +37,7 @@ from pydantic import (
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.files import read_bytes
-from quantkit.formats.names import FUSED
+from quantkit.formats.names import Fused
 from quantkit.patterns import compiled, matches
 from quantkit.resources import recipes_dir
 from quantkit.scheme import NAMED, Scheme
@@ -392,15 +392,15 @@ def _place(recipe: Recipe, index: int) -> str:
     return f"rule {index + 1}, line {recipe.rule_lines[index]}" if recipe.rule_lines else f"rule {index + 1}"
 
 
-def check_fused(schemes: dict[str, Scheme | None]) -> None:
+def check_fused(schemes: dict[str, Scheme | None], fused: Fused) -> None:
     """Serving engines run q/k/v as one matrix, and gate/up as another: each must have one scheme.
 
-    schemes: name -> scheme, of one decoder layer.
+    schemes: name -> scheme, of one decoder layer; fused: what engines load several linears into
 
     Raises:
         SchemeError: naming the two that differ.
     """
-    for parts in FUSED.values():
+    for parts in fused.values():
         present = [(name, scheme) for name, scheme in schemes.items() if name.rpartition(".")[2] in parts]
         for name, scheme in present[1:]:
             if scheme != present[0][1]:

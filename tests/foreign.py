@@ -16,6 +16,7 @@ from quantkit.commands.convert import ConvertRequest, convert
 from quantkit.commands.quantize import quantize
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.reading import unpack
+from quantkit.model.family import FUSED
 from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
@@ -89,7 +90,7 @@ def foreign(
             state |= {f"{name}.{key}": tensor for key, tensor in FORMATS[fmt].pack(held[name]).items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     layers = [QuantizedLayer(name, quantized.scheme) for name, quantized in held.items()]
-    said = config or FORMATS[fmt].config(layers, [*kept, *([] if head else ["lm_head"])])
+    said = config or FORMATS[fmt].config(layers, [*kept, *([] if head else ["lm_head"])], FUSED)
     if fmt.startswith("gptq") and any(quantized.g_idx is not None for quantized in held.values()):
         said["desc_act"] = True
     edit(folder, lambda raw: raw.update(quantization_config=said))

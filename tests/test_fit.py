@@ -3,6 +3,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from quantkit.plan import Plan, make_plan
 from quantkit.recipe import shipped
 from quantkit.report.terminal.fit import table
 from quantkit.scheme import Scheme
-from quantkit.serving.engines import LOADERS, engines, heads_of, is_cut_by_input, shard, why_not
+from quantkit.serving.engines import LOADERS, engines, heads_of, shard, why_not
 from quantkit.serving.fit import KINDS, fit, fit_checkpoint
 from tests.running import done
 
@@ -408,9 +409,7 @@ def test_engines_on_mixed_precision() -> None:
     assert why_not("transformers", "compressed-tensors", gptq, heads) is None
     # q, k and v of different schemes: `make_plan` refuses them, a file of another tool may have them
     torn = [
-        type(x)(x.name, x.layer, x.local, x.out_features, x.in_features, Scheme(8, 128, True))
-        if x.layer == 1 and x.local == "self_attn.v_proj"
-        else x
+        replace(x, scheme=Scheme(8, 128, True)) if x.layer == 1 and x.local == "self_attn.v_proj" else x
         for x in plan_of(model, "gptq", Scheme(4, 128, True)).linears
     ]
     assert "fuses self_attn.q_proj" in str(why_not("vllm", "gptq", torn, heads))
@@ -431,7 +430,7 @@ def test_engines_on_act_order_and_odd_shapes() -> None:
 
 
 def test_linears_are_cut_as_their_neighbours_need() -> None:
-    cut = {x.local for x in plan_of(tiny()).linears if is_cut_by_input(x)}
+    cut = {x.local for x in plan_of(tiny()).linears if x.role.by_input}
     assert cut == {"self_attn.o_proj", "mlp.down_proj"}
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from quantkit import __version__
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS, QuantizedLayer
-from quantkit.formats.names import FUSED, pattern, with_fused
+from quantkit.formats.names import pattern, with_fused
+from quantkit.model.family import FUSED
 from quantkit.scheme import Scheme
 
 W4 = Scheme(4, 128, symmetric=False)
@@ -37,7 +38,7 @@ def uniform(scheme: Scheme, layers: int = 12) -> list[QuantizedLayer]:
 
 
 def test_awq_config() -> None:
-    assert FORMATS["awq"].config(uniform(W4), ["lm_head"]) == {
+    assert FORMATS["awq"].config(uniform(W4), ["lm_head"], FUSED) == {
         "quant_method": "awq",
         "bits": 4,
         "group_size": 128,
@@ -50,7 +51,7 @@ def test_awq_config() -> None:
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
 def test_gptq_config(name: str) -> None:
-    config = FORMATS[name].config(uniform(W4_SYM), ["lm_head"], damp_percent=0.05)
+    config = FORMATS[name].config(uniform(W4_SYM), ["lm_head"], FUSED, damp_percent=0.05)
     assert config == {
         "quant_method": "gptq",
         "bits": 4,
@@ -74,14 +75,14 @@ def test_compressed_tensors_config() -> None:
         return {**plain, "dynamic": False, **changed}
 
     group = {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
-    assert FORMATS["compressed-tensors"].config(uniform(W4), ["lm_head", "model.layers.12.mlp.down_proj"]) == {
+    assert FORMATS["compressed-tensors"].config(uniform(W4), ["lm_head", "model.layers.12.mlp.down_proj"], FUSED) == {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head", "model.layers.12.mlp.down_proj"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights(), **group}},
     }
-    channel = FORMATS["compressed-tensors"].config(uniform(W8), [])
+    channel = FORMATS["compressed-tensors"].config(uniform(W8), [], FUSED)
     assert channel["ignore"] == ["lm_head"]  # tied: in no list, and still a Linear
     assert channel["config_groups"]["group_0"]["weights"] == weights(
         num_bits=8, symmetric=True, strategy="channel", group_size=None
@@ -130,7 +131,7 @@ def test_mixed_configs_give_every_module_its_scheme(chosen: dict[str, Scheme | N
     quantized, kept = split(separate)
     everything = {**separate, **chosen}  # an engine asks with fused names, the others with separate ones
 
-    config = FORMATS["gptq"].config(quantized, kept)
+    config = FORMATS["gptq"].config(quantized, kept, FUSED)
     base = {key: config[key] for key in ("bits", "group_size", "sym")}
     for name, scheme in everything.items():
         found = gptq_lookup(config.get("dynamic", {}), name)
@@ -142,7 +143,7 @@ def test_mixed_configs_give_every_module_its_scheme(chosen: dict[str, Scheme | N
     if None in separate.values():
         assert config["modules_in_block_to_quantize"] == [[name for name, _ in quantized]]
 
-    groups = FORMATS["compressed-tensors"].config(quantized, kept)["config_groups"].values()
+    groups = FORMATS["compressed-tensors"].config(quantized, kept, FUSED)["config_groups"].values()
     if len(groups) > 1:
         for name, scheme in everything.items():
             bits = [
@@ -157,7 +158,7 @@ def test_mixed_configs_give_every_module_its_scheme(chosen: dict[str, Scheme | N
 def test_gptq_base_is_the_most_common_scheme() -> None:
     layers = uniform(W4_SYM)
     layers[0] = QuantizedLayer("model.layers.0.self_attn.x_proj", W8)
-    config = FORMATS["gptq"].config(layers, ["lm_head"])
+    config = FORMATS["gptq"].config(layers, ["lm_head"], FUSED)
     assert (config["bits"], config["group_size"]) == (4, 128)
     assert config["dynamic"] == {
         r"+:^model\.layers\.0\.self_attn\.x_proj$": {"bits": 8, "group_size": -1, "sym": True},
@@ -167,21 +168,21 @@ def test_gptq_base_is_the_most_common_scheme() -> None:
 
 def test_a_quantized_head() -> None:
     layers = [*uniform(W4_SYM), QuantizedLayer("lm_head", W8)]
-    assert FORMATS["gptq"].config(layers, [])["lm_head"] is True
-    ct = FORMATS["compressed-tensors"].config(layers, [])
+    assert FORMATS["gptq"].config(layers, [], FUSED)["lm_head"] is True
+    ct = FORMATS["compressed-tensors"].config(layers, [], FUSED)
     assert ct["ignore"] == []
     assert ct["config_groups"]["group_1"]["targets"] == ["re:^lm_head$"]
     with pytest.raises(SchemeError, match="lm_head"):
-        FORMATS["awq"].config([*uniform(W4), QuantizedLayer("lm_head", W4)], [])
+        FORMATS["awq"].config([*uniform(W4), QuantizedLayer("lm_head", W4)], [], FUSED)
 
 
 def test_awq_lists_16_bit_layers_for_every_reader() -> None:
     kept = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
     layers = [layer for layer in uniform(W4) if layer.name not in kept]
-    config = FORMATS["awq"].config(layers, [*kept, "lm_head"])
+    config = FORMATS["awq"].config(layers, [*kept, "lm_head"], FUSED)
     assert config["modules_to_not_convert"] == [*kept, "lm_head", "model.layers.1.self_attn.qkv_proj"]
     # vLLM and SGLang skip by substring: nothing that is quantized may contain a listed name
-    for name in with_fused(layer.name for layer in layers):
+    for name in with_fused([layer.name for layer in layers], FUSED):
         assert not any(skipped in name for skipped in config["modules_to_not_convert"])
         assert gptq_lookup(config["dynamic"], name) is None
     assert gptq_lookup(config["dynamic"], "model.layers.1.self_attn.q_proj") is False
@@ -193,33 +194,33 @@ def test_awq_holds_one_scheme() -> None:
     other = Scheme(4, 64, symmetric=False)
     layers = [*uniform(W4), QuantizedLayer("model.layers.12.mlp.down_proj", other)]
     with pytest.raises(SchemeError, match=r"one scheme, got W4 g128 asym for .* and W4 g64 asym for model.layers.12"):
-        FORMATS["awq"].config(layers, ["lm_head"])
+        FORMATS["awq"].config(layers, ["lm_head"], FUSED)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_one_scheme_within_a_fused_module(name: str) -> None:
     layers = [layer for layer in uniform(W4) if layer.name != "model.layers.3.mlp.up_proj"]
     with pytest.raises(SchemeError, match=r"layers.3.mlp.up_proj: 16 bit but .*3.mlp.gate_proj: W4.*gate_up_proj"):
-        FORMATS[name].config(layers, ["lm_head", "model.layers.3.mlp.up_proj"])
+        FORMATS[name].config(layers, ["lm_head", "model.layers.3.mlp.up_proj"], FUSED)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_configs_refuse_nothing_and_duplicates(name: str) -> None:
     with pytest.raises(SchemeError, match="no linear layer is quantized"):
-        FORMATS[name].config([], ["lm_head"])
+        FORMATS[name].config([], ["lm_head"], FUSED)
     with pytest.raises(SchemeError, match=r"model.layers.0.self_attn.q_proj: listed twice"):
-        FORMATS[name].config(uniform(W4), ["model.layers.0.self_attn.q_proj"])
+        FORMATS[name].config(uniform(W4), ["model.layers.0.self_attn.q_proj"], FUSED)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_only_gptq_writes_act_order(name: str) -> None:
     if name.startswith("gptq"):
-        config = FORMATS[name].config(uniform(W4), [], desc_act=True, static_groups=True)
+        config = FORMATS[name].config(uniform(W4), [], FUSED, desc_act=True, static_groups=True)
         assert config["desc_act"] is True
         assert config["static_groups"] is True
     else:
         with pytest.raises(SchemeError, match="gptq holds it"):
-            FORMATS[name].config(uniform(W4), [], desc_act=True)
+            FORMATS[name].config(uniform(W4), [], FUSED, desc_act=True)
 
 
 def test_pattern_of_a_whole_model_is_short() -> None:
@@ -241,7 +242,7 @@ def test_pattern_matches_exactly_its_names(names: set[str]) -> None:
 
 
 def test_with_fused_adds_each_fused_module_once() -> None:
-    assert with_fused(["a.q_proj", "a.k_proj", "a.o_proj"]) == ["a.q_proj", "a.k_proj", "a.o_proj", "a.qkv_proj"]
+    assert with_fused(["a.q_proj", "a.k_proj", "a.o_proj"], FUSED) == ["a.q_proj", "a.k_proj", "a.o_proj", "a.qkv_proj"]
     assert {part for parts in FUSED.values() for part in parts} == {
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
     }  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.grids.registry import dequantize
+from quantkit.model.family import FUSED
 from quantkit.scheme import QuantizedTensor, Scheme
 
 compressors = pytest.importorskip(
@@ -43,7 +44,7 @@ def signed(codes: Tensor, scheme: Scheme) -> Tensor:
 
 
 def their_scheme(scheme: Scheme) -> Any:
-    config = OURS.config([QuantizedLayer("a.o_proj", scheme)], ["lm_head"])
+    config = OURS.config([QuantizedLayer("a.o_proj", scheme)], ["lm_head"], FUSED)
     return quantization.QuantizationScheme.model_validate(config["config_groups"]["group_0"])
 
 
@@ -128,7 +129,7 @@ def test_their_config_finds_each_layer_its_scheme(mixed: bool) -> None:
     quantized = [
         QuantizedLayer(name, w8 if mixed and "layers.1.self_attn" in name else w4) for name in names if name not in kept
     ]
-    config = quantization.QuantizationConfig.model_validate(OURS.config(quantized, kept))
+    config = quantization.QuantizationConfig.model_validate(OURS.config(quantized, kept, FUSED))
     quantization.apply_quantization_config(network, config, show_progress=False)
     found = {}
     for name, module in network.named_modules():

@@ -57,8 +57,8 @@ ALLOWED: dict[str, str] = {
     # streams
     "allocation": (
         "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
-        " quantized serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
-        " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
+        " serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head pipeline.job"
+        " pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": "dtypes errors formats grids methods scheme checkpoint model plan quantized serving",

@@ -14,6 +14,7 @@ from quantkit.errors import ModelError
 from quantkit.formats import FORMATS, QuantizedLayer, TensorSpec
 from quantkit.formats.reading import read_schemes, unpack
 from quantkit.grids.registry import dequantize
+from quantkit.model.family import FUSED
 from quantkit.scheme import QuantizedTensor, Scheme
 
 SHAPE = (64, 128)
@@ -51,7 +52,7 @@ def test_our_own_configs_are_read_back(fmt: str, changes: dict[str, Scheme | Non
     base = Scheme(4, 32, False) if fmt == "awq" else W4
     schemes = dict.fromkeys(NAMES, base) | changes
     quantized = [QuantizedLayer(name, scheme) for name, scheme in schemes.items() if scheme]
-    config = FORMATS[fmt].config(quantized, [*(n for n, s in schemes.items() if s is None), "lm_head"])
+    config = FORMATS[fmt].config(quantized, [*(n for n, s in schemes.items() if s is None), "lm_head"], FUSED)
     assert read(config, stored(fmt, schemes)) == (fmt, schemes)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quantkit.errors import InputError, SchemeError
 from quantkit.files import read_bytes
+from quantkit.model.family import FUSED
 from quantkit.recipe import (
     Recipe,
     Rule,
@@ -229,7 +230,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [None, Scheme(8, 128, False), Scheme(4, 64, False), Scheme(4, 128, True)], ids=str)
 def test_linears_that_engines_fuse_need_one_scheme(first: str, second: str, other: Scheme | None) -> None:
     with pytest.raises(SchemeError) as refused:
-        check_fused({first: DEFAULT, second: other})
+        check_fused({first: DEFAULT, second: other}, FUSED)
     message = str(refused.value)
     assert first in message
     assert second in message
@@ -249,7 +250,7 @@ rules:
     parted = recipe(tmp_path, text)
     names = [f"model.layers.3.self_attn.{kind}_proj" for kind in "qkv"]
     with pytest.raises(SchemeError) as refused, explained(parted):
-        check_fused({name: resolver(parted, DEFAULT)(name, 3) for name in names})
+        check_fused({name: resolver(parted, DEFAULT)(name, 3) for name in names}, FUSED)
     assert str(refused.value) == (
         "model.layers.3.self_attn.q_proj is W4 g64 asym but model.layers.3.self_attn.v_proj is W8 g64 asym; "
         "engines fuse them, so give both one scheme "
@@ -268,7 +269,8 @@ def test_linears_that_engines_do_not_fuse_are_free() -> None:
             "mlp.gate_proj": None,
             "mlp.up_proj": None,
             "mlp.down_proj": eight,
-        }
+        },
+        FUSED,
     )
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import quantkit
 from quantkit.formats import FORMATS
+from quantkit.model.architectures import FAMILIES
 from quantkit.model.config import config_from_dict, load_config
-from quantkit.model.families import FAMILIES
-from quantkit.model.shapes import OPTIONAL, Shapes, shapes_of
+from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.model.streaming import build
 from quantkit.plan import make_plan
 from quantkit.recipe import shipped
@@ -54,11 +54,11 @@ def assert_equal_to_transformers(raw: dict[str, Any]) -> None:
     assert documents[0] == documents[1]
 
 
-@pytest.mark.parametrize("kind", OPTIONAL)
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.optional is not None])
 @given(data=st.data())
 @settings(deadline=None, max_examples=12)
 def test_what_is_answered_is_what_transformers_builds(kind: str, data: st.DataObject) -> None:
-    usual = OPTIONAL[kind]
+    usual = FAMILIES[kind].optional or {}
     switches = [key for key, value in usual.items() if type(value) is bool and key != "use_sliding_window"]
     changes: dict[str, Any] = {key: data.draw(st.booleans(), key) for key in switches if data.draw(st.booleans())}
     if data.draw(st.booleans(), "its own head_dim"):
@@ -68,10 +68,6 @@ def test_what_is_answered_is_what_transformers_builds(kind: str, data: st.DataOb
     heads = data.draw(st.sampled_from([(4, 4), (4, 2), (8, 1), (1, 1)]))
     changes |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     assert_equal_to_transformers(plain(kind, **changes))
-
-
-def test_every_family_with_sites_is_known_as_data() -> None:
-    assert set(OPTIONAL) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in shipped().items() if recipe.config is not None])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quantkit.hardware.matmul import fast_linears
-from quantkit.model.families import FAMILIES, Site, folded_site
+from quantkit.model.architectures import FAMILIES
+from quantkit.model.family import EVERY, Site, folded_site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import (
     StreamedModel,
@@ -98,7 +99,7 @@ def test_a_module_that_changes_what_its_linear_returns_is_run(tmp_path: Path) ->
 
 
 def test_what_is_kept_makes_no_difference(tmp_path: Path) -> None:
-    sites = FAMILIES["qwen2"]
+    sites = FAMILIES["qwen2"].sites(EVERY)
     with layer_of(tmp_path, "qwen2") as (model, hidden):
         stream = rough(hidden)
         layer = materialised(model, sites)
@@ -151,7 +152,7 @@ def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> Non
     ],
 )
 def test_what_a_fold_changes_is_forgotten(tmp_path: Path, producer: str, left: list[str]) -> None:
-    sites = FAMILIES["qwen2"]
+    sites = FAMILIES["qwen2"].sites(EVERY)
     with layer_of(tmp_path, "qwen2") as (model, hidden):
         stream = rough(hidden)
         changed = folded_site(producer, *sites[2].linears)

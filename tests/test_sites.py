@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from quantkit.errors import ModelError
-from quantkit.model.families import FAMILIES, LLAMA_LIKE, Fold, Site, folded_site, producer_channels
-from quantkit.model.sites import _preserves, discover_sites, divide_producer, fold_channels, sites_of
+from quantkit.model.architectures import FAMILIES
+from quantkit.model.family import EVERY, Fold, Site, folded_site
+from quantkit.model.sites import (
+    _preserves,
+    discover_sites,
+    divide_producer,
+    fold_channels,
+    producer_channels,
+    sites_of,
+)
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -84,8 +92,8 @@ def normalised(sites: tuple[Site, ...]) -> set[tuple[frozenset[str], str | None]
 def test_watching_finds_the_row_of_the_family(name: str, tmp_path: Path) -> None:
     kind, changes = ROWS[name]
     model = open_model(save_tiny(tmp_path, kind, **changes))
-    assert discover_sites(model) == (FAMILIES[kind],) * 3
-    assert sites_of(model) == (FAMILIES[kind],) * 3
+    assert discover_sites(model) == (FAMILIES[kind].sites(EVERY),) * 3
+    assert sites_of(model) == (FAMILIES[kind].sites(EVERY),) * 3
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
@@ -99,7 +107,8 @@ def test_a_family_without_a_row_gets_the_folds_that_are_exact(kind: str, tmp_pat
 
 
 def test_every_linear_of_a_layer_is_in_one_site_in_execution_order() -> None:
-    for sites in FAMILIES.values():
+    for family in FAMILIES.values():
+        sites = family.sites(EVERY)
         names = [name for site in sites for name in site.linears]
         assert len(names) == len(set(names)) == 7
         for position, site in enumerate(sites):
@@ -146,7 +155,7 @@ def test_scales_folded_into_the_producer_leave_the_layer_the_same_function(
 ) -> None:
     kind, changes = ROWS[name]
     model = open_model(save_tiny(tmp_path, kind, **changes))
-    fold = FAMILIES[kind][position].fold
+    fold = FAMILIES[kind].sites(EVERY)[position].fold
     assert fold is not None
     hidden, layer = in_float64(model, 1)
     expected = run_layer(model, 1, hidden)
@@ -183,7 +192,7 @@ def test_folds_that_change_the_function_are_rejected_and_undone(fold: Fold, tmp_
     expected = run_layer(model, 0, hidden)
     generator = torch.Generator().manual_seed(0)
     assert not _preserves(model, 0, fold, hidden, expected, generator)
-    for good in LLAMA_LIKE:
+    for good in FAMILIES["qwen3"].sites(EVERY):
         assert good.fold is not None
         assert _preserves(model, 0, good.fold, hidden, expected, generator)
     torch.testing.assert_close(run_layer(model, 0, hidden), expected, rtol=0, atol=0)

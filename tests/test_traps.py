@@ -25,6 +25,7 @@ from quantkit.formats.names import with_fused
 from quantkit.formats.reading import unpack
 from quantkit.grids.registry import dequantize
 from quantkit.model.config import config_from_dict
+from quantkit.model.family import FUSED
 from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
 from quantkit.scheme import QuantizedTensor, Scheme
@@ -132,7 +133,7 @@ KEPT = {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj", "m
 
 def skipping(fmt: str) -> dict[str, Any]:
     quantized = [QuantizedLayer(name, Scheme(4, 32, fmt != "awq")) for name in NAMES if name not in KEPT]
-    return FORMATS[fmt].config(quantized, [*sorted(KEPT), "lm_head"])
+    return FORMATS[fmt].config(quantized, [*sorted(KEPT), "lm_head"], FUSED)
 
 
 def by_dynamic(config: dict[str, Any], name: str) -> bool:
@@ -140,10 +141,10 @@ def by_dynamic(config: dict[str, Any], name: str) -> bool:
     return any(text.startswith("-:") and re.match(text[2:], name) for text in config.get("dynamic", {}))
 
 
-@pytest.mark.parametrize("name", with_fused(NAMES))
+@pytest.mark.parametrize("name", with_fused(NAMES, FUSED))
 def test_every_reader_leaves_the_same_layers_alone(name: str) -> None:
     """vLLM and SGLang ask under the fused name; layer 1 is not layer 11."""
-    expected = name in with_fused(KEPT)
+    expected = name in with_fused(KEPT, FUSED)
     awq, gptq = skipping("awq"), skipping("gptq")
     assert by_dynamic(awq, name) == expected  # GPTQModel reads no other list of an AWQ file
     assert by_dynamic(gptq, name) == expected

@@ -22,10 +22,9 @@ from quantkit.allocation.menu import (
 from quantkit.errors import InputError, SchemeError
 from quantkit.formats import Format
 from quantkit.methods.table import Options
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.shapes import Shapes
-from quantkit.plan import OUTSIDE, LinearPlan, Plan, linear_bytes, make_plan
-from quantkit.quantized import sixteen_bit_linears
+from quantkit.plan import LinearPlan, Plan, decoder_linears, head_linear, linear_bytes, make_plan
 from quantkit.recipe import Recipe
 from quantkit.scheme import Scheme
 from quantkit.serving.engines import heads_of
@@ -124,7 +123,7 @@ def parts_of(model: Shapes, sites: Sequence[Sequence[Site]], also: Sequence[str]
     Raises:
         InputError: something outside that cannot be quantized.
     """
-    linears = {(linear.layer, linear.local): linear for linear in sixteen_bit_linears(model)}
+    linears = {(linear.layer, linear.local): linear for linear in decoder_linears(model)}
     parts: dict[Part, tuple[LinearPlan, ...]] = {
         (layer, number): tuple(linears[layer, name] for name in site.linears)
         for layer in range(len(model.layer_linears))
@@ -135,10 +134,10 @@ def parts_of(model: Shapes, sites: Sequence[Sequence[Site]], also: Sequence[str]
             raise InputError("--also embeddings: they stay in 16 bit, as transformers does not load quantized ones")
         if name != "lm_head":
             raise InputError(f"--also: expected lm_head, got {name!r}")
-        shape = model.outside().get(f"{model.head_name}.weight", ())
-        if model.head_name is None or len(shape) != 2:
+        head = head_linear(model)
+        if head is None:
             raise InputError("--also lm_head: the head is the embedding's own matrix (tied), which stays in 16 bit")
-        parts[HEAD] = (LinearPlan(model.head_name, OUTSIDE, model.head_name, *shape, None),)
+        parts[HEAD] = (head,)
     return parts
 
 

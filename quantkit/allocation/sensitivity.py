@@ -27,7 +27,7 @@ from quantkit.grids.registry import dequantize
 from quantkit.methods import gptq
 from quantkit.methods.site import QUANTIZE, SiteInput
 from quantkit.methods.table import METHODS
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.sites import fold_channels, sites_of
 from quantkit.model.streaming import embed, embedding_names, move_buffers, outside_loaded, read_outside
 from quantkit.pipeline.activations import Stream

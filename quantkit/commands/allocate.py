@@ -22,7 +22,6 @@ from quantkit.checkpoint.writer import write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS, Options
-from quantkit.model.families import FAMILIES
 from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel, open_model
@@ -150,10 +149,8 @@ def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
     if recipe.config is None:
         return
     shapes = shapes_in(recipe.config)
-    sites = FAMILIES.get(shapes.config.model_type)
-    if sites is not None:
-        everywhere = [sites] * len(shapes.layer_linears)
-        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes), shapes, everywhere)[0])
+    if sites := shapes.known_sites():
+        require_room(pose(request.run, recipe, budget_of(request, recipe, shapes), shapes, sites)[0])
 
 
 def budget_of(request: AllocateRequest, recipe: Recipe, model: Shapes) -> Budget:

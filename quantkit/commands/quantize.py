@@ -141,7 +141,7 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
     require_another(out, directory)
     model = open_model(directory)
     if fmt.block_bytes is not None:
-        check_architecture(model.config)  # and the tokenizer: what llama.cpp has no name for is told now
+        check_architecture(model)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
     resolve = resolver(recipe, scheme)
     with explained(recipe):

@@ -318,7 +318,7 @@ def make_conversion(source: Source, fmt: Format | None, out: Path, *, requantize
     head = source.architecture.head_name
     if head and head not in {layer.name for layer in quantized}:
         kept.append(head)
-    config = fmt.config(quantized, kept, **_config_options(source, fmt, targets))
+    config = fmt.config(quantized, kept, source.architecture.family.fused, **_config_options(source, fmt, targets))
     _require_same_meaning(fmt, targets, config, shards)
     return Conversion(source, fmt, targets, shards, config, out)
 

@@ -27,7 +27,7 @@ from quantkit.formats.base import (
 )
 from quantkit.formats.bits import pack_bits, unpack_bits
 from quantkit.formats.fields import Resolve, dynamic, read_scheme, strings
-from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
+from quantkit.formats.names import Fused, QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ def _unpack_columns(words: Tensor) -> Tensor:
 def config(
     quantized: Sequence[QuantizedLayer],
     kept: Sequence[str],
+    fused: Fused,
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
     static_groups: bool = False,
 ) -> dict[str, Any]:
-    check_layers(quantized, kept)
+    check_layers(quantized, kept, fused)
     name, scheme = quantized[0]
     for other in quantized:
         if other.scheme != scheme:
@@ -124,11 +125,11 @@ def config(
         # The file holds zero points also when they are all 8, and the fast kernels refuse a file that says it has none.
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": with_fused(kept),
+        "modules_to_not_convert": with_fused(kept, fused),
     }
     inner = [name for name in kept if not is_lm_head(name)]
     if inner:  # GPTQModel reads this and not the list above
-        result["dynamic"] = {f"-:{pattern(with_fused(inner))}": {}}
+        result["dynamic"] = {f"-:{pattern(with_fused(inner, fused))}": {}}
     return result
 
 

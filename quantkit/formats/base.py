@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quantkit.dtypes import ITEMSIZE, dtype_name
 from quantkit.errors import ModelError, NumericsError, SchemeError
 from quantkit.formats.fields import Resolve
-from quantkit.formats.names import QuantizedLayer
+from quantkit.formats.names import Fused, QuantizedLayer
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ class TensorSpec:
 class ConfigBuilder(Protocol):
     """Builds config.json's `quantization_config`.
 
-    quantized: every quantized linear; kept: the full names of the linears (within decoder layers, and lm_head) that
-    stay in 16 bit. The keywords are what only some formats write down: the damping and column order of GPTQ.
+    quantized: every quantized linear; fused: see `names.Fused`
+    kept: the full names of the linears (within decoder layers, and lm_head) that stay in 16 bit
+    The keywords are what only some formats write down: the damping and column order of GPTQ.
 
     Raises:
         SchemeError: the format cannot hold this choice of layers and schemes. It needs no weights, so call it before
@@ -48,6 +49,7 @@ class ConfigBuilder(Protocol):
         self,
         quantized: Sequence[QuantizedLayer],
         kept: Sequence[str],
+        fused: Fused,
         *,
         damp_percent: float = 0.01,
         desc_act: bool = False,

@@ -31,7 +31,7 @@ from quantkit.formats.base import (
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
 from quantkit.formats.fields import Resolve, json_object, read_scheme, strings
 from quantkit.formats.fields import pattern as compiled
-from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
+from quantkit.formats.names import Fused, QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def unpack_zeros(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int
 def config(
     quantized: Sequence[QuantizedLayer],
     kept: Sequence[str],
+    fused: Fused,
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
@@ -109,7 +110,7 @@ def config(
 
     A head is always named: to vLLM it is no Linear.
     """
-    check_layers(quantized, kept)
+    check_layers(quantized, kept, fused)
     if desc_act:
         raise SchemeError("compressed-tensors has no act-order; gptq holds it")
     schemes = list(dict.fromkeys(scheme for _, scheme in quantized))
@@ -117,7 +118,7 @@ def config(
     for index, scheme in enumerate(schemes):
         names = [name for name, other in quantized if other == scheme]
         heads = [f"re:{pattern([name])}" for name in names if is_lm_head(name)]
-        targets = ["Linear", *heads] if len(schemes) == 1 else [f"re:{pattern(with_fused(names))}"]
+        targets = ["Linear", *heads] if len(schemes) == 1 else [f"re:{pattern(with_fused(names, fused))}"]
         groups[f"group_{index}"] = {
             "targets": targets,
             "weights": {

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.errors import SchemeError
 from quantkit.formats.base import TensorSpec, matching, no_extra_files
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
-from quantkit.formats.names import QuantizedLayer, check_layers
+from quantkit.formats.names import Fused, QuantizedLayer, check_layers
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:  # sizes are planned before torch is needed
@@ -152,9 +152,11 @@ def _block_unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[in
     return unpack(blocks, type_of(scheme), scheme)
 
 
-def _no_config(quantized: Sequence[QuantizedLayer], kept: Sequence[str], **options: Any) -> dict[str, Any]:
+def _no_config(
+    quantized: Sequence[QuantizedLayer], kept: Sequence[str], fused: Fused, **options: Any
+) -> dict[str, Any]:
     """Nothing: blocks in safetensors are read by nobody but us."""
-    check_layers(quantized, kept)
+    check_layers(quantized, kept, fused)
     return {}
 
 
@@ -177,10 +179,10 @@ def _settle(quantized: QuantizedTensor) -> QuantizedTensor:
     return settle(quantized) if quantized.scheme.grid == "integer" else quantized
 
 
-def _config(quantized: Sequence[QuantizedLayer], kept: Sequence[str], **options: Any) -> dict[str, Any]:
+def _config(quantized: Sequence[QuantizedLayer], kept: Sequence[str], fused: Fused, **options: Any) -> dict[str, Any]:
     """As compressed-tensors, which vLLM loads too, where all are integers."""
     integers = all(scheme.grid == "integer" for _, scheme in quantized)
-    return (COMPRESSED_TENSORS.config if integers else _no_config)(quantized, kept, **options)
+    return (COMPRESSED_TENSORS.config if integers else _no_config)(quantized, kept, fused, **options)
 
 
 # A run keeps its layers as compressed-tensors, which vLLM loads too, with scales that gguf holds to the last bit; or,

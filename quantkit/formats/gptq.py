@@ -31,7 +31,7 @@ from quantkit.formats.base import (
 )
 from quantkit.formats.bits import WORD_BITS, pack_bits, unpack_bits, words_for
 from quantkit.formats.fields import Resolve, dynamic, read_scheme
-from quantkit.formats.names import QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
+from quantkit.formats.names import Fused, QuantizedLayer, check_layers, is_lm_head, pattern, with_fused
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def _natural_groups(scheme: Scheme, in_features: int, device: torch.device) -> T
 def config(
     quantized: Sequence[QuantizedLayer],
     kept: Sequence[str],
+    fused: Fused,
     *,
     checkpoint_format: str,
     damp_percent: float = 0.01,
@@ -134,7 +135,7 @@ def config(
     static_groups: bool = False,
 ) -> dict[str, Any]:
     """The base keys hold the most common scheme; `dynamic` names the linears that differ."""
-    check_layers(quantized, kept)
+    check_layers(quantized, kept, fused)
     ((base, _),) = Counter(scheme for _, scheme in quantized).most_common(1)
     result: dict[str, Any] = {
         "quant_method": "gptq",
@@ -152,11 +153,11 @@ def config(
     inner = [name for name in kept if not is_lm_head(name)]
     dynamic: dict[str, Any] = {}
     if inner:
-        dynamic[f"-:{pattern(with_fused(inner))}"] = {}
+        dynamic[f"-:{pattern(with_fused(inner, fused))}"] = {}
         result["modules_in_block_to_quantize"] = [[name for name, _ in quantized]]
     for scheme in dict.fromkeys(scheme for _, scheme in quantized if scheme != base):
         names = [name for name, other in quantized if other == scheme]
-        dynamic[f"+:{pattern(with_fused(names))}"] = _scheme_keys(scheme)
+        dynamic[f"+:{pattern(with_fused(names, fused))}"] = _scheme_keys(scheme)
     if dynamic:
         result["dynamic"] = dynamic
     return result

@@ -12,11 +12,7 @@ from typing import NamedTuple
 from quantkit.errors import SchemeError
 from quantkit.scheme import Scheme
 
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-_FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
+Fused = Mapping[str, tuple[str, ...]]  # module that engines load several linears into -> their names, by the last part
 
 
 class QuantizedLayer(NamedTuple):
@@ -26,17 +22,17 @@ class QuantizedLayer(NamedTuple):
     scheme: Scheme
 
 
-def fused_name(name: str) -> str | None:
+def fused_name(name: str, groups: Fused) -> str | None:
     """The module that serving engines load this one into: `...self_attn.q_proj` -> `...self_attn.qkv_proj`."""
     parent, _, leaf = name.rpartition(".")
-    fused = _FUSED_OF.get(leaf)
+    fused = next((group for group, names in groups.items() if leaf in names), None)
     return f"{parent}.{fused}" if parent and fused else fused
 
 
-def with_fused(names: Iterable[str]) -> list[str]:
+def with_fused(names: Iterable[str], groups: Fused) -> list[str]:
     """The names, followed by the fused modules that they are parts of."""
     names = list(names)
-    fused = [fused for name in names if (fused := fused_name(name)) is not None]
+    fused = [fused for name in names if (fused := fused_name(name, groups)) is not None]
     return list(dict.fromkeys([*names, *fused]))
 
 
@@ -44,7 +40,7 @@ def is_lm_head(name: str) -> bool:
     return name.rpartition(".")[2] == "lm_head"
 
 
-def check_layers(quantized: Sequence[QuantizedLayer], kept: Sequence[str]) -> None:
+def check_layers(quantized: Sequence[QuantizedLayer], kept: Sequence[str], groups: Fused) -> None:
     """Check what every format needs: something is quantized, nothing twice, and one scheme within each fused module.
 
     Raises:
@@ -59,7 +55,7 @@ def check_layers(quantized: Sequence[QuantizedLayer], kept: Sequence[str]) -> No
         if name in seen:
             raise SchemeError(f"{name}: listed twice; each linear layer is either quantized once or kept in 16 bit")
         seen.add(name)
-        fused = fused_name(name)
+        fused = fused_name(name, groups)
         if fused is None:
             continue
         other, expected = schemes.setdefault(fused, (name, scheme))

@@ -23,9 +23,9 @@ from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, pack_
 from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, type_of, why_not
 from quantkit.formats.reading import unpack
 from quantkit.gguf.architecture import (
-    ARCHITECTURES,
     ROPE_FACTORS,
     check_architecture,
+    gguf_of,
     hyperparameters,
     permutation,
     rope_factors,
@@ -107,7 +107,7 @@ def open_source(directory: Path) -> Source:
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
     architecture = build(config_from_dict(raw))
-    check_architecture(architecture.config)
+    check_architecture(architecture)
     checkpoint = open_checkpoint(directory)
     fmt, linears = stored_linears(architecture, checkpoint, quantization)
     if all(linear.scheme is None for linear in linears):
@@ -187,19 +187,20 @@ def layout(
             kind = ("f16" if inner else outside) if wide else "f32"
         if shape[-1] % TYPES[kind].columns:
             raise SchemeError(f"{parameter}: rows of {shape[-1]} are no whole blocks of {kind}; use another type")
-        infos.append(TensorInfo(tensor_name(parameter), kind, shape))
-        sources[tensor_name(parameter)] = parameter
+        stored = tensor_name(architecture, parameter)
+        infos.append(TensorInfo(stored, kind, shape))
+        sources[stored] = parameter
     kinds = [types[linear] for linear in types]
     most = max(sorted(set(kinds)), key=kinds.count)
     metadata: dict[str, Value] = {
-        "general.architecture": ARCHITECTURES[settings.model_type],
+        "general.architecture": gguf_of(architecture).name,
         "general.type": "model",
         "general.name": name or directory.resolve().name,
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": TYPES[most].file_type,
         "general.quantized_by": "quantkit",
     }
-    metadata |= hyperparameters(settings)
+    metadata |= hyperparameters(architecture)
     metadata |= tokenizer_metadata(directory, settings.vocab_size, config)
     return Layout(metadata, tuple(infos), sources)
 
@@ -276,8 +277,9 @@ def _require_equal(source: Source, path: Path, names: set[str]) -> None:
     for name in sorted(names):
         parameter = f"{name}.weight"
         weight = dequantize(_read_quantized(source, source.linears[name]))
-        order = permutation(source.architecture.config, parameter, len(weight))
-        if not torch.equal(written.read(tensor_name(parameter)), weight if order is None else weight[order]):
+        order = permutation(source.architecture, parameter, len(weight))
+        stored = written.read(tensor_name(source.architecture, parameter))
+        if not torch.equal(stored, weight if order is None else weight[order]):
             raise OutputError(
                 f"{path}: {name}: read back, its weights are not those that were written; is the disk sound?"
             )
@@ -305,14 +307,14 @@ def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
 
 def _pieces(source: Source, parameter: str, info: TensorInfo, exported: Exported) -> Iterator[Tensor]:
     """The bytes of one tensor of the file."""
-    settings = source.architecture.config
+    model = source.architecture
     if not parameter:
-        factors = rope_factors(settings)
+        factors = rope_factors(model.config)
         assert factors is not None
         yield factors
         return
     linear = source.linears.get(parameter.removesuffix(".weight"))
-    order = permutation(settings, parameter, info.shape[0])
+    order = permutation(model, parameter, info.shape[0])
     if linear is None or not parameter.endswith(".weight"):
         for rows in read_rows(source.checkpoint, parameter):
             require_finite(parameter, rows, source.directory)

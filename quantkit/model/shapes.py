@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config.json says of a model's tensors: their names and shapes, and nothing that needs a module or a weight.
 
-For the families of `families` this is data, so a plan takes milliseconds. For all others, and for any config of these
-families that leaves something open, `streaming.build` asks transformers itself. Both give equal `Shapes`.
+For a family whose row says its sizes (`architectures`) a plan takes milliseconds. For all others, and for any config of
+these families that leaves something open, `streaming.build` asks transformers itself. Both give equal `Shapes`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from quantkit.model.architectures import family_of
+from quantkit.model.family import Family, Part, Site, evaluate
 from quantkit.model.unsupported import unsupported
 
 Shape = tuple[int, ...]
@@ -20,6 +22,7 @@ class Shapes:
     """The tensors of a model, without the model.
 
     config: its values as attributes
+    family: the row of its architecture, or what is taken of a family without one
     layers_name: the name of the list of decoder layers, for example "model.layers"
     layer_tensors: every stored tensor of each layer, by its name within the layer, and its shape
     layer_linears: which modules of each layer are linears, in the model's order: (out_features, in_features)
@@ -30,6 +33,7 @@ class Shapes:
     """
 
     config: Any
+    family: Family
     layers_name: str
     layer_tensors: tuple[Mapping[str, Shape], ...]
     layer_linears: tuple[Mapping[str, tuple[int, int]], ...]
@@ -48,6 +52,12 @@ class Shapes:
         """The tensors of a layer (names local to it) and their shapes."""
         return dict(self.layer_tensors[index])
 
+    def known_sites(self) -> list[tuple[Site, ...]]:
+        """The sites of each layer by the row of its family; empty without a row."""
+        if not self.family.layers:
+            return []
+        return [self.family.sites(kind) for kind in self.family.types(self.config, len(self.layer_linears))]
+
     def outside(self) -> dict[str, Shape]:
         """The stored tensors outside the decoder layers, by full name, with their shapes."""
         return dict(self.outside_tensors)
@@ -61,20 +71,6 @@ class Shapes:
         return {n: shape for n, shape in self.outside_tensors.items() if not n.startswith(f"{self.input_name}.")}
 
 
-# What a config.json of a family may leave out, with transformers' default (a head_dim of None: hidden_size shared out).
-# Families that are not here are not known as data.
-OPTIONAL: dict[str, dict[str, Any]] = {
-    "llama": {
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": None,
-        "sliding_window": None,
-    },
-    "mistral": {"tie_word_embeddings": False, "head_dim": None, "sliding_window": 4096},
-    "qwen2": {"tie_word_embeddings": False, "use_sliding_window": False},
-    "qwen3": {"tie_word_embeddings": False, "use_sliding_window": False, "attention_bias": False, "head_dim": 128},
-}
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -84,51 +80,59 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-ATTENTION_IN, ATTENTION_OUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"
-MLP_IN, MLP_OUT = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 
 
 def shapes_of(raw: Mapping[str, Any]) -> Shapes | None:
     """The shapes that a config.json's content describes; None: ask transformers, which knows more.
 
-    Only what is plain is answered: a family of the table, every size said and a positive number, no sliding window.
+    Only what is plain is answered: a family whose row says its sizes, every number there and positive, no sliding
+    window.
     """
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in OPTIONAL or unsupported(raw):
+    family = family_of(raw.get("model_type"))
+    if family.optional is None or unsupported(raw):
         return None
-    values = {**OPTIONAL[kind], **raw}
-    if not _is_plain(values, OPTIONAL[kind]):
+    values = {**family.optional, **raw}
+    if not _is_plain(values, family.optional):
         return None
-    hidden, inner, count, heads, kept, vocabulary, _ = (values[key] for key in SIZES)
-    dim = values.get("head_dim") or hidden // heads
-    linears = {
-        **dict(zip(ATTENTION_IN, ((heads * dim, hidden), (kept * dim, hidden), (kept * dim, hidden)), strict=True)),
-        ATTENTION_OUT: (hidden, heads * dim),
-        **dict.fromkeys(MLP_IN, (inner, hidden)),
-        MLP_OUT: (hidden, inner),
+    config = SimpleNamespace(**values)
+    kinds = {kind: _layer(parts, config) for kind, parts in family.layers.items()}
+    types = family.types(config, config.num_hidden_layers)
+    table = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": table["model.embed_tokens.weight"]}
+    norms = {
+        f"model.layers.{index}.{name}"
+        for index, kind in enumerate(types)
+        for part in family.layers[kind]
+        for name in part.norms
     }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if kind == "qwen3":
-        norms |= {"self_attn.q_norm": dim, "self_attn.k_norm": dim}
-    layer: dict[str, Shape] = {
-        **{f"{name}.weight": shape for name, shape in linears.items()},
-        **{f"{name}.bias": (linears[name][0],) for name in _with_bias(kind, values)},
-        **{f"{name}.weight": (width,) for name, width in norms.items()},
-    }
-    tied = values["tie_word_embeddings"]
-    head = {} if tied else {"lm_head.weight": (vocabulary, hidden)}
     return Shapes(
-        config=SimpleNamespace(**values),
+        config=config,
+        family=family,
         layers_name="model.layers",
-        layer_tensors=(layer,) * count,
-        layer_linears=(linears,) * count,
-        outside_tensors={"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,), **head},
+        layer_tensors=tuple(kinds[kind][0] for kind in types),
+        layer_linears=tuple(kinds[kind][1] for kind in types),
+        outside_tensors={**table, "model.norm.weight": (config.hidden_size,), **head},
         input_name="model.embed_tokens",
         head_name="lm_head",
-        tied=tied,
+        tied=config.tie_word_embeddings,
         embeddings=frozenset({"model.embed_tokens"}),
-        norms=frozenset({"model.norm", *(f"model.layers.{i}.{name}" for i in range(count) for name in norms)}),
+        norms=frozenset({"model.norm", *norms}),
     )
+
+
+def _layer(parts: Sequence[Part], config: Any) -> tuple[dict[str, Shape], dict[str, tuple[int, int]]]:
+    """The tensors of a layer, and its linears, with their shapes."""
+    tensors: dict[str, Shape] = {}
+    linears: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (rows, columns) in part.sizes.items():
+            linears[name] = shape = (evaluate(rows, config), evaluate(columns, config))
+            tensors[f"{name}.weight"] = shape
+            switch = part.biases.get(name)
+            if switch == "" or (switch is not None and getattr(config, switch)):
+                tensors[f"{name}.bias"] = shape[:1]
+        tensors |= {f"{name}.weight": (evaluate(width, config),) for name, width in part.norms.items()}
+    return tensors, linears
 
 
 def _is_plain(values: Mapping[str, Any], optional: Mapping[str, Any]) -> bool:
@@ -142,12 +146,3 @@ def _is_plain(values: Mapping[str, Any], optional: Mapping[str, Any]) -> bool:
     window = values["use_sliding_window" if "use_sliding_window" in optional else "sliding_window"]
     shared_out = bool(values.get("head_dim")) or values["hidden_size"] % values["num_attention_heads"] == 0
     return shared_out and values["num_attention_heads"] % values["num_key_value_heads"] == 0 and not window
-
-
-def _with_bias(kind: str, values: Mapping[str, Any]) -> Sequence[str]:
-    if kind == "qwen2":
-        return ATTENTION_IN
-    optional = OPTIONAL[kind]
-    attention = "attention_bias" in optional and values["attention_bias"]
-    mlp = "mlp_bias" in optional and values["mlp_bias"]
-    return [*((*ATTENTION_IN, ATTENTION_OUT) if attention else ()), *((*MLP_IN, MLP_OUT) if mlp else ())]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import ModelError
-from quantkit.model.families import FAMILIES, Fold, Site, producer_channels
+from quantkit.model.family import Fold, Site
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -28,16 +28,16 @@ def sites_of(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
     Raises:
         ModelError: a layer whose linears are not those of the family's row.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
+    found = model.known_sites()
+    if not found:
         return discover_sites(model)
-    sites = FAMILIES[kind]
-    known = {name for site in sites for name in site.linears}
-    for index, linears in enumerate(model.layer_linears):
+    for index, (sites, linears) in enumerate(zip(found, model.layer_linears, strict=True)):
+        known = {name for site in sites for name in site.linears}
         if linears.keys() != known:
             odd = ", ".join(sorted(linears.keys() ^ known))
+            kind = model.config.model_type
             raise ModelError(f"{model.layer_name(index)}: linears {odd} do not fit the sites of {kind}")
-    return (sites,) * len(model.layers)
+    return tuple(found)
 
 
 def discover_sites(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
@@ -174,3 +174,19 @@ def fold_channels(model: StreamedModel, index: int, fold: Fold | None) -> Tensor
     heads = getattr(config, "num_attention_heads", None) or 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return producer_channels(linear.in_features, producer, head_dim)
+
+
+def producer_channels(in_features: int, producer: nn.Module, head_dim: int) -> Tensor | None:
+    """Which output channel of the producer feeds each input column, int64 [in_features]; None if that is unknown.
+
+    With grouped-query attention one value head serves several query heads, so their columns share its channels.
+    """
+    weight = producer.weight
+    assert isinstance(weight, Tensor)
+    channels = weight.shape[0]
+    if channels == in_features:
+        return torch.arange(in_features)
+    if not isinstance(producer, nn.Linear) or in_features % channels or channels % head_dim:
+        return None
+    heads, repeats = channels // head_dim, in_features // channels
+    return torch.arange(channels).view(heads, 1, head_dim).expand(heads, repeats, head_dim).reshape(-1)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
 from quantkit.errors import ModelError
 from quantkit.hardware.matmul import fast_linears
+from quantkit.model.architectures import family_of
 from quantkit.model.config import load_config, one_line
 from quantkit.model.shapes import Shapes
 
@@ -127,6 +128,7 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, 
     left_out = {f"{head_name}.weight"} if tied and head_name else set()
     return Shapes(
         config=config,
+        family=family_of(config.model_type),
         layers_name=layers_name,
         layer_tensors=tuple(
             {n: tuple(t.shape) for n, t in layer.state_dict(keep_vars=True).items()} for layer in layers

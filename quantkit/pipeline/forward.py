@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantkit.calibration.tokens import TokenSet
 from quantkit.dtypes import finite
 from quantkit.errors import NumericsError
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut, taken
 from quantkit.model.streaming import (
     StreamedModel,

@@ -16,7 +16,7 @@ from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.methods.gptq import Factor
 from quantkit.methods.site import QUANTIZE, SiteInput, SiteResult
 from quantkit.methods.table import METHODS
-from quantkit.model.families import Fold, Site
+from quantkit.model.family import Fold, Site
 from quantkit.model.sites import fold_channels
 from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped

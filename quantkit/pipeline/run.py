@@ -28,7 +28,7 @@ from quantkit.errors import OutputError, SchemeError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes
 from quantkit.methods.site import SiteResult
 from quantkit.methods.table import METHODS
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, move_buffers, read_outside

@@ -16,7 +16,7 @@ from typing import cast
 from torch import Tensor
 
 from quantkit.hardware.batching import samples_per_sum
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
 from quantkit.model.streaming import run_to
 from quantkit.pipeline.activations import Stream

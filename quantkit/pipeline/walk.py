@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.hardware.machine import pin, return_freed_memory
-from quantkit.model.families import Site
+from quantkit.model.family import Site
 from quantkit.model.streaming import assign, drop, layer_room, read_layer
 from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.prefetch import ReadAhead, read_ahead

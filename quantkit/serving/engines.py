@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.errors import EngineError, InputError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.names import fused_name, is_lm_head
+from quantkit.formats.names import is_lm_head
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
 
@@ -147,16 +147,6 @@ def heads_of(config: Any) -> Heads:
 
 # ---------------------------------------------------------------- tensor parallel
 
-# These are cut by their inputs, which come from linears that are cut by their outputs, as all others are.
-BY_INPUT = frozenset(
-    {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc_out", "fc2", "c_proj", "wo", "w2"}
-)
-
-
-def is_cut_by_input(linear: LinearPlan) -> bool:
-    """Whether each card has a share of the columns (and all rows), and not the other way round."""
-    return linear.local.rpartition(".")[2] in BY_INPUT
-
 
 def shard(linear: LinearPlan, heads: Heads, cards: int) -> tuple[int, int]:
     """(out_features, in_features) of the part of a linear on one of `cards` cards.
@@ -173,7 +163,7 @@ def shard(linear: LinearPlan, heads: Heads, cards: int) -> tuple[int, int]:
         part = {"q_proj": asking, "qkv_proj": asking + 2 * kept}
         if linear.out_features == whole.get(kind, heads.key_value) * heads.dim:  # else there is more in it than heads
             return part.get(kind, kept) * heads.dim, linear.in_features
-    if not is_cut_by_input(linear):
+    if not linear.role.by_input:
         return _even(linear.out_features, cards, "out_features"), linear.in_features
     columns = _even(linear.in_features, cards, "in_features")
     scheme = linear.scheme
@@ -321,7 +311,7 @@ def _differing(kinds: Sequence[LinearPlan]) -> str | None:
     """Two linears of one layer that are fused, and differ."""
     seen: dict[tuple[int, str], LinearPlan] = {}
     for linear in kinds:
-        fused = fused_name(linear.local)
+        fused = linear.role.fused
         if fused is not None:
             other = seen.setdefault((linear.layer, fused), linear)
             if other.scheme != linear.scheme:

@@ -30,18 +30,17 @@ from typing import Any
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import InputError, SchemeError
-from quantkit.formats.names import fused_name
 from quantkit.formats.reading import quant_methods
 from quantkit.jsonfile import read_object
+from quantkit.model.family import evaluate
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan
-from quantkit.quantized import quantization_of, sixteen_bit_linears, stored_linears
+from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan, decoder_linears
+from quantkit.quantized import quantization_of, stored_linears
 from quantkit.serving.engines import (
     SIXTEEN_BIT,
     Heads,
     engines,
     heads_of,
-    is_cut_by_input,
     kept_heads,
     require_engine,
     shard,
@@ -214,9 +213,9 @@ def _serving(
         require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
     kinds = _kinds(model, stored)
     weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
-    whole = _caches(model, heads.key_value, heads.dim, KV_BYTES[kv])
+    whole = _caches(model, heads.key_value, KV_BYTES[kv])
     shards, problems = _shards(stored.linears, heads, cards)
-    here = _caches(model, _kept_heads(heads, cards), heads.dim, KV_BYTES[kv])
+    here = _caches(model, _kept_heads(heads, cards), KV_BYTES[kv])
     workspace = _workspace(model, stored.linears, cards)
     card_weights = _card_weights(stored, kinds, shards, cards)
 
@@ -297,10 +296,13 @@ def _count(shape: Sequence[int]) -> int:
 # ---------------------------------------------------------------- KV cache
 
 
-def _caches(model: Shapes, heads: int, dim: int, itemsize: int) -> list[Cache]:
-    per_token = 2 * heads * dim * itemsize
-    windows = _windows(model.config, len(model.layer_tensors))
-    return [Cache(windows.count(window), per_token, window) for window in dict.fromkeys(windows)]
+def _caches(model: Shapes, heads: int, itemsize: int) -> list[Cache]:
+    """What layers keep of a sequence, alike ones together; heads: of keys and values."""
+    config, count = model.config, len(model.layer_tensors)
+    types = model.family.types(config, count)
+    numbers = {kind: evaluate(model.family.per_token(kind), config, num_key_value_heads=heads) for kind in set(types)}
+    layers = [(numbers[kind] * itemsize, window) for kind, window in zip(types, _windows(config, count), strict=True)]
+    return [Cache(layers.count(alike), *alike) for alike in dict.fromkeys(layers)]
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:
@@ -348,7 +350,7 @@ def _widest_output(linears: Sequence[LinearPlan]) -> int:
     """Of linears that engines run as one, the sum."""
     widths: dict[tuple[int, str], int] = {}
     for linear in linears:
-        key = (linear.layer, fused_name(linear.local) or linear.local)
+        key = (linear.layer, linear.role.fused or linear.local)
         widths[key] = widths.get(key, 0) + linear.out_features
     return max(widths.values())
 
@@ -406,7 +408,7 @@ def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards:
         return -(-size // cards)
     if linear is None or name.endswith("weight_shape"):
         return size
-    by_input = is_cut_by_input(linear)
+    by_input = linear.role.by_input
     if kind == "indices":  # one for each input column
         return -(-size // cards) if by_input else size
     whole_rows = linear.scheme is not None and linear.scheme.groups(linear.in_features) == 1
@@ -460,4 +462,4 @@ def _stored_linears(
     if isinstance(method, str) and method in quant_methods():
         fmt, linears = stored_linears(model, checkpoint, quantization)
         return fmt.name, linears
-    return str(method or SIXTEEN_BIT), sixteen_bit_linears(model)
+    return str(method or SIXTEEN_BIT), decoder_linears(model)

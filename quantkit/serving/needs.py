@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quantkit.formats.names import fused_name
 from quantkit.hardware.batching import HEAD_ROWS, LOGITS_AT_ONCE, TOKENS_A_STEP, samples_per_sum, weights_at_once
 from quantkit.model.shapes import Shape, Shapes
 from quantkit.plan import LinearPlan
@@ -80,10 +79,10 @@ def needs(model: Shapes, work: Work) -> Needs:
 
 
 def sites(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
-    """The linears by what they read, as far as their names tell, in order."""
+    """The linears by what they read, in order."""
     found: dict[tuple[int, str], list[LinearPlan]] = {}
     for linear in linears:
-        found.setdefault((linear.layer, fused_name(linear.local) or linear.local), []).append(linear)
+        found.setdefault((linear.layer, linear.role.site or linear.local), []).append(linear)
     return list(found.values())
 
 

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architectures that are known as data: one row each, by config.json's model_type.
+
+A family without a row still works: its sites are found by watching one forward pass, the folds into its norms by trying
+them, and what engines make of its linears is taken from the usual names. Nothing here needs torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from quantkit.model.family import EVERY, KEYS_AND_VALUES, Family, Gguf, Part, folded_site
+
+QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
+GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+
+
+def _attention(biases: Mapping[str, str], **norms: str) -> Part:
+    """Grouped-query attention behind a norm; norms: those within it, and their widths."""
+    kept = "num_key_value_heads * head_dim"
+    return Part(
+        sites=(folded_site("input_layernorm", QUERY, KEY, VALUE), folded_site(VALUE, OUTPUT)),
+        sizes={
+            QUERY: ("num_attention_heads * head_dim", "hidden_size"),
+            KEY: (kept, "hidden_size"),
+            VALUE: (kept, "hidden_size"),
+            OUTPUT: ("hidden_size", "num_attention_heads * head_dim"),
+        },
+        biases=biases,
+        norms={"input_layernorm": "hidden_size"} | {f"self_attn.{name}": width for name, width in norms.items()},
+        per_token=KEYS_AND_VALUES,
+    )
+
+
+def _gated_mlp(bias: str | None = None) -> Part:
+    """An MLP with a gate behind a norm; bias: the switch that gives its linears one."""
+    return Part(
+        sites=(folded_site("post_attention_layernorm", GATE, UP), folded_site(UP, DOWN)),
+        sizes={
+            GATE: ("intermediate_size", "hidden_size"),
+            UP: ("intermediate_size", "hidden_size"),
+            DOWN: ("hidden_size", "intermediate_size"),
+        },
+        biases={} if bias is None else dict.fromkeys((GATE, UP, DOWN), bias),
+        norms={"post_attention_layernorm": "hidden_size"},
+    )
+
+
+SWITCHED = dict.fromkeys((QUERY, KEY, VALUE, OUTPUT), "attention_bias")
+HEAD_NORMS = {"q_norm": "head_dim", "k_norm": "head_dim"}
+
+LLAMA_GGUF = Gguf(
+    name="llama",
+    modules={
+        QUERY: "attn_q",
+        KEY: "attn_k",
+        VALUE: "attn_v",
+        OUTPUT: "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        GATE: "ffn_gate",
+        UP: "ffn_up",
+        DOWN: "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
+    outside={
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    },
+    keys={
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "rope.dimension_count": "head_dim",
+        "rope.freq_base": "rope_theta",
+        "vocab_size": "vocab_size",
+    },
+    reals=frozenset({"attention.layer_norm_rms_epsilon", "rope.freq_base"}),
+    paired={QUERY: "num_attention_heads", KEY: "num_key_value_heads"},
+)
+QWEN_GGUF = replace(LLAMA_GGUF, name="qwen2", paired={})
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        {EVERY: (_attention(SWITCHED), _gated_mlp("mlp_bias"))},
+        optional={
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "head_dim": None,
+            "sliding_window": None,
+        },
+        gguf=LLAMA_GGUF,
+    ),
+    "mistral": Family(
+        {EVERY: (_attention({}), _gated_mlp())},
+        optional={"tie_word_embeddings": False, "head_dim": None, "sliding_window": 4096},
+        gguf=LLAMA_GGUF,
+    ),
+    "qwen2": Family(
+        {EVERY: (_attention(dict.fromkeys((QUERY, KEY, VALUE), "")), _gated_mlp())},
+        optional={"tie_word_embeddings": False, "use_sliding_window": False},
+        gguf=QWEN_GGUF,
+    ),
+    "qwen3": Family(
+        {EVERY: (_attention(SWITCHED, **HEAD_NORMS), _gated_mlp())},
+        optional={
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "attention_bias": False,
+            "head_dim": 128,
+        },
+        gguf=replace(QWEN_GGUF, name="qwen3"),
+    ),
+}
+WITHOUT_ROW = Family({})
+
+
+def family_of(kind: Any) -> Family:
+    """The row of a model_type, or what is taken of a family without one."""
+    return FAMILIES.get(kind, WITHOUT_ROW)
