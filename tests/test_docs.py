@@ -25,6 +25,11 @@ def test_the_readme_is_read_in_one_sitting() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_readme_lists_every_page() -> None:
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/commands.md"])
 def test_the_table_of_commands_names_all_of_them(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
