@@ -277,6 +277,70 @@ def test_our_own_example_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (found.source, found.notes) == (source, ())
 
 
+# Lines of a text
+
+
+WIKI = [" \n", " = Title = \n", " \n", " The first paragraph . \n", " It goes on . \n", " \n", " = Part = \n", " \n"]
+ROW_OF: dict[str, Callable[[str], str]] = {
+    "whole lines": str,
+    "as on the hub": lambda line: line if line.strip() else "",
+    "without ends": lambda line: line.removesuffix("\n"),
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix != ".parquet":
+        return write_jsonl(path, rows)
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("form", ROW_OF)
+def test_rows_that_are_lines_are_evaluated_as_the_text(tmp_path: Path, suffix: str, form: str) -> None:
+    lines = [*WIKI, *[line.replace("first", str(i)) for i in range(60) for line in WIKI]]
+    (tmp_path / "wiki.txt").write_text("".join(lines))
+    rows = write_rows(tmp_path / f"wiki{suffix}", [{"text": ROW_OF[form](line)} for line in lines])
+    assert documents(rows) == documents(tmp_path / "wiki.txt")
+
+    def evaluated(path: Path) -> Any:
+        return load_eval(str(path), lambda: TOKENIZER, seqlen=32, vocab_size=400)
+
+    assert evaluated(rows).sha256 == evaluated(tmp_path / "wiki.txt").sha256
+    assert evaluated(rows).protocol.startswith("rows joined as the lines of one text, tokenized as a whole; ")
+    assert sha256(rows) == sha256(tmp_path / "wiki.txt")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["One document.", "Another one.", "", *["More of them."] * 30],
+        ["One document.\n", "Another one.\n"],
+        ["A document\nof two lines.", "", "A document.", ""],
+        ["", ""],
+    ],
+)
+def test_rows_that_are_documents_stay_so(tmp_path: Path, texts: list[str]) -> None:
+    corpus = open_corpus(
+        str(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])), offline=True, shuffle=0
+    )
+    assert not corpus.one_text
+
+
+def test_wikitext_of_the_hub_is_in_the_order_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "wiki").mkdir(parents=True)
+    write_rows(
+        tmp_path / "org" / "wiki" / "train.parquet", [{"text": line if line.strip() else ""} for line in WIKI * 99]
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for seed in (None, 1):
+        corpus = open_corpus("hf:org/wiki", offline=False, shuffle=seed)
+        assert "".join(map(str, corpus.documents)) == "".join(WIKI * 99)
+
+
 # What cannot be read
 
 

@@ -37,6 +37,12 @@ from quantkit.text import one_line
 
 EVAL_TOKENS = 1 << 16  # of the bundled set, if nobody says how many: by then a KL is known to about 1%
 
+STARTS = {  # of the protocol of an evaluation, by the form of its source
+    "documents": "documents in order, joined by the end-of-text token",
+    "text": "whole file tokenized as one text",
+    "lines": "rows joined as the lines of one text, tokenized as a whole",
+}
+
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 
 _BATCH = 32  # documents tokenized together: enough to use every core, few enough to stop early
@@ -82,7 +88,8 @@ def load(
                 raise too_short(name, len(stream), share, seqlen, windows=len(windows) * len(parts))
             kinds.append(windows)
     ids = torch.stack([kind[row] for row in range(max(shares)) for kind in kinds if row < len(kind)])
-    protocol = f"documents shuffled with seed {seed}, passages joined by the end-of-text token, windows of {seqlen}"
+    protocol = "rows joined as the lines of one text; " if corpora[0].form == "lines" else ""
+    protocol += f"documents shuffled with seed {seed}, passages joined by the end-of-text token, windows of {seqlen}"
     protocol += _begin(prefix, tok) + template.protocol()
     return token_set(ids, source, vocab_size, protocol, _notes(corpora, template))
 
@@ -101,8 +108,9 @@ def load_eval(
     samples None: all there are; of the bundled set no more than `EVAL_TOKENS` hold.
 
     A `.txt` file follows the usual WikiText protocol (GPTQ, arXiv 2210.17323): the whole file is tokenized as one text
-    and cut into windows that do not overlap, the remainder dropped. Documents of other sources are joined in
-    their order by the end-of-text token and cut alike. The windows of a `.safetensors` source are used as they are.
+    and cut into windows that do not overlap, the remainder dropped. So do rows that are the lines of a text. Documents
+    are joined in their order by the end-of-text token and cut alike. The windows of a `.safetensors` source are used as
+    they are.
     Raises as `load`.
     """
     if is_token_file(source):
@@ -120,11 +128,7 @@ def load_eval(
     windows = _windows(stream, need // seqlen, seqlen, prefix)
     if len(windows) < (samples or 1):
         raise too_short(source, len(stream), samples or 1, seqlen, windows=len(windows), option="--eval-samples")
-    start = (
-        "whole file tokenized as one text"
-        if corpora[0].one_text
-        else "documents in order, joined by the end-of-text token"
-    )
+    start = STARTS[corpora[0].form]
     kept = "all windows" if samples is None and len(stream) < need else f"the first {len(windows)} windows"
     protocol = f"{start}; {kept} of {seqlen} without overlap" + _begin(prefix, tok) + template.protocol()
     return token_set(windows, source, vocab_size, protocol, _notes(corpora, template))
