@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import ModelError
-from quantkit.formats import Format
+from quantkit.formats import Format, autoround
 from quantkit.formats.reading import read_schemes, unpack
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes
@@ -19,28 +19,41 @@ from quantkit.plan import LinearPlan, decoder_linears, head_linear
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is.
+    """config.json, with the quantization_config of a file of its own where older tools have put it.
 
     Raises:
         ModelError: there is none, or it is not an object.
     """
-    return read_object(directory / "config.json", "expected the folder of a quantized checkpoint")
+    raw = read_object(directory / "config.json", "expected the folder of a quantized checkpoint")
+    settings = settings_file(directory, raw)
+    if settings is None:
+        return raw
+    method = {"quant_method": SETTINGS_FILES[settings.name]}
+    return raw | {"quantization_config": method | read_object(settings, "expected the settings of its quantization")}
+
+
+def settings_file(directory: Path, raw: Mapping[str, Any]) -> Path | None:
+    """The file that says how a checkpoint is quantized where its config.json (`raw`) does not."""
+    if quantization_of(raw):
+        return None
+    return next((path for name in SETTINGS_FILES if (path := directory / name).is_file()), None)
 
 
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config.json's content that says how the model is quantized; empty if nothing does.
 
     Raises:
-        ModelError: it is no object.
+        ModelError: it is no object, or of a kind that is not read.
     """
-    found = raw.get("quantization_config") or raw.get("compression_config") or {}
-    if not isinstance(found, dict):
-        raise ModelError(f"config.json: quantization_config: expected an object, got {found!r:.80}")
-    return found
+    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
+    if not isinstance(settings, dict):
+        raise ModelError(f"config.json: quantization_config: expected an object, got {settings!r:.80}")
+    return autoround.translated(settings)
 
 
 def writer(raw: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> str:

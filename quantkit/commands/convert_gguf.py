@@ -5,7 +5,6 @@ A quantized checkpoint keeps its integers (`gguf.export`). A 16-bit model is rou
 calibration, by a run as any other (`commands.quantize`).
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,14 +20,14 @@ from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import copy_file, write_json
 from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import measured_like, verify_files
-from quantkit.errors import InputError, QuantkitError
+from quantkit.errors import InputError, ModelError, QuantkitError
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.export import NOTES, export, open_source, types_of
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.methods.table import Options
-from quantkit.quantized import quantization_of, writer
+from quantkit.quantized import quantization_of, read_config, writer
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     beside_weights,
@@ -89,10 +88,9 @@ def to_gguf(request: ExportRequest, console: Console) -> tuple[dict[str, Any], P
 
 def _is_quantized(folder: Path) -> bool:
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(quantization_of(read_config(folder)))
+    except ModelError:
         return False  # what is wrong with it is told by whoever opens it
-    return isinstance(raw, dict) and bool(quantization_of(raw))
 
 
 # ---------------------------------------------------------------- integers as they are

@@ -11,7 +11,7 @@ from quantkit.errors import OutputError
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import OUTSIDE, make_plan
-from quantkit.quantized import quantization_of
+from quantkit.quantized import quantization_of, read_config
 from quantkit.recipe import BudgetSpec, explained, resolver, shipped
 from quantkit.results.document import RESULT, read_result
 from quantkit.serving.fit import fit, fit_checkpoint, fit_stored, shapes_in
@@ -55,7 +55,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
         QuantkitError: a model, scheme, format or recipe that cannot be.
     """
     folder = Path(request.model)
-    raw = read_object(folder / "config.json", EXPECTED) if (folder / "config.json").is_file() else {}
+    raw = read_config(folder) if (folder / "config.json").is_file() else {}
     if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
         return {"name": folder.resolve().name, "scheme": "as stored"} | _fit_gguf(request, folder)
     if quantization_of(raw):

@@ -104,6 +104,7 @@ class Format:
                  is another than the checkpoint: a .gguf, whose vectors are float32
     scales:      tensors as stored -> scales [out, groups] in the type that they have, or None where there are none
     older:       (tensors, scheme, shape) -> the tensors of an older layout as `unpack` reads them
+    optional:    keys of tensors that files of other tools may lack, and `unpack` as well
     older_shape: (key, scheme, shape, shape of the tensor today) -> its shape in that layout
     """
 
@@ -125,6 +126,7 @@ class Format:
     grids: tuple[str, ...] = ("integer",)
     scales: Callable[[Mapping[str, Tensor]], Tensor | None] = scales_by_column
     says_all: bool = False
+    optional: tuple[str, ...] = ()
     older: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], Mapping[str, Tensor]] = no_older
     older_shape: Callable[[str, Scheme, tuple[int, int], tuple[int, ...]], tuple[int, ...]] = as_today
 

@@ -88,7 +88,12 @@ def pack(quantized: QuantizedTensor, *, v1: bool) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], *, v1: bool) -> QuantizedTensor:
     _, in_features = shape
-    qweight, _, scales, g_idx = matching(tensors, specs(scheme, *shape))
+    expected = specs(scheme, *shape)
+    if "g_idx" not in tensors:  # AutoRound leaves it out
+        del expected["g_idx"]
+    qweight, _, scales, *rest = matching(tensors, expected)
+    in_order = _natural_groups(scheme, in_features, qweight.device)
+    g_idx = rest[0] if rest else in_order
     zeros = unpack_zeros(tensors, scheme, shape, v1=v1)
     groups = scales.shape[0]
     if not ((g_idx >= 0) & (g_idx < groups)).all():
@@ -96,13 +101,12 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
             f"g_idx: expected groups 0 to {groups - 1}, got {int(g_idx.min())} to {int(g_idx.max())}; "
             "the file is damaged"
         )
-    natural = g_idx.equal(_natural_groups(scheme, in_features, g_idx.device))
     return QuantizedTensor(
         codes=unpack_bits(qweight.t(), scheme.bits, in_features),
         scales=scales.t().contiguous(),
         zeros=zeros,
         scheme=scheme,
-        g_idx=None if natural else g_idx,
+        g_idx=None if g_idx.equal(in_order) else g_idx,
     )
 
 
@@ -211,6 +215,7 @@ def _format(checkpoint_format: str, *, v1: bool) -> Format:
         unpack_zeros=partial(unpack_zeros, v1=v1),
         config=builder,
         extra_files=extra_files,
+        optional=("g_idx",),
     )
 
 

@@ -9,14 +9,14 @@ Each format's `reads` says what its configs mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.dtypes import dtype_name
 from quantkit.errors import ModelError, SchemeError
 from quantkit.formats import FORMATS
-from quantkit.formats.base import SCALES, Format
+from quantkit.formats.base import SCALES, Format, TensorSpec
 from quantkit.scheme import QuantizedTensor, Scheme
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def read_schemes(
         resolve = fmt.reads(quantization_config) if method and fmt.quant_method == method else None
         if resolve is not None:
             schemes = {name: resolve(name) for name in linears}
+            fmt = _as_stored(fmt, quantization_config, linears, stored)
             return fmt, {name: _held_against(stored, name, linears[name], schemes[name], fmt) for name in linears}
     raise ModelError(f"quant_method: expected {', '.join(quant_methods())}, got {method!r:.80}")
 
@@ -84,6 +85,22 @@ def unpack_zeros(fmt: Format, tensors: Mapping[str, Tensor], scheme: Scheme, sha
 
 
 # ---------------------------------------------------------------- what the files say
+
+
+def _as_stored(
+    fmt: Format, config: Mapping[str, Any], linears: Iterable[str], stored: Mapping[str, Described]
+) -> Format:
+    """The format without the optional tensors that no linear has."""
+    names = list(linears)
+    lacking = {key for key in fmt.optional if not any(f"{name}.{key}" in stored for name in names)}
+    if "g_idx" in lacking and config.get("desc_act") and not config.get("static_groups"):
+        raise ModelError("desc_act is true, but no g_idx is stored to tell the order of the columns; get whole files")
+
+    def specs(scheme: Scheme, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        whole = fmt.specs(scheme, out_features, in_features)
+        return {key: spec for key, spec in whole.items() if key not in lacking}
+
+    return replace(fmt, specs=specs) if lacking else fmt
 
 
 def _held_against(

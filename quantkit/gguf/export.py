@@ -38,7 +38,7 @@ from quantkit.methods import rtn
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, StreamedModel, build
 from quantkit.plan import LinearPlan, Plan
-from quantkit.quantized import packed_names, quantization_of, stored_linears
+from quantkit.quantized import packed_names, quantization_of, read_config, stored_linears
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
@@ -96,13 +96,7 @@ def open_source(directory: Path) -> Source:
     Raises:
         ModelError: not a quantized checkpoint, one that is not supported, or an architecture without a row.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{directory}: no config.json; expected a quantized checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    raw = read_config(directory)
     quantization = quantization_of(raw)
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")

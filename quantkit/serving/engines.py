@@ -6,12 +6,13 @@ the question can be asked before any work. The table was read in, and where a CP
 `VERSIONS`; newer ones may take more.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.errors import EngineError, InputError, SchemeError
 from quantkit.formats import FORMATS
+from quantkit.formats.autoround import METHODS, PACKINGS
 from quantkit.formats.names import is_lm_head
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
@@ -193,7 +194,31 @@ def _even(count: int, cards: int, what: str) -> int:
     return count // cards
 
 
+# The packings of AutoRound's own configs that an engine reads; a checkpoint in the words of its format has none.
+AUTOROUND: dict[str, tuple[str, ...]] = {
+    "vllm": ("auto_round:auto_gptq", "auto_round:auto_awq"),
+    "sglang": ("auto_round:auto_gptq", "auto_round:auto_awq"),
+    "transformers": tuple(PACKINGS),  # through the auto-round library
+}
+
+
 # ---------------------------------------------------------------- the questions
+
+
+def config_refusals(config: Mapping[str, Any], settings: str | None) -> dict[str, str]:
+    """Engine -> why it does not find out from config.json how a checkpoint is quantized; the others do.
+
+    config: its quantization_config as written; settings: the file that holds it where config.json does not
+    """
+    other = "`quantkit convert` to its own format writes it anew"
+    refusals = {}
+    for engine, version in VERSIONS.items():
+        packing = config.get("packing_format", "auto_round:auto_gptq")
+        if config.get("quant_method") in METHODS and packing not in AUTOROUND.get(engine, ()):
+            refusals[engine] = f"{version} does not read an auto-round config of packing_format {packing}; {other}"
+        if settings is not None and (engine, settings) != ("gptqmodel", "quantize_config.json"):
+            refusals[engine] = f"{version} looks for quantization_config in config.json, not for {settings}; {other}"
+    return refusals
 
 
 def engines(

@@ -23,22 +23,23 @@ What quantizing itself needs is counted by `needs`.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.dtypes import ITEMSIZE
-from quantkit.errors import InputError, SchemeError
+from quantkit.errors import EngineError, InputError, SchemeError
 from quantkit.formats.reading import quant_methods
 from quantkit.jsonfile import read_object
 from quantkit.model.family import evaluate
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan, decoder_linears
-from quantkit.quantized import quantization_of, stored_linears
+from quantkit.quantized import quantization_of, read_config, settings_file, stored_linears
 from quantkit.serving.engines import (
     SIXTEEN_BIT,
     Heads,
+    config_refusals,
     engines,
     heads_of,
     kept_heads,
@@ -84,7 +85,7 @@ _KIND_OF_KEY = {
 class Stored:
     """A checkpoint, planned or there: the bytes of its tensors by name, of its files, and what its linears are.
 
-    head: the lm_head, if it is quantized
+    head: the lm_head, if it is quantized; refusals: engine -> why it does not read this config
     """
 
     tensors: Mapping[str, int]
@@ -93,6 +94,7 @@ class Stored:
     format: str
     act_order: bool = False
     head: tuple[LinearPlan, ...] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ def fit_checkpoint(
     Raises:
         InputError: see `fit`. ModelError: a damaged checkpoint, or a model of a kind that is not supported.
     """
-    raw = read_object(out / "config.json", "expected the folder of a checkpoint")
+    raw = read_config(out)
+    plain = read_object(out / "config.json", "expected the folder of a checkpoint")
+    settings = settings_file(out, plain)
     model = shapes_in(raw)
     checkpoint = open_checkpoint(out)
     quantization = quantization_of(raw)
@@ -161,6 +165,7 @@ def fit_checkpoint(
         linears=tuple(linear for linear in linears if linear.layer != OUTSIDE),
         format=format_name,
         act_order=bool(quantization.get("desc_act")),
+        refusals=config_refusals(plain.get("quantization_config") or {}, settings.name if settings else None),
         head=tuple(linear for linear in linears if linear.layer == OUTSIDE and linear.scheme is not None),
     )
     return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
@@ -209,6 +214,8 @@ def _serving(
             raise InputError(f"{option}: expected at least 1, got {value}")
     heads = heads_of(model.config)
     linears = (*stored.linears, *stored.head)
+    if engine is not None and engine in stored.refusals:
+        raise EngineError(stored.refusals[engine])
     if engine is not None:
         require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
     kinds = _kinds(model, stored)
@@ -257,7 +264,10 @@ def _serving(
         "longest_context": min((n for n in (room, allowed) if n is not None), default=FARTHEST),
         "longest_context_in_memory": room,
         "max_position_embeddings": allowed,
-        "engines": engines(stored.format, linears, heads, cards=cards, act_order=stored.act_order),
+        "engines": {
+            **engines(stored.format, linears, heads, cards=cards, act_order=stored.act_order),
+            **stored.refusals,
+        },
     }
 
 
