@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.companions import is_file_name
 from quantkit.checkpoint.reader import is_plain_name, shorten
 from quantkit.checkpoint.writer import output_error, to_json
 from quantkit.errors import OutputError
 
-JOURNAL = "journal.jsonl"
+JOURNAL, RESULT = "journal.jsonl", "quantkit.json"
 HEAD = b'{"quantkit_journal": 1, "identity": '  # how every journal of ours begins; the number is the format's version
-BESIDE_WEIGHTS = (  # what a run copies from the model's folder, byte for byte
+BESIDE_WEIGHTS = (  # most of what a run copies from the model's folder; the rest is known once it is recorded
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -43,7 +44,7 @@ RUN_FILES = (  # what a run leaves beside its journal, and a fresh start removes
     "model*.safetensors",
     "model*.safetensors.index.json",
     "config.json",
-    "quantkit.json",
+    RESULT,
     "quantize_config.json",
     "report.html",
     "README.md",
@@ -269,8 +270,19 @@ def _short(text: str) -> str:
 def _remove_run(folder: Path, unit_lines: bytes) -> None:
     units = filter(None, map(_parse_unit, unit_lines.splitlines(keepends=True)))
     paths = {folder / unit.file for unit in units}.union(*(folder.glob(pattern) for pattern in RUN_FILES))
+    paths |= {folder / name for name in _recorded_files(folder)}
     for path in paths - {folder / JOURNAL}:
         path.unlink(missing_ok=True)
+
+
+def _recorded_files(folder: Path) -> list[str]:
+    """The files that quantkit.json lists, as far as it can be read."""
+    try:
+        listed = json.loads((folder / RESULT).read_text(encoding="utf-8"))["files"]
+        names = [entry["name"] for entry in listed]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if is_file_name(name)]
 
 
 def _leave_as_found(folder: Path, found: Path) -> None:

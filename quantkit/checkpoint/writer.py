@@ -75,13 +75,29 @@ def write_text(path: Path, text: str) -> str:
     return write_chunks(path, [text.encode()])
 
 
-def write_json(path: Path, value: Any) -> str:
+def write_json(path: Path, value: Any, *, finite: bool = True) -> str:
     """Write JSON atomically, keys in the order given; see `write_chunks`.
+
+    Args:
+        finite: False lets NaN and infinities pass, as Python reads and writes them
 
     Raises:
         NumericsError: a number is NaN or infinite, which JSON cannot hold.
     """
-    return write_text(path, to_json(value, str(path), indent=2) + "\n")
+    text = to_json(value, str(path), indent=2) if finite else json.dumps(value, indent=2, ensure_ascii=False)
+    return write_text(path, text + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
 
 
 def to_json(value: Any, where: str, indent: int | None = None) -> str:

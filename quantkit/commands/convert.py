@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from quantkit import __version__
+from quantkit.checkpoint.companions import left_out
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
@@ -32,7 +33,6 @@ from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     changed_files,
     file_records,
-    links_left_out,
     require_another,
     result_of,
     sha256_of,
@@ -263,7 +263,7 @@ def _notes(conversion: Conversion, made_by: str) -> list[str]:
     rounded = [target for target in conversion.targets if target.obstacle is not None]
     if rounded:
         notes.append(f"{len(rounded)} linears were rounded again ({rounded[0].linear.name}: {rounded[0].obstacle})")
-    notes += links_left_out(source.checkpoint.directory)
+    notes += left_out(source.checkpoint.directory)
     return notes + [f"tensor {name} changes nothing and was left out" for name in source.left_out]
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
-from quantkit.checkpoint.writer import copy_file, write_json
+from quantkit.checkpoint.writer import write_json
 from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import measured_like, verify_files
 from quantkit.errors import InputError, ModelError, QuantkitError
@@ -30,8 +30,8 @@ from quantkit.methods.table import Options
 from quantkit.quantized import quantization_of, read_config, writer
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
-    beside_weights,
     changed_files,
+    copy_companions,
     file_records,
     require_another,
     result_of,
@@ -132,8 +132,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
             record = {"linears": [], "equal": done.equal, "rounded": done.rounded, "types": done.types}
             journal.append(Unit("gguf", path.name, done.sha256, record))
         unit = journal.finished["gguf"]
-        for path in [path for path in beside_weights(folder) if any(path.match(pattern) for pattern in NOTES)]:
-            copy_file(path, out / path.name)
+        copy_companions(folder, out, NOTES)
     architecture = source.architecture
     written = open_gguf_model(out / unit.file, architecture)
     document = _document(request, recorded, written, unit, out, str(request.against or folder))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from quantkit.calibration.tokens import TokenSet, notes_of
+from quantkit.checkpoint.companions import left_out
 from quantkit.checkpoint.journal import Unit
 from quantkit.commands.quantize_result import (
     continued_note,
@@ -37,7 +38,7 @@ from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, unmatched
 from quantkit.report.terminal.progress import display
 from quantkit.report.terminal.summary import recipe_table
-from quantkit.results.folder import links_left_out, require_another
+from quantkit.results.folder import require_another
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import (
@@ -85,7 +86,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, Allowance(request.vram, request.ram, request.place))
     job = laid_out(job, layout)
-    told = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *links_left_out(model.directory)]
+    told = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *left_out(model.directory)]
     too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
     _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)

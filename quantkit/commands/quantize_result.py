@@ -8,7 +8,6 @@ from typing import Any
 from quantkit import __version__
 from quantkit.calibration.tokens import notes_of, record_of
 from quantkit.checkpoint.journal import Unit
-from quantkit.checkpoint.writer import copy_file
 from quantkit.errors import OutputError
 from quantkit.formats.gguf import type_of
 from quantkit.gguf.export import NOTES, Exported, export, open_source, planned_source
@@ -19,7 +18,7 @@ from quantkit.plan import Plan, resolved
 from quantkit.recipe import shipped
 from quantkit.results.document import read_result
 from quantkit.results.folder import (
-    beside_weights,
+    copy_companions,
     file_records,
     quantized_config,
     sha256_of,
@@ -103,9 +102,7 @@ def _write_gguf_folder(job: Job, directory: Path, result: dict[str, Any], outsid
     exported = export(planned_source(job.runtime.model, job.plan, out), path, outside=outside, name=name)
     result |= _exported_fields(job.plan, exported)
     result["gguf"]["embeddings"] = outside
-    notes = [path for path in beside_weights(directory) if any(path.match(pattern) for pattern in NOTES)]
-    hashes = {path.name: copy_file(path, out / path.name) for path in notes}
-    result["files"] = file_records(out, hashes | {path.name: exported.sha256})
+    result["files"] = file_records(out, copy_companions(directory, out, NOTES) | {path.name: exported.sha256})
     write_result(out, result)
     remove_shards(job.plan, out)
     return result

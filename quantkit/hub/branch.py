@@ -48,11 +48,13 @@ class Branch:
         raise AssertionError("unreachable")
 
     def files(self, revision: str) -> dict[str, RepoFile]:
-        """The top-level files that the hub lists at a branch or commit."""
-        listing = self.call(
-            "listing the repository", lambda: list(self.api.list_repo_tree(self.repo_id, revision=revision))
-        )
-        return {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+        """The files that the hub lists at a branch or commit."""
+        return self.call("listing the repository", lambda: self.listing(revision))
+
+    def listing(self, revision: str) -> dict[str, RepoFile]:
+        """The same in one try, with the errors of the hub's library."""
+        entries = self.api.list_repo_tree(self.repo_id, revision=revision, recursive=True)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def head(self) -> str:
         info = self.call("reading the branch", lambda: self.api.model_info(self.repo_id, revision=self.branch))

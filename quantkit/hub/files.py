@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.companions import is_file_name
 from quantkit.checkpoint.reader import INDEX, SINGLE, shorten
 from quantkit.errors import OutputError
 from quantkit.jsonfile import read_object
@@ -20,32 +21,32 @@ REQUIRED = ("config.json",)  # beside safetensors: a .gguf says itself what it i
 OPTIONAL = tuple(
     f"{RESULT} {CARD} report.html generation_config.json quantize_config.json tokenizer.json tokenizer_config.json "
     "tokenizer.model special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt spiece.model "
-    "chat_template.jinja chat_template.json".split()
+    "chat_template.jinja chat_template.json tekken.json preprocessor_config.json processor_config.json".split()
 )
 WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of the checkpoint: where it is, and what must arrive. `content` is sent in place of the file's bytes."""
+    """A file of the checkpoint: where it is, and what must arrive.
 
+    name: in the repository
+    content: what is sent in place of the file's bytes
+    """
+
+    name: str
     path: Path
     bytes: int
     sha256: str
     content: builtins.bytes | None = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """The name in the repository: checkpoints are flat."""
-        return self.path.name
 
 
 def files_to_push(out: Path) -> list[Upload]:
     """The checkpoint's own files with their sizes and hashes, sorted by name.
 
     They are the weights that the index (or quantkit.json) names, whatever else quantkit.json lists under `files`, and
-    the well-known files of a checkpoint. Never the journal, hidden files, sub-folders, links that leave the folder, or
-    a file that nothing names.
+    the well-known files of a checkpoint. Never the journal, hidden files, links that leave the folder, or a file that
+    nothing names.
 
     Raises:
         OutputError: a file that the checkpoint needs is missing or lies elsewhere, or a name is not a plain file name.
@@ -55,8 +56,8 @@ def files_to_push(out: Path) -> list[Upload]:
         raise OutputError(
             f"{out}: {shorten(missing)} is part of the checkpoint but not a file in it; finish the run or copy it there"
         )
-    paths = [path for name in sorted({*required, *optional}) if (path := _inside(out, name)) is not None]
-    return [_hashed(path) for path in paths]
+    found = [(name, path) for name in sorted({*required, *optional}) if (path := _inside(out, name)) is not None]
+    return [_hashed(name, path) for name, path in found]
 
 
 def check(out: Path, uploads: Sequence[Upload], *, force: bool) -> dict[str, Any]:
@@ -136,30 +137,25 @@ def _manifest(result: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
 
 
 def _plain(name: Any, where: Path) -> str:
-    if (
-        not isinstance(name, str)
-        or not name.isprintable()
-        or name.startswith(".")
-        or name in ("", JOURNAL)
-        or set(name) & set('/\\:*?"<>|')
-    ):
+    if not is_file_name(name) or name == JOURNAL or set(name) & set(':*?"<>|'):
         raise OutputError(
             f"{where}: {clean_line(name)} is not a plain name of a file of the checkpoint; it must not go up"
         )
-    return name
+    return str(name)
 
 
 def _inside(out: Path, name: str) -> Path | None:
     """The file of this name, unless it is missing, not a regular file, or a link that leads elsewhere."""
     path = out / name
-    return path if path.is_file() and path.resolve().parent == out.resolve() else None
+    folder = (out.resolve() / name).parent
+    return path if path.is_file() and path.resolve().parent == folder else None
 
 
-def _hashed(path: Path) -> Upload:
+def _hashed(name: str, path: Path) -> Upload:
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return Upload(path, file.tell(), sha256)
+            return Upload(name, path, file.tell(), sha256)
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}; repair the folder") from error
 
@@ -202,4 +198,4 @@ def named_card(card: Upload, placeholder: str, repo_id: str) -> Upload:
 def _instead(path: Path, text: str) -> Upload:
     """A text that goes up in place of what the file holds."""
     content = text.encode()
-    return Upload(path, len(content), hashlib.sha256(content).hexdigest(), content)
+    return Upload(path.name, path, len(content), hashlib.sha256(content).hexdigest(), content)

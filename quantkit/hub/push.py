@@ -41,7 +41,7 @@ class PushResult:
     files:    everything that the repository now has of the checkpoint (with dry_run: would have)
     sent:     the names that the branch lacked, or had with other content, when the push began
     left_out: what lies in the output folder and did not go up
-    others:   top-level files of the branch that are not of this checkpoint, as a former push may have left them
+    others:   files of the branch that are not of this checkpoint, as a former push may have left them
     reasons:  why the push had to be forced; empty when it was not
     """
 
@@ -110,7 +110,7 @@ def push(
         uploads = [named_card(upload, placeholder, repo_id) if upload.name == CARD else upload for upload in uploads]
     branch = revision or constants.DEFAULT_REVISION
     address = endpoint or constants.ENDPOINT
-    names = {upload.name for upload in uploads}
+    names = {upload.name.partition("/")[0] for upload in uploads}
     plan = PushResult(
         repo_id=repo_id,
         revision=branch,
@@ -206,11 +206,7 @@ def _publish(hub: Branch, plan: PushResult, operations: Sequence[CommitOperation
 
     def commit() -> str:
         if next(attempts):
-            there = {
-                entry.path: entry
-                for entry in hub.api.list_repo_tree(hub.repo_id, revision=hub.branch)
-                if isinstance(entry, RepoFile)
-            }
+            there = hub.listing(hub.branch)
             if not any(_difference(upload, there.get(upload.name)) for upload in plan.files):
                 return str(hub.api.model_info(hub.repo_id, revision=hub.branch).sha)
         return hub.api.create_commit(

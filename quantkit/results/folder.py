@@ -6,13 +6,13 @@ quantkit.json is written last: it says that all is there.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.journal import BESIDE_WEIGHTS, JOURNAL
-from quantkit.checkpoint.reader import is_plain_name
-from quantkit.checkpoint.writer import copy_file, write_index, write_json, write_text
+from quantkit.checkpoint.companions import companions, is_file_name
+from quantkit.checkpoint.journal import JOURNAL
+from quantkit.checkpoint.writer import copy_file, make_folder, write_index, write_json, write_text
 from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
 from quantkit.model.config import with_older_keys
@@ -56,7 +56,7 @@ def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
     listed = recorded.get("files")
     for entry in listed if isinstance(listed, list) else []:
         name = str(entry.get("name") if isinstance(entry, dict) else entry)
-        if not is_plain_name(name):
+        if not is_file_name(name):
             raise OutputError(f"{out / RESULT}: files: {ascii(name)[:80]} is not the name of a file")
         known.add(name)
         path = out / name
@@ -95,12 +95,23 @@ def write_beside(
     """
     files = {
         "model.safetensors.index.json": write_index(out, weight_map, tensor_bytes),
-        "config.json": write_json(out / "config.json", config),
+        "config.json": write_json(out / "config.json", config, finite=False),  # as the model's own
     }
     if fmt is not None:
         for name, content in fmt.extra_files(config["quantization_config"]).items():
             files[name] = write_json(out / name, content)
-    return files | {path.name: copy_file(path, out / path.name) for path in beside_weights(source)}
+    return files | copy_companions(source, out)
+
+
+def copy_companions(source: Path, out: Path, patterns: Sequence[str] = ("*",)) -> dict[str, str]:
+    """Copy what goes along with the weights of a model's folder, as far as a pattern matches: name -> sha256."""
+    copied = {}
+    for path in companions(source):
+        if any(path.match(pattern) for pattern in patterns):
+            name = path.relative_to(source).as_posix()
+            make_folder((out / name).parent)
+            copied[name] = copy_file(path, out / name)
+    return copied
 
 
 def file_records(out: Path, hashes: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -116,26 +127,6 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     write_text(out / "report.html", render_report(result))
     write_text(out / "README.md", render_card(result))
     write_json(out / RESULT, result)
-
-
-def beside_weights(directory: Path) -> list[Path]:
-    """The tokenizer and its like in a model folder. A link counts only within the folder, or its hub cache's blobs."""
-    return sorted(path for path in _matching(directory) if _lies_within(directory, path))
-
-
-def links_left_out(directory: Path) -> list[str]:
-    """A note for each of these files that is a link to somewhere else: it might be pushed, whatever it is."""
-    elsewhere = sorted(path.name for path in _matching(directory) if not _lies_within(directory, path))
-    return [f"{name} is a link out of {directory} and was not copied; put the file itself there" for name in elsewhere]
-
-
-def _matching(directory: Path) -> set[Path]:
-    return {path for pattern in BESIDE_WEIGHTS for path in directory.glob(pattern) if path.is_file()}
-
-
-def _lies_within(directory: Path, path: Path) -> bool:
-    allowed = (directory.resolve(), directory.resolve().parent.parent / "blobs")
-    return any(path.resolve().is_relative_to(place) for place in allowed)
 
 
 def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
