@@ -7,6 +7,7 @@ what fits where) is known without importing torch, which takes a second.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.errors import NumericsError
@@ -34,6 +35,11 @@ ITEMSIZE = {  # bytes of one value
 }
 
 
+SERVED = "float16"  # what checkpoints of ours are served in, unless numbers that it does not hold turn up
+WIDER = "bfloat16"  # what is written into config.json then
+LARGEST_FLOAT16 = 65504.0
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float16 -> "float16"."""
     return str(dtype).removeprefix("torch.")
@@ -53,6 +59,17 @@ def finite(tensor: Tensor) -> bool:
     import torch
 
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def as_served(tensors: Mapping[str, Tensor], served: str | None) -> dict[str, Tensor]:
+    """Stored tensors as an engine has them in memory that serves in a dtype: it casts them when they are read.
+
+    served: the dtype's name; only one with fewer digits than float16 changes what float16 holds
+    """
+    dtype = torch_dtype(WIDER)
+    if served != WIDER:
+        return dict(tensors)
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def to_stored(name: str, tensor: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ def settings_file(directory: Path, raw: Mapping[str, Any]) -> Path | None:
     return next((path for name in SETTINGS_FILES if (path := directory / name).is_file()), None)
 
 
+def served_dtype(raw: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json's content names, for example "float16"."""
+    name = raw.get("torch_dtype") or raw.get("dtype")
+    return name if isinstance(name, str) else None
+
+
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config.json's content that says how the model is quantized; empty if nothing does.
 

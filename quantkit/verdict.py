@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.dtypes import LARGEST_FLOAT16, SERVED, WIDER
 from quantkit.errors import InputError
 from quantkit.units import format_bytes
 
@@ -66,6 +67,12 @@ def verdict(metrics: Mapping[str, Any], limits: Limits, fit: Mapping[str, Any] |
             )
         if limits.max_kl is not None and kl > limits.max_kl:
             reasons.append(f"KL divergence {kl:.4g} nats is above the limit of {limits.max_kl:g}")
+    largest = metrics.get("largest_activation") or 0.0
+    if metrics.get("torch_dtype") == SERVED and largest > LARGEST_FLOAT16:
+        reasons.append(
+            f"numbers reach {largest:,.0f} within the model, and config.json has it served in float16, which ends at "
+            f'{LARGEST_FLOAT16:,.0f}; set "torch_dtype": "{WIDER}" there'
+        )
     if fit is not None and fit.get("budget_bytes") is not None and not fit.get("fits"):
         total, budget = int(fit["total_bytes"]), int(fit["budget_bytes"])
         context = f" at a context of {fit['context']} tokens" if fit.get("context") is not None else ""

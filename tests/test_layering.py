@@ -46,7 +46,7 @@ ALLOWED: dict[str, str] = {
     "calibration": "errors network resources text",
     "checkpoint": "dtypes errors network",
     "recipe": "errors files patterns resources units formats scheme",
-    "verdict": "errors units",
+    "verdict": "dtypes errors units",
     # models
     "model": "errors hardware jsonfile text checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe model",
@@ -71,13 +71,13 @@ ALLOWED: dict[str, str] = {
     "pipeline.head": (
         "hardware formats methods scheme stats model pipeline.activations pipeline.forward pipeline.runtime"
     ),
-    "pipeline.job": "hardware methods calibration checkpoint plan pipeline.runtime",
+    "pipeline.job": "dtypes hardware methods calibration checkpoint plan pipeline.runtime",
     "pipeline.layer": (
         "dtypes errors hardware grids methods scheme stats model plan pipeline.activations pipeline.forward"
         " pipeline.job pipeline.site_inputs"
     ),
     "pipeline.measure": (
-        "errors formats calibration checkpoint model plan quantized pipeline.compare pipeline.forward"
+        "dtypes errors formats calibration checkpoint model plan quantized pipeline.compare pipeline.forward"
         " pipeline.runtime pipeline.walk"
     ),
     "pipeline.memory": "errors hardware units model serving pipeline.job pipeline.runtime",
@@ -113,7 +113,7 @@ ALLOWED: dict[str, str] = {
     "report.pages": "text report.formatting report.rendering",
     "report.rendering": "text",
     "report.terminal": "text units serving hub",
-    "results": "errors jsonfile formats checkpoint model report.card report.pages",
+    "results": "dtypes errors jsonfile formats checkpoint model report.card report.pages",
     # commands
     "__init__": "",
     "__main__": "cli",
@@ -127,8 +127,8 @@ ALLOWED: dict[str, str] = {
         " pipeline.memory pipeline.runtime report.terminal commands.quantize"
     ),
     "commands.convert": (
-        "errors hardware formats checkpoint verdict model plan quantized serving settings convert results"
-        " commands.verify"
+        "dtypes errors hardware formats checkpoint verdict model plan quantized serving settings convert"
+        " results commands.verify"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint quantized settings gguf results commands.quantize commands.verify"

@@ -23,6 +23,7 @@ from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
 from quantkit.commands.verify import measured_like, verify_files
 from quantkit.convert.plan import Conversion, make_conversion, open_source, write_unit
+from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
@@ -171,7 +172,7 @@ def _finish(
     total = sum(size for _, size in tensors.values())
     weight_map = {name: file for name, (file, _) in tensors.items()}
     directory = source.checkpoint.directory
-    files |= write_beside(out, directory, weight_map, total, _config(conversion), conversion.format)
+    files |= write_beside(out, directory, weight_map, total, _config(conversion, recorded or {}), conversion.format)
     result = _document(request, conversion, recorded, hashes, units, total)
     result["seconds"] = time.monotonic() - began
     result["files"] = file_records(out, files)
@@ -179,7 +180,7 @@ def _finish(
     return result
 
 
-def _config(conversion: Conversion) -> dict[str, Any]:
+def _config(conversion: Conversion, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The source's config.json with the new quantization."""
     config = with_older_keys(
         {k: v for k, v in conversion.source.raw.items() if k not in ("quantization_config", "compression_config")}
@@ -187,7 +188,7 @@ def _config(conversion: Conversion) -> dict[str, Any]:
     if conversion.format is not None:
         return config | {"quantization_config": conversion.quantization_config}
     config.pop("dtype", None)
-    return config | {"torch_dtype": "float16"}
+    return config | {"torch_dtype": recorded.get("torch_dtype") or SERVED}
 
 
 def _document(
@@ -224,6 +225,7 @@ def _document(
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": 0,
         "device": "cpu",
+        "torch_dtype": before.get("torch_dtype"),
         "versions": versions(),
         "fallbacks": list(dict.fromkeys([*(before.get("fallbacks") or []), *_notes(conversion, made_by), note])),
         "engines": fit["engines"],

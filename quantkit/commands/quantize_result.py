@@ -61,6 +61,7 @@ def document_of(
         "peak_device_bytes": max(device for _, device in outcome.peaks),
         "processes": len(outcome.peaks),
         "device": str(job.runtime.device),
+        "torch_dtype": outcome.served,
         "versions": versions(),
         "fallbacks": [
             *outcome.fallbacks,
@@ -81,7 +82,7 @@ def write_folder(
         return _write_gguf_folder(job, directory, result, outside)
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
-    config = quantized_config(directory, plan.quantization_config)
+    config = quantized_config(directory, plan.quantization_config, outcome.served)
     files |= write_beside(out, directory, weight_map, plan.tensor_bytes, config, plan.format)
     if plan.format.block_bytes is not None:
         exported = export(open_source(out), out / f"{out.resolve().name}.gguf", name=label_of(result["model"]))

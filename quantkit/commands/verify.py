@@ -182,7 +182,9 @@ def _layout(
 def _open(out: Path, original: StreamedModel, recorded: Mapping[str, Any] | None) -> QuantizedCheckpoint | GGUFModel:
     """The weights of a folder: the GGUF file of a run that made one, or safetensors, or the only GGUF file."""
     gguf = find_gguf(out, recorded)
-    return open_quantized(out, original) if gguf is None else open_gguf_model(gguf, original)
+    if gguf is not None:
+        return open_gguf_model(gguf, original)
+    return replace(open_quantized(out, original), cast=(recorded or {}).get("torch_dtype"))
 
 
 def _original(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> StreamedModel:

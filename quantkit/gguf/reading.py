@@ -44,6 +44,10 @@ class GGUFModel:
         """The linears of the decoder layers."""
         return tuple(linear for linear in self.linears if linear.layer != OUTSIDE)
 
+    @property
+    def served(self) -> None:
+        """A .gguf does not say what it is computed in."""
+
     def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameters by the model's names, float32, dequantized."""
         return {name: self._read(name).to(device) for name in names}

@@ -12,7 +12,7 @@ result must not depend on memory. A GPU takes as many as fit.
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,19 @@ from quantkit.hardware.machine import pin
 SPARE = 0.5  # the share of free memory that streams may take: the layer and its Gram matrices need the rest
 
 
+@dataclass
+class Peak:
+    """The largest magnitude that a stream has met, and the name of the layer where."""
+
+    value: float = 0.0
+    where: str = ""
+
+    def see(self, value: float, where: str) -> None:
+        """Take it over if it is larger."""
+        if value > self.value:
+            self.value, self.where = value, where
+
+
 @dataclass(frozen=True)
 class Stream:
     """The hidden states of a token set.
@@ -34,6 +47,7 @@ class Stream:
     batch: samples per micro-batch
     mapping: of the file
     exact: whether its matmuls are to be exact: see `matmul.fast_linears`
+    peak: of its hidden states and of what linears read, in the layers that it went through
     """
 
     states: Tensor
@@ -41,6 +55,7 @@ class Stream:
     batch: int
     mapping: mmap.mmap | None = None
     exact: bool = True
+    peak: Peak = field(default_factory=Peak)
 
     def batches(self, samples: int | None = None, first: int = 0) -> Iterator[slice]:
         """The micro-batches, as slices of samples: of all, or of the first so many; from one of them on."""

@@ -12,7 +12,7 @@ from quantkit.calibration.tokens import TokenSet
 from quantkit.dtypes import dtype_name
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.model.streaming import logits, outside_loaded
-from quantkit.pipeline.activations import Stream
+from quantkit.pipeline.activations import Peak, Stream
 from quantkit.pipeline.metrics import Comparison
 from quantkit.pipeline.runtime import Runtime
 
@@ -27,6 +27,14 @@ def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) ->
     sums = ranks.gather(torch.tensor(parts, dtype=torch.float64))
     error, energy = (math.fsum(column) for column in sums.T.tolist())
     return error / energy if energy > 0 else 0.0
+
+
+def largest(streams: Sequence[Stream], ranks: Ranks = ALONE) -> Peak:
+    """The largest magnitude that streams of any rank have met in the layers."""
+    peaks = [stream.peak for stream in streams]
+    values = ranks.gather(torch.tensor([[peak.value for peak in peaks]], dtype=torch.float64)).max(0).values.tolist()
+    value = max(values, default=0.0)
+    return Peak(value, next((peak.where for peak in peaks if peak.value == value), ""))
 
 
 def compare_logits(

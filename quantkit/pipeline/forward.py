@@ -6,9 +6,12 @@ the same figures.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.tokens import TokenSet
@@ -83,10 +86,34 @@ class Layer:
         Raises:
             NumericsError: an output is not finite.
         """
-        for batch in stream.batches(first=first):
-            with taken(self.module, {shortcut: tensors.of(batch) for shortcut, tensors in (known or {}).items()}):
-                output = self.run(stream.states[batch].to(self.runtime.device), exact=stream.exact)
-            stream.states[batch] = output
+        with _inputs_seen(self.module) as ends:
+            for batch in stream.batches(first=first):
+                with taken(self.module, {shortcut: tensors.of(batch) for shortcut, tensors in (known or {}).items()}):
+                    output = self.run(stream.states[batch].to(self.runtime.device), exact=stream.exact)
+                ends.extend(end.float() for end in torch.aminmax(output))
+                stream.states[batch] = output
+        if ends:
+            stream.peak.see(float(torch.stack(ends).abs().max()), self.name)
+
+
+@contextmanager
+def _inputs_seen(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, the least and the greatest number that linears of the module read are added to the list."""
+    ends: list[Tensor] = []
+    last: ref[Tensor] | None = None
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal last
+        if last is None or last() is not args[0]:  # linears of a site read the same tensor
+            ends.extend(end.float() for end in torch.aminmax(args[0]))
+            last = ref(args[0])
+
+    handles = [each.register_forward_pre_hook(see) for each in module.modules() if isinstance(each, nn.Linear)]
+    try:
+        yield ends
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def ending_names(model: StreamedModel) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from quantkit import __version__
 from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import fingerprint
+from quantkit.dtypes import SERVED
 from quantkit.hardware.machine import device_name
 from quantkit.methods.table import Options
 from quantkit.pipeline.runtime import Runtime
@@ -30,6 +31,8 @@ class Job:
     evaluation: None to leave out verification
     inputs: what calibrates a layer: "quantized", what it will see after the layers before it, or "original"
     amend: make finished layers of another recipe anew, from the first that differs, instead of refusing them
+    served: the dtype that the figures are of: an engine casts to it what files hold in float16; None: no dtype is
+    written down
     """
 
     runtime: Runtime
@@ -40,6 +43,7 @@ class Job:
     evaluation: TokenSet | None = None
     inputs: str = "quantized"
     amend: bool = False
+    served: str | None = SERVED
 
     @property
     def reference(self) -> TokenSet | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
+from quantkit.dtypes import as_served
 from quantkit.errors import ModelError
 from quantkit.formats import Format
 from quantkit.model.streaming import (
@@ -24,18 +25,19 @@ from quantkit.model.streaming import (
     outside_loaded,
     read_outside,
 )
-from quantkit.pipeline.compare import compare_logits, relative_error
+from quantkit.pipeline.compare import compare_logits, largest, relative_error
 from quantkit.pipeline.forward import embed_original, embed_tokens, ending_names, open_streams
 from quantkit.pipeline.runtime import Progress, Runtime
 from quantkit.pipeline.walk import walk
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.quantized import (
     changes_nothing,
+    dequantized,
     packed_names,
     parameters,
     quantization_of,
     read_config,
-    read_dequantized,
+    served_dtype,
     stored_linears,
 )
 
@@ -59,6 +61,11 @@ class Measurable(Protocol):
     def directory(self) -> Path: ...
     @property
     def linears(self) -> tuple[LinearPlan, ...]: ...
+    @property
+    def served(self) -> str | None:
+        """The dtype that an engine serves it in by itself; None: nothing says so."""
+        ...
+
     def read(self, names: list[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Parameters of the original architecture by their full names, dequantized."""
         ...
@@ -66,11 +73,18 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A quantized checkpoint on the disk: its tensors, format, and linears (the head's layer is -1)."""
+    """A quantized checkpoint on the disk: its tensors, format, and linears (the head's layer is -1).
+
+    served: the dtype that its config.json names
+    cast: the dtype that all floats of its files are cast to before they stand for anything (None: as they are), as an
+        engine does; see `pipeline.run`
+    """
 
     checkpoint: Checkpoint
     format: Format
     linears: tuple[LinearPlan, ...]
+    served: str | None = None
+    cast: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -98,9 +112,8 @@ class QuantizedCheckpoint:
         wanted = set(names)
         linears = [x for x in self.linears if x.scheme is not None and f"{x.name}.weight" in wanted]
         packed = {f"{linear.name}.weight": packed_names(self.format, linear) for linear in linears}
-        return read_dequantized(
-            self.checkpoint, [n for name in names for n in packed.get(name, [name])], linears, self.format, device
-        )
+        stored = self.checkpoint.read_many([n for name in names for n in packed.get(name, [name])], device)
+        return dequantized(as_served(stored, self.cast), linears, self.format)
 
 
 def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpoint:
@@ -118,7 +131,7 @@ def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpo
     fmt, linears = stored_linears(original, checkpoint, quantization)
     if all(linear.scheme is None for linear in linears):
         raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")
-    found = QuantizedCheckpoint(checkpoint, fmt, linears)
+    found = QuantizedCheckpoint(checkpoint, fmt, linears, served_dtype(raw))
     _refuse_unknown(found, original)
     return found
 
@@ -194,4 +207,9 @@ def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progr
     source = runtime.loaded(read_outside(model, ending_names(model)))
     outside = ((name, quantized.read([name])[name]) for name in source)
     (figures,) = compare_logits(runtime, evaluation, original, [stream], source, outside)
-    return figures | {"layer_errors": layer_errors}
+    peak = largest([original, stream])
+    return figures | {
+        "layer_errors": layer_errors,
+        "largest_activation": peak.value,
+        "torch_dtype": quantized.served,
+    }

@@ -23,7 +23,7 @@ import torch
 
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.writer import require_disk
-from quantkit.dtypes import to_stored
+from quantkit.dtypes import LARGEST_FLOAT16, SERVED, WIDER, to_stored
 from quantkit.errors import OutputError, SchemeError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes
 from quantkit.methods.site import SiteResult
@@ -32,8 +32,8 @@ from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, move_buffers, read_outside
-from quantkit.pipeline.activations import Stream
-from quantkit.pipeline.compare import compare_logits, relative_error
+from quantkit.pipeline.activations import Peak, Stream
+from quantkit.pipeline.compare import compare_logits, largest, relative_error
 from quantkit.pipeline.forward import Layer, ending_names
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
@@ -66,6 +66,7 @@ class Outcome:
     measured: the figures; None without evaluation
     peaks: the most bytes of RAM and of device memory that each process has held
     reused: how many units were finished before it began
+    served: the dtype that it is to be served in; None: nothing says so
     """
 
     units: tuple[Unit, ...]
@@ -73,6 +74,7 @@ class Outcome:
     fallbacks: tuple[str, ...]
     peaks: tuple[tuple[int, int], ...]
     reused: int = 0
+    served: str | None = None
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def run(
                 f"{folder}: finished, but not measured as asked now; `quantkit verify {folder}` measures it with "
                 "other options, --fresh makes it again"
             )
-        outcome = _run(job, sites, journal, progress)
+        outcome = _run_and_widen(job, sites, journal, progress)
         if job.runtime.ranks.first:
             finish(outcome)
         return outcome
@@ -131,7 +133,30 @@ def _require_one_method(job: Job, sites: Sequence[Sequence[Site]]) -> None:
                 )
 
 
-def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> Outcome:
+def _run_and_widen(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> Outcome:
+    """The run. Where numbers beyond float16 turned up, the figures are those of bfloat16, which it is then served in.
+
+    For those all shards are run once more, as an engine has them in bfloat16.
+    """
+    job = replace(job, served=SERVED if job.plan.format.block_bytes is None else None)
+    outcome, peak = _run(job, sites, journal, progress)
+    if peak.value <= LARGEST_FLOAT16:
+        return outcome
+    reached = f"numbers reach {peak.value:,.0f} in {peak.where}, and float16 ends at {LARGEST_FLOAT16:,.0f}"
+    if job.served is None:
+        note = f"{reached}: kernels that compute in float16 give no numbers there"
+        return replace(outcome, fallbacks=(*outcome.fallbacks, note))
+    note = f"{reached}: config.json says {WIDER}, and the figures are of weights in it; serve it so"
+    measured = outcome.measured
+    if measured is not None:
+        progress.ending(f"measure once more, in {WIDER}")
+        wider = replace(job, served=WIDER, calibration=None)
+        measured = _run(wider, sites, journal, progress)[0].measured
+    return replace(outcome, served=WIDER, measured=measured, fallbacks=(*outcome.fallbacks, note))
+
+
+def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> tuple[Outcome, Peak]:
+    """The run, and the largest magnitude that any stream has met."""
     runtime, plan = job.runtime, job.plan
     model = runtime.model
     move_buffers(model.model, runtime.device)
@@ -164,11 +189,13 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
         source = runtime.loaded(read_outside(model, ending_names(model)))
         stored = quantized_outside(job, source)
         (measured,) = compare_logits(runtime, job.evaluation, streams.original, [streams.quantized], source, stored)
-        measured |= {"layer_errors": layer_errors}
+        peak = largest([streams.original, streams.quantized], runtime.ranks)
+        measured |= {"layer_errors": layer_errors, "largest_activation": peak.value, "torch_dtype": job.served}
     units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
     peaks = runtime.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(runtime.device)]])).tolist()
     most = tuple((rss, device) for rss, device in peaks)
-    return Outcome(units, measured, _fallbacks(job, journal, streams), most, reused)
+    outcome = Outcome(units, measured, _fallbacks(job, journal, streams), most, reused, job.served)
+    return outcome, largest(streams.all, runtime.ranks)
 
 
 def _through_layers(
@@ -216,6 +243,9 @@ def _through_layers(
                 layer.advance(streams.quantized)
             if streams.calibration and more and job.inputs == "quantized":
                 layer.advance(streams.calibration, known=known)
+            elif streams.calibration and not streams.quantized:  # a few samples show how large numbers become
+                some = streams.calibration.states[: streams.calibration.batch]
+                layer.advance(replace(streams.calibration, states=some))
             del known
             if streams.original and streams.quantized:
                 error = relative_error(streams.original, streams.quantized, runtime.ranks)

@@ -9,7 +9,7 @@ from torch import Tensor
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
 from quantkit.checkpoint.writer import write_shard
-from quantkit.dtypes import dtype_name, to_stored
+from quantkit.dtypes import as_served, dtype_name, to_stored
 from quantkit.errors import OutputError
 from quantkit.model.streaming import read_outside
 from quantkit.pipeline.forward import Layer
@@ -34,7 +34,7 @@ def written_outside(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, T
     written = open_file(job.runtime.folder / shard.file)
     stored = {name: written.read(name) for name in names if name in written.entries}
     rest = read_outside(job.runtime.model, [name for name in names if name not in stored])
-    return stored | {name: to_stored(name, tensor) for name, tensor in rest.items()}
+    return as_served(stored | {name: to_stored(name, tensor) for name, tensor in rest.items()}, job.served)
 
 
 def quantized_outside(job: Job, names: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -44,7 +44,8 @@ def quantized_outside(job: Job, names: Mapping[str, Tensor]) -> Iterator[tuple[s
         if shard.unit in ("embeddings", "head"):
             file = open_file(job.runtime.folder / shard.file)
             packed = heads if shard.unit == "head" else []
-            tensors = dequantized(file.read_many(file.entries), packed, job.plan.format)
+            stored = as_served(file.read_many(file.entries), job.served)
+            tensors = dequantized(stored, packed, job.plan.format)
             yield from ((name, tensor) for name, tensor in tensors.items() if name in names)
 
 
@@ -62,7 +63,7 @@ def pack_layer(job: Job, layer: Layer, shard: ShardPlan, result: LayerResult) ->
 
 def unpack_layer(job: Job, layer: Layer, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The layer's parameters as the tensors of its shard stand for them (names local to the layer)."""
-    tensors = dequantized(stored, job.plan.layer(layer.index).values(), job.plan.format)
+    tensors = dequantized(as_served(stored, job.served), job.plan.layer(layer.index).values(), job.plan.format)
     return {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
 
 

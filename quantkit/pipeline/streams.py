@@ -30,6 +30,12 @@ class Streams:
     gram_samples: int
 
     @property
+    def all(self) -> list[Stream]:
+        """Those that there are."""
+        streams = (self.original, self.quantized, self.calibration, self.reference)
+        return [stream for stream in streams if stream is not None]
+
+    @property
     def places(self) -> dict[str, str]:
         """Where the hidden states of each token set live."""
         streams = {"calibration": self.calibration, "evaluation": self.original}

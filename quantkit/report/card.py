@@ -225,18 +225,20 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
     """Name, note, whether it loads the checkpoint, and the code that runs it; what was not asked counts as loading."""
     fit = (result.get("verification") or {}).get("fit") or {}
     refusals = result.get("engines") or fit.get("engines") or {}
+    # What engines take by themselves is said only where it is unusual.
+    dtype = ["--dtype", "bfloat16"] if result.get("torch_dtype") == "bfloat16" else []
     code = {
-        "vllm": ("bash", _command(["vllm", "serve", path], fit, "--max-model-len {0}", "fp8")),
+        "vllm": ("bash", _command(["vllm", "serve", path, *dtype], fit, "--max-model-len {0}", "fp8")),
         "sglang": (
             "bash",
             _command(
-                ["python", "-m", "sglang.launch_server", "--model-path", path],
+                ["python", "-m", "sglang.launch_server", "--model-path", path, *dtype],
                 fit,
                 "--context-length {0} --max-total-tokens {0}",
                 "fp8_e5m2",
             ),
         ),
-        "transformers": ("python", _transformers(path)),
+        "transformers": ("python", _transformers(path, result.get("torch_dtype") or "float16")),
     }
     if result["format"] == "gguf":
         return [_llamacpp(result, path, fit)]
@@ -274,14 +276,14 @@ def _command(words: Sequence[str], fit: Result, context_flags: str, fp8: str) ->
     return " ".join([shlex.join(words), *flags])
 
 
-def _transformers(path: str) -> str:
+def _transformers(path: str, dtype: str) -> str:
     quoted = json.dumps(path)
     return "\n".join(
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
-            f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="float16", device_map="auto")',
+            f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="{dtype}", device_map="auto")',
             'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
             'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
             "inputs = tokenizer.apply_chat_template(chat, **options).to(model.device)",

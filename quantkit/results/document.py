@@ -128,6 +128,8 @@ class Verification(_Part):
     top1_agreement: Figure
     tokens: int
     dtype: str | None = None
+    torch_dtype: str | None = None
+    largest_activation: Figure = None
     layer_errors: list[LayerError]
     eval: Tokens | None
     limits: Limits
@@ -157,6 +159,7 @@ class Document(_Part):
     peak_rss_bytes: int | None = None
     peak_device_bytes: int | None = None
     device: str | None = None
+    torch_dtype: str | None = None
     versions: dict[str, str] = {}
     fallbacks: list[str] = []
     engines: dict[str, str | None] = {}

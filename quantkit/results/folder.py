@@ -13,6 +13,7 @@ from typing import Any
 from quantkit.checkpoint.companions import companions, is_file_name
 from quantkit.checkpoint.journal import JOURNAL
 from quantkit.checkpoint.writer import copy_file, make_folder, write_index, write_json, write_text
+from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
 from quantkit.model.config import with_older_keys
@@ -129,9 +130,11 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     write_json(out / RESULT, result)
 
 
-def quantized_config(directory: Path, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config.json with the quantization added, and float16 as the dtype that the file now has."""
+def quantized_config(
+    directory: Path, quantization_config: Mapping[str, Any], served: str | None = None
+) -> dict[str, Any]:
+    """The model's config.json with the quantization added, and the dtype to serve it in (float16)."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("dtype", None)
     config = with_older_keys(config)
-    return config | {"torch_dtype": "float16", "quantization_config": dict(quantization_config)}
+    return config | {"torch_dtype": served or SERVED, "quantization_config": dict(quantization_config)}
