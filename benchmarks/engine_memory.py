@@ -3,8 +3,8 @@
 
     python benchmarks/engine_memory.py --budget 22GiB --out engine_memory.json      # where vLLM and a GPU are at hand
 
-A few layers of a recipe's real geometry and vocabulary are filled with random weights, rounded, and loaded by vLLM held
-to the budget. What it logs is kept: GiB of the model as loaded, GiB left for the KV cache, tokens of it. The rest is what
+A few layers of a recipe's real geometry and vocabulary get random weights, are rounded, and are loaded by vLLM held to the
+budget. What it logs is kept: GiB of the model as loaded, GiB left for the KV cache, tokens of it. The rest is what
 activations, the sampler and libraries take, by the widths and the flags. CUDA graphs grow with the layers, too.
 """
 
