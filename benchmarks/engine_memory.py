@@ -3,7 +3,7 @@
 
     python benchmarks/engine_memory.py --budget 22GiB --out engine_memory.json      # where vLLM and a GPU are at hand
 
-A few layers of a recipe's real geometry and vocabulary get random weights, are rounded, and are loaded by vLLM held to the
+A few layers of a real geometry and vocabulary get random weights, are rounded, and are loaded by vLLM held to the
 budget. What it logs is kept: GiB of the model as loaded, GiB left for the KV cache, tokens of it. The rest is what
 activations, the sampler and libraries take, by the widths and the flags. CUDA graphs grow with the layers, too.
 """
