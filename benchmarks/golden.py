@@ -35,6 +35,7 @@ ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 VERDICT_FAIL = 3  # of so little calibration it is a usual answer
 KL_NOISE = 5e-6  # nats: the last digit that LOG.md gives
 KQUANTS = "kquants"
+FAILED = "failed"  # the only entry of a row whose command fails
 UNTIED = "./untied"  # the bundled model with a head of its own, which can be quantized
 
 ANSWER = "answer.json"  # stdout of commands that leave no result
@@ -62,8 +63,8 @@ rules:
 }
 
 FORMATS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")
-EACH = {4: FORMATS, 3: FORMATS[1:]}  # awq holds 4 bits only
-SOME = {4: ("awq", "gptq", "gguf"), 3: ("gptq", "compressed-tensors", "gguf")}  # rtn's rows show the others
+EACH = {4: FORMATS, 3: FORMATS[1:-1]}  # awq and gguf hold no 3 bits
+SOME = {4: ("awq", "gptq", "gguf"), 3: ("gptq", "compressed-tensors")}  # rtn's rows show the others
 SMALL = "--samples 4 --seqlen 128 --eval-samples 2"
 LARGE = "--samples 32 --seqlen 512"  # what LOG.md measures K-quants with
 
@@ -124,7 +125,7 @@ OWN_OUT = {"allocate", "verify", "inspect", "fit"}  # commands that say where th
 
 
 def main() -> None:
-    """Record, or check; exit with 1 on a difference."""
+    """Record, or check; exit with 1 if a row differs or fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "check"))
     parser.add_argument("file", type=Path, help="the record; rows that are not run stay in it")
@@ -143,9 +144,13 @@ def main() -> None:
             if options.action == "check":
                 differences = list(compare(records.get(row, {}), record))
                 failed |= bool(differences)
-                print(f"{row}: {'same' if not differences else ''}", *differences, sep="\n  ", flush=True)
+                print(f"{row}: {'differs' if differences else 'same'}", *differences, sep="\n  ", flush=True)
                 continue
-            print(row, len(record), file=sys.stderr, flush=True)
+            if FAILED in record:
+                failed = True
+                print(f"{row}: not recorded, {record[FAILED]}", file=sys.stderr, flush=True)
+                continue
+            print(f"{row}: {len(record)} entries", file=sys.stderr, flush=True)
             records[row] = record
             options.file.write_text(json.dumps(records, indent=1) + "\n")
     sys.exit(int(failed))
@@ -179,7 +184,7 @@ def run(row: str, scratch: Path, package: Path) -> Record:
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, VERDICT_FAIL):
         message = (done.stderr.splitlines() or [""])[-1]
-        return {"failed": f"exit {done.returncode}: {message}"}
+        return {FAILED: f"exit {done.returncode}: {message}"}
     if row.startswith(KQUANTS):
         return {"KL": json.loads(done.stdout)["verification"]["kl_divergence"]}
     if not (folder / "quantkit.json").exists():
@@ -220,16 +225,14 @@ def keys(value: Any, depth: int, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def compare(before: Record, after: Record) -> Iterator[str]:
     """One line for each entry that differs, is missing or is new, and for a KL that got worse."""
-    if not before:
-        yield "not in the record"
+    if not before or FAILED in after:
+        yield str(after.get(FAILED, "not in the record"))
         return
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
         if isinstance(old, float) and isinstance(new, float):
             if new > old + KL_NOISE:
                 yield f"{name} got worse: {old:.6f} -> {new:.6f}"
-        elif name == "failed":
-            yield str(new or f"no longer fails: {old}")
         elif old != new:
             yield f"{name} {'is new' if old is None else 'is missing' if new is None else 'differs'}"
 
