@@ -38,6 +38,8 @@ ITEMSIZE = {  # bytes of one value
 SERVED = "float16"  # what checkpoints of ours are served in, unless numbers that it does not hold turn up
 WIDER = "bfloat16"  # what is written into config.json then
 LARGEST_FLOAT16 = 65504.0
+# The decay rates of state spaces, a few numbers of each layer: they act once for each token of the context.
+EXACT = ("A_log", "dt_bias")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -72,16 +74,19 @@ def as_served(tensors: Mapping[str, Tensor], served: str | None) -> dict[str, Te
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
+def stored_dtype(name: str) -> str:
+    """In what a tensor that is not quantized is stored, by its name."""
+    return "float32" if name.rpartition(".")[2] in EXACT else "float16"
+
+
 def to_stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that is not quantized, as checkpoints of ours store it: in float16, and one of its own, for where it
+    """A tensor that is not quantized, as checkpoints of ours store it; see `stored_dtype`. It is a copy, for where it
     was read may be used again before it is written.
 
     Raises:
         NumericsError: a value beyond float16.
     """
-    import torch
-
-    stored = tensor.to(torch.float16, copy=True)
+    stored = tensor.to(torch_dtype(stored_dtype(name)), copy=True)
     if not finite(stored):
         raise NumericsError(f"{name}: largest value {float(tensor.abs().max()):.3g} is beyond float16 (65504)")
     return stored

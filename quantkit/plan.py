@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.checkpoint.writer import shard_bytes, shard_name
-from quantkit.dtypes import ITEMSIZE
+from quantkit.dtypes import ITEMSIZE, stored_dtype
 from quantkit.errors import SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.names import is_lm_head
@@ -205,7 +205,7 @@ def _head(model: Shapes, scheme: Scheme | None) -> LinearPlan | None:
 
 def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[ShardPlan, ...]:
     def plain(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(STORED, shape) for name, shape in shapes.items()}
+        return {name: TensorSpec(stored_dtype(name), shape) for name, shape in shapes.items()}
 
     contents: list[tuple[str, dict[str, TensorSpec]]] = [("embeddings", plain(model.before_layers()))]
     for index in range(len(model.layer_tensors)):

@@ -123,6 +123,10 @@ class Rule(SchemeSpec):
                 raise ValueError(f"expected the lower layer number first in {low}-{high}")
         return value
 
+    def names(self, kind: str) -> bool:
+        """Whether the rule says the very name of a kind of linear."""
+        return self.kind == kind or (self.match is not None and kind in self.match)
+
     def applies(self, name: str, layer: int) -> bool:
         """Whether the linear `name` in decoder layer number `layer` is meant; the head (-1) only by its very name."""
         if layer < 0:
@@ -323,20 +327,27 @@ def _line(node: yaml.Node | None, place: Iterable[str | int]) -> int:
     return line
 
 
-def resolver(recipe: Recipe, default: Scheme) -> Callable[[str, int], Scheme | None]:
-    """(full name, layer number) -> the linear's scheme, or None to keep it in 16 bit, as the head (-1) unless named."""
+def resolver(
+    recipe: Recipe, default: Scheme, sixteen_bit: frozenset[str] = frozenset()
+) -> Callable[[str, int], Scheme | None]:
+    """(full name, layer number) -> the linear's scheme, or None to keep it in 16 bit.
+
+    sixteen_bit: kinds that stay in 16 bit unless a rule names them, as the head (-1) does
+    """
 
     def resolve(name: str, layer: int) -> Scheme | None:
+        kind = name.rpartition(".")[2]
+        by_name = layer < 0 or kind in sixteen_bit
         chosen = default
         kept: bool | None = None  # no rule has said
         for rule in recipe.rules:
-            if rule.applies(name, layer):
+            if rule.applies(name, layer) and (kind not in sixteen_bit or rule.names(kind)):
                 chosen = rule.over(chosen)
                 if rule.keep is not None or any(getattr(rule, key) is not None for key in (*SCHEME_FIELDS, "scheme")):
                     kept = rule.keep is not None
-                elif layer < 0 and kept is None:
-                    kept = False  # for the head it is enough to be named
-        return None if kept or (kept is None and layer < 0) else chosen
+                elif by_name and kept is None:
+                    kept = False  # it is enough to be named
+        return None if kept or (kept is None and by_name) else chosen
 
     return resolve
 

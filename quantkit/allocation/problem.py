@@ -120,15 +120,19 @@ def pose(
 def parts_of(model: Shapes, sites: Sequence[Sequence[Site]], also: Sequence[str]) -> dict[Part, tuple[LinearPlan, ...]]:
     """The linears of each site of each layer, in 16 bit, and of what is asked for outside the layers.
 
+    Linears that stay in 16 bit are no part, and neither is a site of none but these.
+
     Raises:
         InputError: something outside that cannot be quantized.
     """
     linears = {(linear.layer, linear.local): linear for linear in decoder_linears(model)}
-    parts: dict[Part, tuple[LinearPlan, ...]] = {
+    found = {
         (layer, number): tuple(linears[layer, name] for name in site.linears)
         for layer in range(len(model.layer_linears))
         for number, site in enumerate(sites[layer])
     }
+    free = {part: tuple(x for x in linears if not x.role.sixteen_bit) for part, linears in found.items()}
+    parts: dict[Part, tuple[LinearPlan, ...]] = {part: linears for part, linears in free.items() if linears}
     for name in also:
         if name == "embeddings":
             raise InputError("--also embeddings: they stay in 16 bit, as transformers does not load quantized ones")

@@ -105,13 +105,15 @@ def measure_menu(
         swapped_weights: dict[Swap, Tensors] = {}
         for number, site in enumerate(layer.sites):
             part = (layer.index, number)
+            if part not in menu:  # all of it stays in 16 bit
+                continue
             progress.stage(f"round {'/'.join(name.rpartition('.')[2] for name in site.linears)}")
             losses[part] = {None: 0.0}
             for entry, weights, loss in _rounded(job, layer, site, observed[number], menu[part]):
                 losses[part][entry] = loss
                 if (part, entry) in swaps:
                     swapped_weights[part, entry] = weights
-        worst = max(max(losses[layer.index, number].values()) for number in range(len(layer.sites)))
+        worst = max((max(losses[part].values()) for part in losses if part[0] == layer.index), default=0.0)
         return Step(layer.weights, swapped_weights, worst)
 
     original, _, streams = _follow(runtime, Probe(probe, swaps, probe.samples, quantized=False), step, progress)
@@ -267,12 +269,10 @@ def _rounded(
 
     A scale that an earlier op would absorb is divided out again: alone in its layer, the part computes the same.
     """
-    weights: dict[str, Tensor] = {}
-    for name in site.linears:
-        weight = layer.module.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        weights[name] = weight
-    energy = sum(float(output_error(weight, stats.gram).sum()) for weight in weights.values())
+    linears = job.plan.layer(layer.index)
+    weights = {name: layer.module.get_parameter(f"{name}.weight") for name in site.linears}
+    rounded = [name for name in site.linears if not linears[name].role.sixteen_bit]
+    energy = sum(float(output_error(weights[name], stats.gram).sum()) for name in rounded)
     schemes = [entry for entry in dict.fromkeys(entries) if entry is not None]
     options = job.options
     factor = None
@@ -283,9 +283,8 @@ def _rounded(
     for scheme in schemes:
         # Scaling rescales the Gram matrix in place: each entry needs its own.
         own = stats if channel is None else replace(stats, gram=stats.gram.clone())
-        site_input = SiteInput(
-            weights, dict.fromkeys(weights, scheme), own, channel, job.plan.format.min_zero(scheme), factor
-        )
+        schemes_of = dict.fromkeys(weights) | dict.fromkeys(rounded, scheme)
+        site_input = SiteInput(weights, schemes_of, own, channel, job.plan.format.min_zero(scheme), factor)
         outcome = QUANTIZE[job.method](site_input, options)
         computed_weights, error = {}, 0.0
         for name, quantized in outcome.quantized.items():

@@ -67,7 +67,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     asked = AskedScheme(request.bits, request.group_size, request.symmetric, request.scheme)
     scheme = choose_scheme(method, recipe, asked, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
-    resolve = resolver(recipe, scheme)
+    resolve = resolver(recipe, scheme, model.family.sixteen_bit)
     with explained(recipe):
         plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
     result = fit(model, plan, **_asked(request, positions(model.config), recipe.budget))

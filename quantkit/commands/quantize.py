@@ -144,7 +144,7 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
     if fmt.block_bytes is not None:
         check_architecture(model)  # and the tokenizer: what llama.cpp has no name for is told now
         tokenizer_metadata(directory, model.config.vocab_size, {})
-    resolve = resolver(recipe, scheme)
+    resolve = resolver(recipe, scheme, model.family.sixteen_bit)
     with explained(recipe):
         plan = make_plan(
             model,

@@ -23,7 +23,7 @@ from torch import Tensor
 from quantkit.checkpoint.journal import Unit
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, open_file, shorten
 from quantkit.checkpoint.writer import shard_name, write_pieces
-from quantkit.dtypes import dtype_name, to_stored, torch_dtype
+from quantkit.dtypes import dtype_name, stored_dtype, to_stored, torch_dtype
 from quantkit.errors import ModelError, OutputError, QuantkitError, SchemeError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.awq import AWQ
@@ -379,7 +379,7 @@ def _shards(source: Source, fmt: Format | None, targets: tuple[Target, ...]) -> 
         owner, _, key = name.rpartition(".")
         target = by_name.get(owner)
         if fmt is None:
-            return {name: TensorSpec(STORED, shapes[name])}
+            return {name: TensorSpec(stored_dtype(name), shapes[name])}
         if key != "weight" or target is None or target.linear.scheme is None:
             return {name: TensorSpec(source.checkpoint.entries[name].dtype, shapes[name])}
         return {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit.model.family import EVERY, KEYS_AND_VALUES, Family, Gguf, Part, folded_site
+from quantkit.model.family import BY_INPUT, EVERY, FUSED, KEYS_AND_VALUES, Family, Gguf, Part, Site, folded_site
 
 QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -88,6 +88,70 @@ LLAMA_GGUF = Gguf(
 )
 QWEN_GGUF = replace(LLAMA_GGUF, name="qwen2", paired={})
 
+DELTA_NET_STATE = (  # of a gated delta net: the convolution's last inputs in 16 bit, and its state in float32
+    "2 * (2 * linear_num_key_heads * linear_key_head_dim + linear_num_value_heads * linear_value_head_dim)"
+    " * (linear_conv_kernel_dim - 1)"
+    " + 4 * linear_num_value_heads * linear_key_head_dim * linear_value_head_dim"
+)
+
+
+def _delta_net(*projections: str) -> Part:
+    """Linear attention of Qwen3-Next; projections: of its inputs."""
+    inputs = [f"linear_attn.{name}" for name in projections]
+    return Part(
+        sites=(
+            folded_site("input_layernorm", *inputs, plus=1),
+            folded_site("linear_attn.norm", "linear_attn.out_proj"),
+        ),
+        state=DELTA_NET_STATE,
+    )
+
+
+QWEN_ATTENTION = Part(  # q returns a gate beside the queries, which multiplies what o reads
+    sites=(folded_site("input_layernorm", QUERY, KEY, VALUE, plus=1), folded_site(VALUE, OUTPUT)),
+    per_token=KEYS_AND_VALUES,
+)
+QWEN_MLP = Part(sites=(folded_site("post_attention_layernorm", GATE, UP, plus=1), folded_site(UP, DOWN)))
+
+GRANITE_MAMBA = Part(
+    sites=(folded_site("input_layernorm", "mamba.in_proj"), folded_site("mamba.norm", "mamba.out_proj")),
+    state=(  # the convolution's last inputs and the state, in 16 bit
+        "2 * (mamba_n_heads * mamba_d_head + 2 * mamba_n_groups * mamba_d_state) * (mamba_d_conv - 1)"
+        " + 2 * mamba_n_heads * mamba_d_head * mamba_d_state"
+    ),
+)
+GRANITE_ATTENTION = Part(
+    sites=(folded_site("input_layernorm", QUERY, KEY, VALUE), folded_site(VALUE, OUTPUT)), per_token=KEYS_AND_VALUES
+)
+GRANITE_MLP = Part(  # gate and up are one matrix
+    sites=(
+        folded_site("post_attention_layernorm", "shared_mlp.input_linear"),
+        Site(("shared_mlp.output_linear",)),
+    )
+)
+
+JAMBA_MAMBA = Part(  # the weight of dt_proj is used without running it
+    sites=(
+        folded_site("input_layernorm", "mamba.in_proj"),
+        Site(("mamba.x_proj",)),
+        Site(("mamba.out_proj",)),
+    ),
+    state=("2 * mamba_expand * hidden_size * (mamba_d_conv - 1) + 2 * mamba_expand * hidden_size * mamba_d_state"),
+)
+JAMBA_MLP = Part(
+    sites=(
+        folded_site("pre_ff_layernorm", "feed_forward.gate_proj", "feed_forward.up_proj"),
+        folded_site("feed_forward.up_proj", "feed_forward.down_proj"),
+    )
+)
+
+LFM2_MLP = Part(
+    sites=(
+        folded_site("ffn_norm", "feed_forward.w1", "feed_forward.w3"),
+        folded_site("feed_forward.w3", "feed_forward.w2"),
+    )
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         {EVERY: (_attention(SWITCHED), _gated_mlp("mlp_bias"))},
@@ -119,6 +183,58 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 128,
         },
         gguf=replace(QWEN_GGUF, name="qwen3"),
+    ),
+    "qwen3_next": Family(
+        {
+            "linear_attention": (_delta_net("in_proj_qkvz", "in_proj_ba"), QWEN_MLP),
+            "full_attention": (QWEN_ATTENTION, QWEN_MLP),
+        },
+        sixteen_bit=frozenset({"in_proj_ba"}),
+    ),
+    "qwen3_5_text": Family(
+        {
+            "linear_attention": (_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), QWEN_MLP),
+            "full_attention": (QWEN_ATTENTION, QWEN_MLP),
+        },
+        fused=FUSED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")},
+        sixteen_bit=frozenset({"in_proj_b", "in_proj_a"}),
+    ),
+    "granitemoehybrid": Family(
+        {
+            "linear_attention": (GRANITE_MAMBA, GRANITE_MLP),
+            "full_attention": (GRANITE_ATTENTION, GRANITE_MLP),
+            "mamba": (GRANITE_MAMBA, GRANITE_MLP),  # as older transformers say it
+            "attention": (GRANITE_ATTENTION, GRANITE_MLP),
+        },
+        by_input=BY_INPUT | {"output_linear"},
+    ),
+    "jamba": Family(
+        {
+            "linear_attention": (JAMBA_MAMBA, JAMBA_MLP),
+            "full_attention": (GRANITE_ATTENTION, JAMBA_MLP),
+            "mamba": (JAMBA_MAMBA, JAMBA_MLP),
+            "attention": (GRANITE_ATTENTION, JAMBA_MLP),
+        },
+        sixteen_bit=frozenset({"dt_proj"}),
+    ),
+    "lfm2": Family(
+        {
+            "conv": (
+                Part(
+                    sites=(folded_site("operator_norm", "conv.in_proj"), Site(("conv.out_proj",))),
+                    state="2 * hidden_size * (conv_L_cache - 1)",
+                ),
+                LFM2_MLP,
+            ),
+            "full_attention": (
+                Part(
+                    sites=(folded_site("operator_norm", QUERY, KEY, VALUE), folded_site(VALUE, "self_attn.out_proj")),
+                    per_token=KEYS_AND_VALUES,
+                ),
+                LFM2_MLP,
+            ),
+        },
+        fused=FUSED | {"w13": ("w1", "w3")},
     ),
 }
 WITHOUT_ROW = Family({})

@@ -29,10 +29,12 @@ class Fold:
     producer: a norm, or the linear whose outputs reach the readers channel by channel (v -> o through attention's
     averaging, up -> down through the gate's product)
     readers: every linear that reads these outputs, of one site or of several
+    plus: what the producer adds to its weight before it multiplies by it: 1 for the norms of Gemma and of Qwen3-Next
     """
 
     producer: str
     readers: tuple[str, ...]
+    plus: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Site:
     fold: Fold | None = None
 
 
-def folded_site(producer: str, *linears: str) -> Site:
+def folded_site(producer: str, *linears: str, plus: int = 0) -> Site:
     """A site whose linears alone read what the producer returns."""
-    return Site(linears, Fold(producer, linears))
+    return Site(linears, Fold(producer, linears, plus))
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Part:
     biases: linear -> the switch of config.json that gives it a bias; "" if it always has one
     norms: norm -> its width
     per_token: how many numbers it keeps of each token of a sequence
+    state: how many bytes it keeps of a sequence, however long that is
     """
 
     sites: tuple[Site, ...]
@@ -67,6 +70,7 @@ class Part:
     biases: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
     per_token: str = ""
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ class Role:
     site: the first linear that reads the same input; None: it is alone
     fused: the module that engines load it into, with others
     by_input: whether cards that share it have some of its columns each, and not some of its rows
+    sixteen_bit: whether it stays in 16 bit unless a recipe names it
     """
 
     site: str | None = None
     fused: str | None = None
     by_input: bool = False
+    sixteen_bit: bool = False
 
 
 ALONE = Role()
@@ -114,13 +120,17 @@ class Family:
     fused: module that engines load several linears into -> their names
     by_input: linears that are cut by their inputs over cards; they read what linears return that are cut by their
     outputs, as all others are
+    sixteen_bit: small linears that engines keep in 16 bit
     gguf: None where llama.cpp's names are not known
+
+    Linears are named here by the last part of their names.
     """
 
     layers: Mapping[str, tuple[Part, ...]]
     optional: Mapping[str, Any] | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FUSED)
     by_input: frozenset[str] = BY_INPUT
+    sixteen_bit: frozenset[str] = frozenset()
     gguf: Gguf | None = None
 
     def types(self, config: Any, count: int) -> list[str]:
@@ -131,7 +141,7 @@ class Family:
         """
         if EVERY in self.layers:
             return [EVERY] * count
-        said = getattr(config, "layer_types", None)
+        said = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
         types = list(said) if said else ["full_attention"] * count
         if self.layers and (unknown := sorted(set(types) - self.layers.keys())):
             raise ModelError(
@@ -149,6 +159,10 @@ class Family:
             return KEYS_AND_VALUES
         return " + ".join(part.per_token for part in self.layers[kind] if part.per_token) or "0"
 
+    def state(self, kind: str) -> str:
+        """How many bytes a layer of this type keeps of a sequence, however long that is, as arithmetic."""
+        return " + ".join(part.state for part in self.layers.get(kind, ()) if part.state) or "0"
+
     def role(self, local: str) -> Role:
         """What a linear is, by its name within the layer."""
         parent, _, leaf = local.rpartition(".")
@@ -156,7 +170,7 @@ class Family:
         fused = f"{parent}.{fused}" if parent and fused else fused
         sites = (site for kind in self.layers for site in self.sites(kind))
         first = next((site.linears[0] for site in sites if local in site.linears), fused or local)
-        return Role(first, fused, leaf in self.by_input)
+        return Role(first, fused, leaf in self.by_input, leaf in self.sixteen_bit)
 
 
 OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {

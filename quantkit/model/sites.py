@@ -33,8 +33,9 @@ def sites_of(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
         return discover_sites(model)
     for index, (sites, linears) in enumerate(zip(found, model.layer_linears, strict=True)):
         known = {name for site in sites for name in site.linears}
-        if linears.keys() != known:
-            odd = ", ".join(sorted(linears.keys() ^ known))
+        kept = {name for name in linears if model.family.role(name).sixteen_bit}
+        if linears.keys() - kept != known - kept:
+            odd = ", ".join(sorted((linears.keys() ^ known) - kept))
             kind = model.config.model_type
             raise ModelError(f"{model.layer_name(index)}: linears {odd} do not fit the sites of {kind}")
     return tuple(found)
@@ -71,7 +72,8 @@ def _discover(model: StreamedModel, index: int, hidden: Tensor, generator: torch
         sites: list[Site] = []
         for key, names in groups.items():
             earlier = [name for site in reversed(sites) for name in site.linears]
-            folds = [Fold(producer, tuple(names)) for producer in (*norms.get(key, ()), *earlier)]
+            behind = [Fold(norm, tuple(names), plus) for norm in norms.get(_memory(key), ()) for plus in (0, 1)]
+            folds = [*behind, *(Fold(name, tuple(names)) for name in earlier)]
             good = (fold for fold in folds if _preserves(model, index, fold, hidden, expected, generator))
             sites.append(Site(tuple(names), next(good, None)))
         return tuple(sites)
@@ -85,6 +87,11 @@ Key = tuple[int, int, int, int]
 def _key(tensor: Tensor) -> Key:
     """What makes two linears' inputs the very same tensor, whatever view of it they take."""
     return tensor.data_ptr(), tensor.numel(), tensor.shape[-1], tensor._version
+
+
+def _memory(key: Key) -> Key:
+    """The same for tensors that may be seen in another shape, as by the heads of a norm within attention."""
+    return (*key[:2], 0, key[3])
 
 
 def _watch(model: StreamedModel, index: int, hidden: Tensor) -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
@@ -104,7 +111,7 @@ def _watch(model: StreamedModel, index: int, hidden: Tensor) -> tuple[dict[Key, 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 alive.append(output)
-                norms.setdefault(_key(output), []).append(name)
+                norms.setdefault(_memory(_key(output)), []).append(name)
 
         return hook
 
@@ -142,7 +149,7 @@ def _preserves(
         assert isinstance(weight, Tensor)
         weight.mul_(scale[channel])
     unfolded = _distance(run_layer(model, index, hidden), expected)
-    divide_producer(producer, scale)
+    divide_producer(fold, producer, scale)
     folded = _distance(run_layer(model, index, hidden), expected)
     assign(layer, saved)
     return folded < 1e-4 * unfolded
@@ -152,14 +159,18 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max())
 
 
-def divide_producer(producer: nn.Module, scale: Tensor) -> None:
+def divide_producer(fold: Fold, producer: nn.Module, scale: Tensor) -> None:
     """Divide the outputs of a norm or linear by scale [channels], in place: its weight's rows, and its bias."""
-    weight = producer.weight
-    assert isinstance(weight, Tensor)
-    weight.div_(scale if weight.dim() == 1 else scale.unsqueeze(1))
-    bias = getattr(producer, "bias", None)
-    if isinstance(bias, Tensor):
-        bias.div_(scale)
+    for name in ("weight", "bias"):
+        parameter = getattr(producer, name, None)
+        if isinstance(parameter, Tensor):
+            parameter.copy_(divided(fold, name, parameter, scale))
+
+
+def divided(fold: Fold, name: str, parameter: Tensor, scale: Tensor) -> Tensor:
+    """A parameter ("weight" or "bias") of the producer with which its outputs are divided by scale [channels]."""
+    rows = scale if parameter.dim() == 1 else scale.unsqueeze(1)
+    return (parameter + fold.plus) / rows - fold.plus if fold.plus and name == "weight" else parameter / rows
 
 
 def fold_channels(model: StreamedModel, index: int, fold: Fold | None) -> Tensor | None:
@@ -186,6 +197,8 @@ def producer_channels(in_features: int, producer: nn.Module, head_dim: int) -> T
     channels = weight.shape[0]
     if channels == in_features:
         return torch.arange(in_features)
+    if not isinstance(producer, nn.Linear) and in_features % channels == 0:  # a norm within each head
+        return torch.arange(channels).repeat(in_features // channels)
     if not isinstance(producer, nn.Linear) or in_features % channels or channels % head_dim:
         return None
     heads, repeats = channels // head_dim, in_features // channels

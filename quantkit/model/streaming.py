@@ -48,14 +48,14 @@ class Architecture(Shapes):
 class StreamedModel(Architecture):
     """An architecture with its weights on disk.
 
-    returns_tuple: whether its layers return a tuple (older transformers) or the hidden states alone
+    extra_outputs: how many values its layers return beside the hidden states; None: they return no tuple
     ignored: tensors of the checkpoint that the architecture has no place for
     calls: what each layer is called with, by (micro-batch, seqlen); filled when first needed
     """
 
     directory: Path
     checkpoint: Checkpoint
-    returns_tuple: bool
+    extra_outputs: int | None
     ignored: tuple[str, ...]
     calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
 
@@ -96,9 +96,9 @@ def open_model(directory: Path) -> StreamedModel:
     ignored = _compare(architecture, checkpoint)
     _require_tied(architecture, checkpoint)
     untried = StreamedModel(
-        **vars(architecture), directory=directory, checkpoint=checkpoint, returns_tuple=False, ignored=ignored
+        **vars(architecture), directory=directory, checkpoint=checkpoint, extra_outputs=None, ignored=ignored
     )
-    return replace(untried, returns_tuple=_layer_returns_tuple(untried))
+    return replace(untried, extra_outputs=_extra_outputs(untried))
 
 
 def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
@@ -111,12 +111,17 @@ def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
         conv = [n for n, m in layer.named_modules() if type(m).__name__ == "Conv1D"]
         if conv:
             raise ModelError(f"{name}.{index}.{conv[0]}: a Conv1D, which no format stores; only nn.Linear is supported")
-        stacked = [n for n, p in layer.named_parameters() if p.dim() > 2]
+        stacked = [n for n, m in layer.named_modules() if not isinstance(m, nn.Conv1d) and _is_stacked(m)]
         if stacked:
             raise ModelError(f"{name}.{index}.{stacked[0]}: stacked weights; only dense decoders are supported")
         if not any(isinstance(m, nn.Linear) for m in layer.modules()):
             raise ModelError(f"{name}.{index}: no nn.Linear in it; nothing to quantize")
     return name, layers
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether it holds weights of several linears in one tensor, as transformers does for experts."""
+    return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
 
 
 def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, layers: nn.ModuleList) -> Shapes:
@@ -306,7 +311,7 @@ def _placeholder(model: StreamedModel, batch: int, seqlen: int, like: Tensor) ->
     return torch.zeros(batch, seqlen, width, device=like.device, dtype=like.dtype)
 
 
-def _layer_returns_tuple(model: StreamedModel) -> bool:
+def _extra_outputs(model: StreamedModel) -> int | None:
     """Ask the first layer, on the meta device, called with what the model calls it with.
 
     Raises:
@@ -328,9 +333,15 @@ def _layer_returns_tuple(model: StreamedModel) -> bool:
         args, kwargs = _map_tensors(calls[0], lambda t: t.to("meta"))
         layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
         with torch.no_grad():
-            return isinstance(layer(*args, **kwargs), tuple)
+            output = layer(*args, **kwargs)
+            return len(output) - 1 if isinstance(output, tuple) else None
     except Exception as error:  # the code of any architecture runs here
         raise _cannot_stream(model, one_line(error)) from error
+
+
+def _as_layer_output(model: StreamedModel, hidden: Tensor) -> Any:
+    """Hidden states as a layer of the model returns them; what it returns beside them nobody reads."""
+    return hidden if model.extra_outputs is None else (hidden, *[None] * model.extra_outputs)
 
 
 def _cannot_stream(model: StreamedModel, reason: str) -> ModelError:
@@ -378,7 +389,7 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
             calls.append(call)
             if index == len(model.layers) - 1:
                 raise _Stop
-            return (hidden,) if model.returns_tuple else hidden
+            return _as_layer_output(model, hidden)
 
         return forward
 
@@ -479,7 +490,7 @@ def logits(model: StreamedModel, hidden: Tensor) -> Tensor:
 
     def skip(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if model.returns_tuple else hidden
+            return _as_layer_output(model, hidden)
 
         return forward
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.dtypes import to_stored
-from quantkit.errors import NumericsError
+from quantkit.errors import NumericsError, SchemeError
 from quantkit.grids.registry import dequantize, divide_rows
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.hardware.matmul import fast_bfloat16
@@ -17,7 +17,7 @@ from quantkit.methods.gptq import Factor
 from quantkit.methods.site import QUANTIZE, SiteInput, SiteResult
 from quantkit.methods.table import METHODS
 from quantkit.model.family import Fold, Site
-from quantkit.model.sites import fold_channels
+from quantkit.model.sites import divided, fold_channels
 from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped
 from quantkit.pipeline.forward import Layer
@@ -104,6 +104,32 @@ def quantize_layer(
     return result
 
 
+def require_sites(job: Job, sites: Sequence[Sequence[Site]]) -> None:
+    """Refuse what sites do not allow.
+
+    sites: of each layer
+
+    Raises:
+        SchemeError: linears that read the same input with different methods; one to be quantized that is in no site.
+    """
+    for index, of_layer in enumerate(sites):
+        linears = job.plan.layer(index)
+        for site in of_layer:
+            methods = {job.method_of(linears[name]) for name in site.linears}
+            if len(methods) > 1:
+                names = ", ".join(linears[name].name for name in site.linears)
+                raise SchemeError(
+                    f"{names} read the same input: give them one method, got {', '.join(sorted(methods))}"
+                )
+        known = {name for site in of_layer for name in site.linears}
+        for local, linear in linears.items():
+            if local not in known and linear.scheme is not None:
+                raise SchemeError(
+                    f"{linear.name}: its weight is used without running it, so what it reads cannot be seen; keep it "
+                    f"in 16 bit by a rule of a recipe (kind: {local.rpartition('.')[2]}, keep: 16bit)"
+                )
+
+
 def kinds(site: Site) -> str:
     return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in site.linears)
 
@@ -147,10 +173,9 @@ def folded(source: Mapping[str, Tensor], folds: Sequence[Folded]) -> dict[str, T
     for used in folds:
         for name in used.fold.readers:
             tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * used.scale[used.channel]
-        for name in (f"{used.fold.producer}.weight", f"{used.fold.producer}.bias"):
-            if name in tensors:
-                rows = used.scale if tensors[name].dim() == 1 else used.scale.unsqueeze(1)
-                tensors[name] = tensors[name].float() / rows
+        for key in ("weight", "bias"):
+            if (name := f"{used.fold.producer}.{key}") in tensors:
+                tensors[name] = divided(used.fold, key, tensors[name].float(), used.scale)
     return tensors
 
 
@@ -217,13 +242,11 @@ def _fold(
 
     readers = [f"{name}.weight" for name in used.fold.readers if name not in quantized]
     changed = {name: exact(name) * scale[channel] for name in readers}
-    if f"{producer}.bias" in parameters:
-        changed[f"{producer}.bias"] = exact(f"{producer}.bias") / scale
     codes = result.quantized.get(producer)
-    if codes is None:
-        weight = exact(f"{producer}.weight")
-        changed[f"{producer}.weight"] = weight / (scale if weight.dim() == 1 else scale.unsqueeze(1))
-    else:
+    for key in ("weight", "bias"):
+        if (name := f"{producer}.{key}") in parameters and not (codes is not None and key == "weight"):
+            changed[name] = divided(used.fold, key, exact(name), scale)
+    if codes is not None:
         result.quantized[producer] = settle(divide_rows(codes, scale))
         assign_float(layer, {f"{producer}.weight": dequantize(result.quantized[producer])})
     result.changed |= changed

@@ -24,7 +24,7 @@ import torch
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.writer import require_disk
 from quantkit.dtypes import LARGEST_FLOAT16, SERVED, WIDER, to_stored
-from quantkit.errors import OutputError, SchemeError
+from quantkit.errors import OutputError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes
 from quantkit.methods.site import SiteResult
 from quantkit.methods.table import METHODS
@@ -37,7 +37,7 @@ from quantkit.pipeline.compare import compare_logits, largest, relative_error
 from quantkit.pipeline.forward import Layer, ending_names
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.layer import LayerResult, quantize_layer, records_of
+from quantkit.pipeline.layer import LayerResult, quantize_layer, records_of, require_sites
 from quantkit.pipeline.prefetch import copied, writer
 from quantkit.pipeline.resume import continued
 from quantkit.pipeline.runtime import Progress
@@ -104,7 +104,7 @@ def run(
     missing = [shard.file_bytes for shard in plan.shards if not (folder / shard.file).exists()]
     require_disk(folder, sum(missing) + plan.beside_bytes + DISK_MARGIN)
     sites = sites_of(job.runtime.model)
-    _require_one_method(job, sites)
+    require_sites(job, sites)
     done = not fresh and made()
     with continued(job, fresh, look=not done) as journal:
         units = [journal.finished[shard.unit] for shard in plan.shards if shard.unit in journal.finished]
@@ -119,18 +119,6 @@ def run(
         if job.runtime.ranks.first:
             finish(outcome)
         return outcome
-
-
-def _require_one_method(job: Job, sites: Sequence[Sequence[Site]]) -> None:
-    for index in range(len(job.runtime.model.layers)):
-        linears = job.plan.layer(index)
-        for site in sites[index]:
-            methods = {job.method_of(linears[name]) for name in site.linears}
-            if len(methods) > 1:
-                names = ", ".join(linears[name].name for name in site.linears)
-                raise SchemeError(
-                    f"{names} read the same input: give them one method, got {', '.join(sorted(methods))}"
-                )
 
 
 def _run_and_widen(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> Outcome:
@@ -315,6 +303,10 @@ def _quantize_head(job: Job, journal: Journal, shard: ShardPlan, head: LinearPla
 def _fallbacks(job: Job, journal: Journal, streams: Streams) -> tuple[str, ...]:
     ignored = job.runtime.model.ignored
     fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in ignored]
+    kept = [linear for linear in job.plan.linears if linear.role.sixteen_bit and linear.scheme is None]
+    if kept:
+        kinds = ", ".join(sorted({linear.local.rpartition(".")[2] for linear in kept}))
+        fallbacks.append(f"{len(kept)} small linears stay in 16 bit, as in engines: {kinds}; a recipe may name them")
     if any(stream and stream.place == "file" for stream in (streams.calibration, streams.original)):
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]

@@ -31,7 +31,7 @@ from quantkit.pipeline.activations import Stream
 from quantkit.pipeline.compare import compare_logits
 from quantkit.pipeline.forward import embed_tokens, ending_names, open_states
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.layer import quantize_observed
+from quantkit.pipeline.layer import quantize_observed, require_sites
 from quantkit.pipeline.runtime import Progress, Runtime
 from quantkit.pipeline.site_inputs import observe
 from quantkit.pipeline.walk import walk
@@ -79,7 +79,10 @@ def measure_settings(
                     embed_tokens(runtime, tokens[name], stream)
     first, seconds, shared = _resume(journal, streams, len(settings))
     began = time.monotonic()
-    with walk(runtime, progress, range(first, len(model.layers)), sites_of(model)) as layers:
+    sites = sites_of(model)
+    for setting in settings:
+        require_sites(setting.job, sites)
+    with walk(runtime, progress, range(first, len(model.layers)), sites) as layers:
         for layer in layers:
             progress.stage("run the original")
             stats = observe(layer, streams["calibration"]) if calibration is not None else ()

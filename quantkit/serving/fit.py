@@ -99,7 +99,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Cache:
-    """Layers that keep keys and values alike: their number, bytes per token of one, and the window (None: none)."""
+    """Layers that keep keys and values alike: their number, bytes per token of one, and the window (None: none).
+
+    A state that does not grow with the context, as of linear attention, is kept as a window of one token.
+    """
 
     layers: int
     bytes_per_token: int
@@ -220,9 +223,9 @@ def _serving(
         require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
     kinds = _kinds(model, stored)
     weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
-    whole = _caches(model, heads.key_value, KV_BYTES[kv])
+    whole = _caches(model, heads.key_value, KV_BYTES[kv], 1)
     shards, problems = _shards(stored.linears, heads, cards)
-    here = _caches(model, _kept_heads(heads, cards), KV_BYTES[kv])
+    here = _caches(model, _kept_heads(heads, cards), KV_BYTES[kv], cards)
     workspace = _workspace(model, stored.linears, cards)
     card_weights = _card_weights(stored, kinds, shards, cards)
 
@@ -236,7 +239,7 @@ def _serving(
         "weights_16bit": _bytes_16bit(model),
         "file_bytes": stored.file_bytes,
         "kv": kv,
-        "kv_bytes_per_token": _cache_bytes(whole, 1),
+        "kv_bytes_per_token": _bytes_per_token(whole),
         "kv_bytes": _cache_bytes(whole, context),
         "kv_layers": [vars(cache) for cache in here],
         "workspace": workspace,
@@ -250,7 +253,7 @@ def _serving(
         "tensor_parallel": {
             "cards": cards,
             "weights_bytes": card_weights,
-            "kv_bytes_per_token": _cache_bytes(here, 1),
+            "kv_bytes_per_token": _bytes_per_token(here),
             "kv_bytes": _cache_bytes(here, context),
             "workspace_bytes": workspace["total"],
             "shards": _shard_rows(stored.linears, shards),
@@ -306,13 +309,15 @@ def _count(shape: Sequence[int]) -> int:
 # ---------------------------------------------------------------- KV cache
 
 
-def _caches(model: Shapes, heads: int, itemsize: int) -> list[Cache]:
-    """What layers keep of a sequence, alike ones together; heads: of keys and values."""
-    config, count = model.config, len(model.layer_tensors)
-    types = model.family.types(config, count)
-    numbers = {kind: evaluate(model.family.per_token(kind), config, num_key_value_heads=heads) for kind in set(types)}
-    layers = [(numbers[kind] * itemsize, window) for kind, window in zip(types, _windows(config, count), strict=True)]
-    return [Cache(layers.count(alike), *alike) for alike in dict.fromkeys(layers)]
+def _caches(model: Shapes, heads: int, itemsize: int, cards: int) -> list[Cache]:
+    """What layers keep of a sequence on one of `cards` cards, alike ones together; heads: of keys and values there."""
+    family, config, count = model.family, model.config, len(model.layer_tensors)
+    types = family.types(config, count)
+    numbers = {kind: evaluate(family.per_token(kind), config, num_key_value_heads=heads) for kind in set(types)}
+    states = {kind: -(-evaluate(family.state(kind), config) // cards) for kind in set(types)}
+    growing = [(numbers[kind] * itemsize, window) for kind, window in zip(types, _windows(config, count), strict=True)]
+    kept = [part for part in [*growing, *((states[kind], 1) for kind in types)] if part[0]]
+    return [Cache(kept.count(alike), *alike) for alike in dict.fromkeys(kept)]
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:
@@ -329,6 +334,11 @@ def _windows(config: Any, layers: int) -> list[int | None]:
 
 def _cache_bytes(caches: Sequence[Cache], context: int) -> int:
     return sum(cache.bytes_at(context) for cache in caches)
+
+
+def _bytes_per_token(caches: Sequence[Cache]) -> int:
+    """What each further token takes, while no window is full."""
+    return _cache_bytes(caches, 2) - _cache_bytes(caches, 1)
 
 
 def _longest(caches: Sequence[Cache], room: int) -> int | None:
