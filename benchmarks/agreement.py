@@ -101,7 +101,7 @@ def main() -> int:
         in_run = {}
         if (out / RESULT).is_file():
             in_run = json.loads((out / RESULT).read_text())["verification"]
-        measured = verify_files(request, Console(quiet=True))["verification"]
+        measured = verify_files(request, Console(quiet=True)).content()["verification"]
         expected = independent(said.model, out, load_file(said.ids)["input_ids"].long())
         apart = {
             name: {key: abs(found[key] / expected[key] - 1) for key in FIGURES}

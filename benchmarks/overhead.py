@@ -34,7 +34,7 @@ def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, f
         verify=verify,
     )
     began = time.process_time()
-    clock = float(quantize(request, Console(stderr=True))[0]["seconds"])
+    clock = quantize(request, Console(stderr=True))[0].seconds or 0.0
     return {"clock": clock, "cpu": time.process_time() - began}
 
 

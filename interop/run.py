@@ -259,7 +259,7 @@ def read_theirs(foreign: Foreign, tokens: Tokens) -> dict[str, Any]:
     theirs = figures(reference, load_file(out / f"{folder.name}.safetensors")["logits"], ids)
     return {
         "versions": answer["versions"],
-        "made_by": inspect_folder(folder)["made_by"],
+        "made_by": inspect_folder(folder).content()["made_by"],
         "converts": conversions(folder),
         "theirs": theirs,
         "quantkit": {name: measured[name] for name in theirs},

@@ -16,6 +16,7 @@ from quantkit.formats.names import is_lm_head
 from quantkit.model.family import ALONE, Role
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import check_fused
+from quantkit.records import Linear, Numbers, RecipeRow
 from quantkit.scheme import Scheme
 
 OUTSIDE = -1  # the layer number of the head
@@ -39,6 +40,24 @@ class LinearPlan:
     scheme: Scheme | None
     method: str | None = None
     role: Role = ALONE
+
+    @property
+    def kind(self) -> str:
+        """The last part of its name."""
+        return self.local.rpartition(".")[2]
+
+    def record(self, nbytes: int, **figures: Any) -> Linear:
+        """Its row in quantkit.json. nbytes: as stored; figures: method, loss and what else `records.Linear` has."""
+        return Linear(
+            name=self.name,
+            layer=self.layer,
+            kind=self.kind,
+            **Numbers.fields_of(self.scheme),
+            out_features=self.out_features,
+            in_features=self.in_features,
+            bytes=nbytes,
+            **figures,
+        )
 
     @property
     def unit(self) -> str:
@@ -235,27 +254,24 @@ def _packed(tensors: Mapping[str, TensorSpec], linear: LinearPlan, fmt: Format) 
     return kept | {f"{linear.name}.{key}": spec for key, spec in specs.items()}
 
 
-def resolved(plan: Plan, method: str) -> list[dict[str, Any]]:
+def resolved(plan: Plan, method: str) -> list[RecipeRow]:
     """What a recipe comes to: one row for the linears of one kind that are treated alike, in the order of the model.
 
-    kind, layers ("0-3,7", empty for the head), bits, group_size, symmetric (None in 16 bit), method, linears (a
-    number), bytes.
+    method: of the linears whose plan names none
     """
     rows: dict[tuple[str, Scheme | None, str | None], list[LinearPlan]] = {}
     for linear in [*plan.linears, *([plan.head] if plan.head else [])]:
         used = None if linear.scheme is None else linear.method or method
-        rows.setdefault((linear.local.rpartition(".")[2], linear.scheme, used), []).append(linear)
+        rows.setdefault((linear.kind, linear.scheme, used), []).append(linear)
     return [
-        {
-            "kind": kind,
-            "layers": number_ranges([linear.layer for linear in linears if linear.layer != OUTSIDE]),
-            "bits": scheme.bits if scheme else 16,
-            "group_size": scheme.group_size if scheme else None,
-            "symmetric": scheme.symmetric if scheme else None,
-            "method": used,
-            "linears": len(linears),
-            "bytes": sum(linear_bytes(plan.format, linear) for linear in linears),
-        }
+        RecipeRow(
+            kind=kind,
+            layers=number_ranges([linear.layer for linear in linears if linear.layer != OUTSIDE]),
+            **Numbers.fields_of(scheme),
+            method=used,
+            linears=len(linears),
+            bytes=sum(linear_bytes(plan.format, linear) for linear in linears),
+        )
         for (kind, scheme, used), linears in rows.items()
     ]
 

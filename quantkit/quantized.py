@@ -15,6 +15,7 @@ from quantkit.formats.reading import read_schemes, unpack
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes
 from quantkit.plan import LinearPlan, decoder_linears, head_linear
+from quantkit.records import Result
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -62,13 +63,13 @@ def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     return autoround.translated(settings)
 
 
-def writer(raw: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> str:
+def writer(raw: Mapping[str, Any], recorded: Result | None = None) -> str:
     """Who wrote a checkpoint, by its config: "gptqmodel:7.7.0"; what does not say is "unknown".
 
     recorded: the folder's quantkit.json; None: it has none
     """
     if recorded is not None:
-        return f"quantkit {recorded.get('quantkit_version')}"
+        return f"quantkit {recorded.quantkit_version}"
     quantization = quantization_of(raw)
     meta = quantization.get("meta")
     said = meta.get("quantizer") if isinstance(meta, dict) else None

@@ -39,6 +39,7 @@ from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.files import read_bytes
 from quantkit.formats.names import Fused
 from quantkit.patterns import compiled, matches
+from quantkit.records import Limits
 from quantkit.resources import recipes_dir
 from quantkit.scheme import NAMED, Scheme
 from quantkit.units import parse_bytes, parse_tokens
@@ -157,7 +158,7 @@ class CalibrationSpec(BaseModel):
     seqlen: int | None = Field(default=None, ge=2)
 
 
-class LimitsSpec(BaseModel):
+class LimitsSpec(Limits):
     """The verdict's limits when the command line does not say: shares (0.05 is 5%) and nats."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

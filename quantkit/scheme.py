@@ -65,6 +65,11 @@ class Scheme:
         return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
+def name_of(scheme: Scheme | None) -> str:
+    """What a linear's numbers are called; None: 16 bit."""
+    return "16 bit" if scheme is None else str(scheme)
+
+
 # Schemes that have a name of their own.
 NAMED = {
     "q4_0": Scheme(4, 32, True),

@@ -34,12 +34,12 @@ def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
         "verify": False,
         "max_ppl_increase": 9.0,
     }
-    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
+    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0].content()
 
 
 def to(folder: Path, target: str, out: Path, **said: Any) -> dict[str, Any]:
     command = f"quantkit convert {folder} --to {target}"
-    return convert(ConvertRequest(folder=folder, to=target, command=command, out=out, **said), QUIET)[0]
+    return convert(ConvertRequest(folder=folder, to=target, command=command, out=out, **said), QUIET)[0].content()
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

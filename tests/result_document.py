@@ -2,7 +2,12 @@
 """A result document (quantkit.json) as a run writes it, for the tests of what is made from it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+from quantkit.records import Result
+from quantkit.report import card
+from quantkit.report.pages import run
 
 SHAPES = {  # of a 32B model
     "q_proj": (5120, 5120),
@@ -117,3 +122,11 @@ def example(depth: int = 6, *, bits: dict[str, int] | None = None, **changes: An
             "reasons": [],
         },
     } | changes
+
+
+def render_card(document: dict[str, Any], repo_id: str | None = None, forced: Sequence[str] = ()) -> str:
+    return card.render_card(Result.model_validate(document), repo_id, forced)
+
+
+def render_report(document: dict[str, Any]) -> str:
+    return run.render_report(Result.model_validate(document))

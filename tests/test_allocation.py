@@ -35,10 +35,12 @@ from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.runtime import Runtime
 from quantkit.recipe import Recipe, read_recipe, resolver
+from quantkit.records import Verification
 from quantkit.report.terminal.progress import Display
 from quantkit.scheme import Scheme
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
+from tests.result_document import example
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
@@ -344,10 +346,10 @@ def test_another_recipe_redoes_only_what_follows_its_first_change(model: Path, t
     recipe.write_text(recipe.read_text().replace("bits: 8}", "bits: 8}, {kind: down_proj, layers: '1', bits: 8}"))
     with pytest.raises(Exception, match="another recipe"):
         quantize(replace(run, amend=False), QUIET)
-    changed, _ = quantize(run, QUIET)
+    changed = quantize(run, QUIET)[0].content()
     assert (out / "journal.jsonl").read_text().splitlines()[:3] == journal[:3]
     assert kept["model-00002-of-00005.safetensors"] == (out / "model-00002-of-00005.safetensors").stat().st_mtime_ns
-    fresh, _ = quantize(replace(run, out=tmp_path / "fresh"), QUIET)
+    fresh = quantize(replace(run, out=tmp_path / "fresh"), QUIET)[0].content()
     assert {f["name"]: f["sha256"] for f in changed["files"]} == {f["name"]: f["sha256"] for f in fresh["files"]}
 
 
@@ -457,10 +459,10 @@ def test_the_best_of_all_attempts_stays(kls: list[float | None], improved: int, 
     states: list[Any] = [({}, {(0, 0): number}) for number in range(len(kls))]
     ran: list[str] = []
 
-    def attempt(state: Any) -> dict[str, Any]:
+    def attempt(state: Any) -> Verification:
         number = states.index(state)
         ran.append(str(number))
-        return {"verdict": "fail", "kl_divergence": kls[number]}
+        return judged("fail", kls[number])
 
     def improve(state: Any) -> Any:
         number = states.index(state)
@@ -471,9 +473,12 @@ def test_the_best_of_all_attempts_stays(kls: list[float | None], improved: int, 
     assert " ".join(ran) == runs
     assert tried[-1][0] is states[int(runs[-1])]
     assert [line for line in said if "back to it" in line] == [line for line in said if "earlier" in line]
-    assert attempts(states[0], lambda state: {"verdict": "pass", "kl_divergence": 1.0}, improve, said.append) == [
-        (states[0], {"verdict": "pass", "kl_divergence": 1.0})
-    ]
+    passed = judged("pass", 1.0)
+    assert attempts(states[0], lambda state: passed, improve, said.append) == [(states[0], passed)]
+
+
+def judged(verdict: str, kl: float | None) -> Verification:
+    return Verification.model_validate(example()["verification"] | {"verdict": verdict, "kl_divergence": kl})
 
 
 def test_a_repair_is_measured_before_it_is_run_and_starts_nothing_anew(

@@ -74,7 +74,7 @@ def test_what_was_measured_is_carried_over(tmp_path: Path, qwen2: Path, ids: Pat
     assert after["verification"]["fit"]["weights"] != before["verification"]["fit"]["weights"]  # g_idx
     assert any("measured before it was converted" in note for note in after["fallbacks"])
     assert [layer["loss"] for layer in after["layers"]] == [layer["loss"] for layer in before["layers"]]
-    again = verify_files(VerifyRequest(out=tmp_path / "gptq", command="quantkit verify", offline=True), QUIET)
+    again = verify_files(VerifyRequest(out=tmp_path / "gptq", command="quantkit verify", offline=True), QUIET).content()
     assert again["verification"] == after["verification"]
     names = {path.name for path in (tmp_path / "gptq").iterdir()}
     assert {"tokenizer.json", "report.html", "README.md", "quantkit.json", "journal.jsonl"} <= names

@@ -81,7 +81,7 @@ def test_transformers_computes_the_same_from_the_file(tmp_path: Path, kind: str,
     folder, out = tiny(tmp_path / "model", kind, **changes), tmp_path / "out"
     asked = Request(method="rtn", model=str(folder), command="rtn", format="gguf", symmetric=False, out=out,
                     offline=True, verify=False)  # fmt: skip
-    result, _ = quantize(asked, QUIET)
+    result = quantize(asked, QUIET)[0].content()
     assert (result["format"], result["scheme"]["group_size"]) == ("gguf", 32)
     assert result["gguf"] == {
         "file": "out.gguf",
@@ -108,7 +108,8 @@ def test_a_16_bit_model_becomes_k_quants(tmp_path: Path) -> None:
     save_file({"input_ids": IDS}, ids)
     common: dict[str, Any] = {"type": "q4_k", "calib": str(ids), "samples": 2, "seqlen": 24, "offline": True,
                               "evaluation": str(ids)}  # fmt: skip
-    result, out = to_gguf(ExportRequest(str(folder), "convert", out=tmp_path / "a", **common), QUIET)
+    made, out = to_gguf(ExportRequest(str(folder), "convert", out=tmp_path / "a", **common), QUIET)
+    result = made.content()
     (path,) = out.glob("*.gguf")
     assert result["bits_per_weight"] == 4.5
     assert len(result["layers"]) == 14

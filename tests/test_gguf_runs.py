@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
 from quantkit.commands.fit import FitRequest, fit_request
-from quantkit.commands.inspect import inspect_folder, inspect_table
+from quantkit.commands.inspect import inspect_folder
 from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.errors import ModelError, SchemeError
@@ -22,6 +22,7 @@ from quantkit.gguf.export import export, open_source
 from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
+from quantkit.report.terminal.inspect import inspect_table
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit_checkpoint
 from quantkit.settings.request import Request
@@ -100,7 +101,7 @@ def test_a_head_with_zero_points_is_held_exactly(tmp_path: Path, method: str) ->
     recipe.write_text("rules:\n- {kind: lm_head}\n")
     asked = Request(method=method, model=str(folder), command=method, format="gguf", symmetric=False, offline=True,
                     out=tmp_path / "out", calib=str(ids), verify=False, recipe=recipe)  # fmt: skip
-    result, _ = quantize(asked, QUIET)
+    result = quantize(asked, QUIET)[0].content()
     assert result["gguf"]["equal"] == 15  # the head among them
 
 
@@ -124,14 +125,14 @@ def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> Non
     save_file({"input_ids": IDS}, ids)
     asked = Request(method="rtn", model=str(folder), command="rtn", format="gguf", symmetric=False, out=out,
                     offline=True, evaluation=str(ids), max_ppl_increase=9.0)  # fmt: skip
-    run, _ = quantize(asked, QUIET)
+    run = quantize(asked, QUIET)[0].content()
     before = run["verification"]["fit"]
     tensors = open_gguf_model(out / "out.gguf", open_model(folder)).stored().tensors
     assert before["weights"]["total"] == sum(tensors.values()) == run["tensor_bytes"]
     assert before["weights"]["blocks"] == sum(size for name, size in tensors.items() if name.endswith("_proj.weight"))
     beside = fit_checkpoint(out, budget=before["budget_bytes"], context=before["context"])
     assert beside["weights"]["total"] < before["weights"]["total"]
-    again = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET)["verification"]
+    again = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET).content()["verification"]
     assert again["fit"] == before
     assert again["kl_divergence"] == pytest.approx(run["verification"]["kl_divergence"], rel=1e-6)
     sizes: dict[str, Any] = {"budget": before["budget_bytes"], "context": before["context"], "kv": "fp16"}
@@ -142,7 +143,7 @@ def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> Non
     }
     # a budget between the two is too small for llama.cpp, and the verdict says so
     short = VerifyRequest(out=out, command="verify", offline=True, budget=before["total_bytes"] - 1)
-    assert verify_files(short, QUIET)["verification"]["verdict"] == "fail"
+    assert verify_files(short, QUIET).content()["verification"]["verdict"] == "fail"
 
 
 def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,16 +151,16 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     save_file({"input_ids": IDS}, ids)
     asked = Request(method="rtn", model=str(folder), command="rtn", format="compressed-tensors", group_size=32,
                     bits=8, symmetric=True, out=out, offline=True, evaluation=str(ids))  # fmt: skip
-    run, _ = quantize(asked, QUIET)
-    made = ExportRequest(str(out), "convert", out=tmp_path / "made", offline=True)
-    result, target = to_gguf(made, QUIET)
+    run = quantize(asked, QUIET)[0].content()
+    made, target = to_gguf(ExportRequest(str(out), "convert", out=tmp_path / "made", offline=True), QUIET)
+    result = made.content()
     assert sorted(p.name for p in target.iterdir()) == [
         "README.md", "journal.jsonl", "out-Q8_0.gguf", "quantkit.json", "report.html"]  # fmt: skip
     assert result["converted"]["equal"] == 14
     bare = tmp_path / "bare"  # as others leave it: the file and nothing of ours
     bare.mkdir()
     shutil.copy(target / "out-Q8_0.gguf", bare)
-    for found in (inspect_folder(bare), inspect_folder(bare / "out-Q8_0.gguf")):
+    for found in (inspect_folder(bare).content(), inspect_folder(bare / "out-Q8_0.gguf").content()):
         assert [(x["bits"], x["group_size"], x["method"]) for x in found["layers"]] == [(8, 32, "q8_0")] * 14
         assert (found["format"], found["model"], found["bits_per_weight"]) == ("gguf", "qwen2", 8.5)
         assert found["total_bytes"] == (bare / "out-Q8_0.gguf").stat().st_size
@@ -170,7 +171,7 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     damaged = bytearray(path.read_bytes())
     damaged[-100] ^= 1
     path.write_bytes(bytes(damaged))
-    again = verify_files(VerifyRequest(out=target, command="verify", offline=True), QUIET)
+    again = verify_files(VerifyRequest(out=target, command="verify", offline=True), QUIET).content()
     assert again["verification"]["verdict"] == "fail"
     assert "out-Q8_0.gguf is not the file" in again["verification"]["reasons"][0]
 
@@ -183,9 +184,9 @@ def test_a_quantized_head_keeps_its_integers(tmp_path: Path, bits: int, kind: st
     common: dict[str, Any] = {"method": "rtn", "model": str(folder), "command": "rtn", "symmetric": True,
                               "recipe": tmp_path / "recipe.yaml", "offline": True, "evaluation": str(ids)}  # fmt: skip
     ours, made = tmp_path / "ours", tmp_path / "made"
-    run, _ = quantize(Request(format="gguf", engine="llama.cpp", out=ours, **common), QUIET)
+    run = quantize(Request(format="gguf", engine="llama.cpp", out=ours, **common), QUIET)[0].content()
     packed = quantize(Request(format="compressed-tensors", group_size=32, out=tmp_path / "packed", **common), QUIET)[1]
-    result, _ = to_gguf(ExportRequest(str(packed), "convert", out=made, offline=True), QUIET)
+    result = to_gguf(ExportRequest(str(packed), "convert", out=made, offline=True), QUIET)[0].content()
     assert (run["gguf"]["equal"], result["converted"]["equal"], result["converted"]["made_by"][:8]) == (
         15,
         15,
@@ -198,7 +199,7 @@ def test_a_quantized_head_keeps_its_integers(tmp_path: Path, bits: int, kind: st
         file = open_gguf(path)
         assert {name: file.infos[name].type for name in ("token_embd.weight", "output.weight")} == {
             "token_embd.weight": "f16", "output.weight": kind}  # fmt: skip
-        assert inspect_folder(path)["layers"][-1]["method"] == kind
+        assert inspect_folder(path).content()["layers"][-1]["method"] == kind
         original = open_model(folder)
         state = open_gguf_model(path, original).read(parameter_names(original))
         theirs = as_transformers_reads(path, IDS)
@@ -233,21 +234,25 @@ def test_k_quants_are_a_run_like_any_other(
     asked = Request(method, str(folder), method, scheme=scheme, calib=str(ids), evaluation=str(ids), offline=True)
     asked = replace(asked, out=tmp_path / "out", max_ppl_increase=9.0)
     whole, folder = quantize(replace(asked, out=tmp_path / "whole"), QUIET)
-    expected = (folder / whole["gguf"]["file"]).read_bytes()
+    assert whole.gguf is not None
+    expected = (folder / whole.gguf.file).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("quantkit.commands.quantize.display", lambda *_: nullcontext(Watching(1)))
         with pytest.raises(KeyboardInterrupt):
             quantize(asked, QUIET)
     first, out = quantize(asked, QUIET)
-    assert any("continued: 2 of" in fallback for fallback in first["fallbacks"])
-    path = out / first["gguf"]["file"]
+    assert first.gguf is not None
+    assert first.verification is not None
+    assert any("continued: 2 of" in fallback for fallback in first.fallbacks)
+    path = out / first.gguf.file
     assert path.read_bytes() == expected
     assert sorted(path.suffix for path in out.iterdir()) == [".gguf", ".html", ".json", ".jsonl", ".md"]
-    assert first["bits_per_weight"] == pytest.approx({"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}[scheme])
-    assert {layer["method"] for layer in first["layers"]} == {method}
+    assert first.bits_per_weight == pytest.approx({"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}[scheme])
+    assert {layer.method for layer in first.layers} == {method}
     assert quantize(asked, QUIET)[0] == first  # finished: nothing is done
-    checked = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET)["verification"]
-    assert checked["kl_divergence"] == pytest.approx(first["verification"]["kl_divergence"], rel=1e-6)
+    checked = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET).verification
+    assert checked is not None
+    assert checked.kl_divergence == pytest.approx(first.verification.kl_divergence, rel=1e-6)
     path.write_bytes(expected[:-1])  # damaged: made again
-    assert quantize(asked, QUIET)[0]["gguf"] == first["gguf"]
+    assert quantize(asked, QUIET)[0].gguf == first.gguf
     assert path.read_bytes() == expected

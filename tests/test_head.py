@@ -58,13 +58,16 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 def test_clients_see_what_the_run_measured(untied: Path, ids: Path, tmp_path: Path, method: str) -> None:
-    result, out = quantize(asked(untied, ids, tmp_path, method=method), QUIET)
+    made, out = quantize(asked(untied, ids, tmp_path, method=method), QUIET)
+    result = made.content()
     assert result["total_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
     record = result["layers"][-1]
     assert (record["name"], record["layer"], record["bits"]) == ("lm_head", -1, 8)
     assert 0 < record["loss"] < 1e-3
     found = result["verification"]
-    again = verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True), QUIET)["verification"]
+    again = verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True), QUIET).content()[
+        "verification"
+    ]
     assert again["kl_divergence"] == pytest.approx(found["kl_divergence"], rel=1e-6)
     tokens = load_file(ids)["input_ids"]
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -78,14 +81,16 @@ def test_clients_see_what_the_run_measured(untied: Path, ids: Path, tmp_path: Pa
 def test_vllm_finds_the_head_by_its_name(untied: Path, ids: Path, tmp_path: Path) -> None:
     """To vLLM it is no Linear: a target of its own must match it, also where one scheme serves all."""
     same = DEFAULT + "rules: [{kind: lm_head, bits: 4}]\n"
-    _, out = quantize(asked(untied, ids, tmp_path, same, method="rtn"), QUIET)
+    made, out = quantize(asked(untied, ids, tmp_path, same, method="rtn"), QUIET)
+    _ = made.content()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["targets"] == ["Linear", "re:^lm_head$"]
     assert config["ignore"] == []
 
 
 def test_gptq_says_so_and_only_its_readers_load_it(untied: Path, ids: Path, tmp_path: Path) -> None:
-    result, out = quantize(asked(untied, ids, tmp_path, method="rtn", format="gptq"), QUIET)
+    made, out = quantize(asked(untied, ids, tmp_path, method="rtn", format="gptq"), QUIET)
+    result = made.content()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["lm_head"] is True
     assert config["dynamic"]["+:^lm_head$"]["bits"] == 8
@@ -98,7 +103,7 @@ def test_gptq_says_so_and_only_its_readers_load_it(untied: Path, ids: Path, tmp_
 
 def test_patterns_do_not_reach_it(untied: Path, ids: Path, tmp_path: Path) -> None:
     everything = DEFAULT + 'rules: [{match: "*", bits: 8}, {match: "re:.*", group_size: 64}]\n'
-    result, _ = quantize(asked(untied, ids, tmp_path, everything, method="rtn"), QUIET)
+    result = quantize(asked(untied, ids, tmp_path, everything, method="rtn"), QUIET)[0].content()
     assert {record["layer"] for record in result["layers"]} == {0, 1}
     assert next(row for row in result["recipe"] if row["kind"] == "lm_head")["bits"] == 16
 
@@ -125,7 +130,7 @@ def test_an_interrupted_head_is_made_again_to_the_same_bytes(
 ) -> None:
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    whole, _ = quantize(asked(untied, ids, tmp_path / "whole"), QUIET)
+    whole = quantize(asked(untied, ids, tmp_path / "whole"), QUIET)[0].content()
     request = asked(untied, ids, tmp_path / "broken")
 
     def interrupted(*args: Any) -> Any:
@@ -135,9 +140,9 @@ def test_an_interrupted_head_is_made_again_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         quantize(request, QUIET)
     monkeypatch.undo()
-    again, _ = quantize(request, QUIET)
+    again = quantize(request, QUIET)[0].content()
     assert {f["name"]: f["sha256"] for f in again["files"]} == {f["name"]: f["sha256"] for f in whole["files"]}
-    third, _ = quantize(request, QUIET)  # nothing is left to do
+    third = quantize(request, QUIET)[0].content()  # nothing is left to do
     assert third["verification"]["kl_divergence"] == whole["verification"]["kl_divergence"]
     with pytest.raises(OutputError, match=r"another recipe \(lm_head differs\)"):
         quantize(asked(untied, ids, tmp_path / "broken", HEAD.replace("bits: 8", "bits: 4")), QUIET)

@@ -348,8 +348,8 @@ def test_force_that_is_not_needed_says_nothing(hub: FakeHub, pusher: Pusher) -> 
 def test_a_card_made_by_the_caller_is_used_when_forced(out: Path, hub: FakeHub, pusher: Pusher) -> None:
     write_result(out, verification=None)
     (out / "README.md").unlink()
-    pusher(force=True, card=lambda result: f"{result['model']}: {result['forced'][0]}")
-    assert hub.files(REPO)["README.md"] == b"mini: quantkit.json holds no verification"
+    pusher(force=True, card=lambda reasons: f"mine: {reasons[0]}")
+    assert hub.files(REPO)["README.md"] == b"mine: quantkit.json holds no verification"
 
 
 def test_the_card_that_goes_up_names_the_repository(out: Path, hub: FakeHub, pusher: Pusher) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from quantkit.commands.inspect import inspect_folder, inspect_table
+from quantkit.commands.inspect import inspect_folder
 from quantkit.errors import ModelError, OutputError
+from quantkit.records import Foreign, Result
+from quantkit.report.terminal.inspect import inspect_table
 from quantkit.scheme import Scheme
 from tests.foreign import edit, foreign, run, shuffled, tensors, to
 
 W4 = Scheme(4, 32, True)
 
 
-def shown(result: dict[str, object]) -> str:
+def shown(result: Result | Foreign) -> str:
     text = io.StringIO()
     Console(width=250, file=text).print(inspect_table(result))
     return text.getvalue()
@@ -32,15 +34,15 @@ def test_other_tools_files(tmp_path: Path, fmt: str) -> None:
     held = foreign(tmp_path / "out", fmt, scheme, schemes=schemes, kept=kept)
     result = inspect_folder(tmp_path / "out")
     state = tensors(tmp_path / "out")
-    found = {x["name"]: (x["bits"], x["group_size"], x["symmetric"]) for x in result["layers"]}
-    assert found == {n: (q.scheme.bits, q.scheme.group_size, q.scheme.symmetric) for n, q in held.items()}
-    for layer in result["layers"]:
-        own = [t for n, t in state.items() if n.startswith(f"{layer['name']}.") and not n.endswith(".bias")]
-        assert layer["bytes"] == sum(t.numel() * t.element_size() for t in own)
-    assert result["kept"] == [*kept, "lm_head"]
-    assert result["format"] == fmt
-    assert result["tensor_bytes"] == sum(t.numel() * t.element_size() for t in state.values())
-    json.dumps(result)
+    assert isinstance(result, Foreign)
+    assert {row.name: row.scheme for row in result.layers} == {name: q.scheme for name, q in held.items()}
+    for row in result.layers:
+        own = [t for n, t in state.items() if n.startswith(f"{row.name}.") and not n.endswith(".bias")]
+        assert row.bytes == sum(t.numel() * t.element_size() for t in own)
+    assert result.kept == [*kept, "lm_head"]
+    assert result.format == fmt
+    assert result.tensor_bytes == sum(t.numel() * t.element_size() for t in state.values())
+    json.dumps(result.content())
     assert "model.layers.1.self_attn.o_proj" in shown(result)
 
 
@@ -48,14 +50,15 @@ def test_who_made_it_and_act_order(tmp_path: Path) -> None:
     foreign(tmp_path / "out", "gptq", W4, change=shuffled)
     edit(tmp_path / "out", lambda raw: raw["quantization_config"].update(meta={"quantizer": "gptqmodel:7.7.0"}))
     result = inspect_folder(tmp_path / "out")
-    assert (result["made_by"], result["act_order"]) == ("gptqmodel:7.7.0", True)
+    assert isinstance(result, Foreign)
+    assert (result.made_by, result.act_order) == ("gptqmodel:7.7.0", True)
     assert "gptqmodel:7.7.0" in shown(result)
     assert "desc_act" in shown(result)
 
 
 def test_our_own_and_converted_folders(tmp_path: Path, qwen2: Path) -> None:
     written = run(qwen2, tmp_path / "awq")
-    assert inspect_folder(tmp_path / "awq") == written
+    assert inspect_folder(tmp_path / "awq").content() == written
     foreign(tmp_path / "theirs")
     to(tmp_path / "theirs", "gptq_v2", tmp_path / "gptq")
     text = shown(inspect_folder(tmp_path / "gptq"))

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quantkit"
 LAYERS: dict[str, str] = {
     "words": "errors text units files patterns dtypes jsonfile resources hardware network",
     "numbers": "scheme kernels grids stats methods formats",
-    "files": "checkpoint calibration recipe verdict",
+    "files": "checkpoint records calibration recipe verdict",
     "models": "model plan quantized",
     "engines": "serving settings",
     "streams": "pipeline gguf convert allocation",
@@ -43,17 +43,18 @@ ALLOWED: dict[str, str] = {
     "scheme": "errors",
     "stats": "errors hardware",
     # files
-    "calibration": "errors network resources text",
+    "calibration": "errors network resources text records",
     "checkpoint": "dtypes errors network",
-    "recipe": "errors files patterns resources units formats scheme",
-    "verdict": "dtypes errors units",
+    "recipe": "errors files patterns resources units formats scheme records",
+    "records": "scheme",
+    "verdict": "dtypes errors units records",
     # models
     "model": "errors hardware jsonfile text checkpoint",
-    "plan": "dtypes errors formats scheme checkpoint recipe model",
-    "quantized": "errors jsonfile formats grids checkpoint model plan",
+    "plan": "dtypes errors formats scheme checkpoint recipe records model",
+    "quantized": "errors jsonfile formats grids checkpoint records model plan",
     # engines
     "serving": "dtypes errors hardware jsonfile formats scheme checkpoint model plan quantized",
-    "settings": "errors resources formats methods scheme calibration checkpoint recipe verdict model",
+    "settings": "errors resources formats methods scheme calibration checkpoint recipe records verdict model",
     # streams
     "allocation": (
         "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
@@ -61,7 +62,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
-    "gguf": "dtypes errors formats grids methods scheme checkpoint model plan quantized serving",
+    "gguf": "dtypes errors formats grids methods scheme checkpoint records model plan quantized serving",
     "pipeline.activations": "errors hardware",
     "pipeline.compare": "dtypes hardware calibration model pipeline.activations pipeline.metrics pipeline.runtime",
     "pipeline.fisher": (
@@ -108,12 +109,12 @@ ALLOWED: dict[str, str] = {
     "pipeline.walk": "hardware model pipeline.forward pipeline.prefetch pipeline.runtime",
     # results
     "hub": "errors jsonfile network text units checkpoint",
-    "report.card": "text report.formatting report.rendering",
-    "report.formatting": "text units",
-    "report.pages": "text report.formatting report.rendering",
+    "report.card": "text records report.formatting report.rendering",
+    "report.formatting": "text units records",
+    "report.pages": "text records report.formatting report.rendering",
     "report.rendering": "text",
-    "report.terminal": "text units serving hub",
-    "results": "dtypes errors jsonfile formats checkpoint model report.card report.pages",
+    "report.terminal": "text units records plan serving hub",
+    "results": "dtypes errors jsonfile formats checkpoint records model report.card report.pages",
     # commands
     "__init__": "",
     "__main__": "cli",
@@ -123,34 +124,35 @@ ALLOWED: dict[str, str] = {
         " commands.inspect commands.quantize commands.sweep commands.verify"
     ),
     "commands.allocate": (
-        "errors units methods calibration checkpoint recipe model serving settings allocation pipeline.job"
-        " pipeline.memory pipeline.runtime report.terminal commands.quantize"
+        "errors units methods calibration checkpoint recipe records model serving settings allocation"
+        " pipeline.job pipeline.memory pipeline.runtime report.terminal commands.quantize"
     ),
     "commands.convert": (
-        "dtypes errors hardware formats checkpoint verdict model plan quantized serving settings convert"
-        " results commands.verify"
+        "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"
+        " convert results commands.verify"
     ),
     "commands.convert_gguf": (
-        "errors hardware formats methods checkpoint quantized settings gguf results commands.quantize commands.verify"
+        "errors hardware formats methods checkpoint records quantized settings gguf results commands.quantize"
+        " commands.verify"
     ),
     "commands.fit": "errors jsonfile checkpoint recipe model plan quantized serving settings gguf report.pages results",
-    "commands.inspect": "errors units formats scheme checkpoint plan quantized serving gguf results",
+    "commands.inspect": "errors scheme checkpoint records plan quantized serving gguf results",
     "commands.quantize": (
-        "errors hardware units formats methods scheme calibration checkpoint recipe verdict model plan"
+        "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"
         " serving settings gguf pipeline.job pipeline.memory pipeline.run pipeline.runtime report.terminal"
         " results commands.quantize_result"
     ),
     "commands.quantize_result": (
-        "errors hardware units formats scheme calibration checkpoint recipe verdict plan settings gguf"
-        " pipeline.job pipeline.run results"
+        "errors hardware units formats scheme calibration checkpoint recipe records verdict plan settings"
+        " gguf pipeline.job pipeline.memory pipeline.run results"
     ),
     "commands.sweep": (
         "errors hardware units methods calibration checkpoint recipe model plan serving settings pipeline.job"
         " pipeline.memory pipeline.runtime pipeline.sweep report.pages report.terminal results"
     ),
     "commands.verify": (
-        "errors hardware calibration checkpoint verdict model serving settings gguf pipeline.measure"
-        " pipeline.memory pipeline.runtime report.terminal results"
+        "errors hardware scheme calibration checkpoint records verdict model serving settings gguf"
+        " pipeline.measure pipeline.memory pipeline.runtime report.terminal results"
     ),
 }
 

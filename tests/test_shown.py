@@ -12,11 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from quantkit.report.card import render_card
-from quantkit.report.pages.run import render_report
 from quantkit.report.terminal.screen import Screen
 from quantkit.text import json_text, one_line, printable
-from tests.result_document import example
+from tests.result_document import example, render_card, render_report
 from tests.running import command, quantkit, run_process
 
 HOSTILE = "\x1b]0;owned\x07 runs[old]/x [/b] \x9b31m \u202egpj \ud800 :warning:\nquantkit: forged"

@@ -80,7 +80,8 @@ def test_figures_are_those_of_a_separate_run(
     run = replace(
         asked(model, tokens, tmp_path / "out").run, method=method, bits=bits, group_size=32, inputs="original"
     )
-    separate, out = quantize(run, QUIET)
+    made, out = quantize(run, QUIET)
+    separate = made.content()
     for name in FIGURES:
         assert row[name] == pytest.approx(separate["verification"][name], rel=1e-6), name
     assert row["total_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -92,7 +93,7 @@ def test_figures_are_those_of_a_separate_run(
 def test_a_usual_run_is_calibrated_otherwise(result: dict[str, Any], model: Path, tokens: Path, tmp_path: Path) -> None:
     row = next(row for row in measured(result) if (row["method"], row["bits"], row["group_size"]) == ("gptq", 3, 32))
     run = replace(asked(model, tokens, tmp_path / "out").run, method="gptq", bits=3, group_size=32)
-    usual, _ = quantize(run, QUIET)
+    usual = quantize(run, QUIET)[0].content()
     assert usual["verification"]["kl_divergence"] != pytest.approx(row["kl_divergence"], rel=1e-6)
     assert "--inputs original" in result["note"]
 

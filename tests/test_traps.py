@@ -55,7 +55,7 @@ def heads(**sizes: Any) -> Any:
 
 def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
     fixed: dict[str, Any] = {"method": "rtn", "group_size": 32, "offline": True, "verify": False}
-    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0]
+    return quantize(Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said)), QUIET)[0].content()
 
 
 def decoded(out: Path, scheme: Scheme, fmt: str, model: Path) -> Any:

@@ -12,7 +12,9 @@ from torch import Tensor
 from quantkit.errors import InputError
 from quantkit.pipeline import metrics
 from quantkit.pipeline.metrics import Comparison
-from quantkit.verdict import Limits, parse_percent, verdict
+from quantkit.records import Fit, Limits
+from quantkit.verdict import DEFAULT_LIMITS, asked_limits, choose_limits, objections, parse_percent
+from tests.result_document import example
 
 
 def random_batch(
@@ -131,7 +133,7 @@ def test_nan_logits_show_in_every_figure() -> None:
     assert math.isnan(float(str(result["perplexity"])))
     assert isinstance(result["kl_percentiles"], dict)
     assert math.isnan(result["kl_percentiles"]["max"])
-    assert verdict(result, Limits())["verdict"] == "fail"
+    assert objections(result, DEFAULT_LIMITS)
 
 
 def test_memory_for_a_large_vocabulary_is_bounded() -> None:
@@ -174,37 +176,41 @@ def test_no_predicted_token_is_an_error() -> None:
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 GOOD = {"perplexity": 8.3, "perplexity_fp16": 8.0, "kl_divergence": 0.03}
-FITS = {"total_bytes": 20 * 2**30, "budget_bytes": 22 * 2**30, "fits": True, "context": 8192}
+FITS = Fit.model_validate(
+    example()["verification"]["fit"] | {"total_bytes": 20 * 2**30, "budget_bytes": 22 * 2**30, "fits": True}
+)
 
 
 def test_a_good_checkpoint_passes_without_reasons() -> None:
-    assert verdict(GOOD, Limits(), FITS) == {"verdict": "pass", "reasons": []}
-    assert verdict({**GOOD, "perplexity": 7.9}, Limits(max_ppl_increase=0))["verdict"] == "pass"
+    assert objections(GOOD, DEFAULT_LIMITS, FITS) == []
+    assert objections({**GOOD, "perplexity": 7.9}, Limits(max_ppl_increase=0)) == []
 
 
 def test_each_limit_fails_alone_and_says_its_figures() -> None:
-    high = verdict({**GOOD, "perplexity": 9.0}, Limits())
-    assert high["verdict"] == "fail"
-    assert high["reasons"] == ["perplexity 9 is 12.50% above FP16's 8; the limit is 5%"]
-    assert verdict(GOOD, Limits(max_kl=0.02))["reasons"] == ["KL divergence 0.03 nats is above the limit of 0.02"]
-    assert verdict(GOOD, Limits(max_kl=0.03))["verdict"] == "pass"
-    heavy = verdict(GOOD, Limits(), {**FITS, "total_bytes": 23 * 2**30, "fits": False})
-    assert heavy["verdict"] == "fail"
-    assert "23.00 GiB at a context of 8192 tokens, 1.00 GiB more than the budget of 22.00 GiB" in heavy["reasons"][0]
+    high = objections({**GOOD, "perplexity": 9.0}, DEFAULT_LIMITS)
+    assert high == ["perplexity 9 is 12.50% above FP16's 8; the limit is 5%"]
+    assert objections(GOOD, Limits(max_kl=0.02)) == ["KL divergence 0.03 nats is above the limit of 0.02"]
+    assert objections(GOOD, Limits(max_kl=0.03)) == []
+    (heavy,) = objections(GOOD, DEFAULT_LIMITS, FITS.having(total_bytes=23 * 2**30, fits=False))
+    assert "23.00 GiB at a context of 8192 tokens, 1.00 GiB more than the budget of 22.00 GiB" in heavy
 
 
-def test_reasons_add_up_and_no_budget_is_not_judged() -> None:
-    bad = verdict({**GOOD, "perplexity": 9.0}, Limits(max_kl=0), {**FITS, "total_bytes": 2**40, "fits": False})
-    assert len(bad["reasons"]) == 3
-    assert verdict(GOOD, Limits(), {**FITS, "budget_bytes": None, "fits": None})["verdict"] == "pass"
+def test_reasons_add_up() -> None:
+    limits = choose_limits(Limits(max_kl=0.0))
+    assert len(objections({**GOOD, "perplexity": 9.0}, limits, FITS.having(total_bytes=2**40, fits=False))) == 3
+
+
+def test_of_each_limit_the_first_that_is_given_counts() -> None:
+    asked, recipe = Limits(max_kl=0.1), Limits(max_ppl_increase=0.5, max_kl=0.2)
+    assert choose_limits(asked, recipe) == Limits(max_ppl_increase=0.5, max_kl=0.1)
+    assert choose_limits(asked, Limits()).max_ppl_increase == DEFAULT_LIMITS.max_ppl_increase
 
 
 @pytest.mark.parametrize("name", ["perplexity", "perplexity_fp16", "kl_divergence"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_a_figure_that_is_no_number_fails(name: str, value: float | None) -> None:
-    result = verdict({**GOOD, name: value}, Limits())
-    assert result["verdict"] == "fail"
-    assert name in result["reasons"][0]
+    (reason,) = objections({**GOOD, name: value}, DEFAULT_LIMITS)
+    assert name in reason
 
 
 @pytest.mark.parametrize(("text", "value"), [("5%", 0.05), (" 0.5 %", 0.005), ("0%", 0), ("150%", 1.5)])
@@ -221,4 +227,4 @@ def test_what_is_no_percentage_is_refused(text: str) -> None:
 @pytest.mark.parametrize("limits", [{"max_ppl_increase": math.nan}, {"max_ppl_increase": -0.1}, {"max_kl": math.inf}])
 def test_limits_that_limit_nothing_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(InputError, match="0 or more"):
-        Limits(**limits)
+        asked_limits(limits.get("max_ppl_increase"), limits.get("max_kl"))

@@ -38,7 +38,7 @@ def verify(folder):
     request = VerifyRequest(
         folder / "quantized", "verify", str(folder / "model"), str(ids), max_ppl_increase=100.0, offline=True
     )
-    return verify_files(request, Console(quiet=True))["verification"]
+    return verify_files(request, Console(quiet=True)).content()["verification"]
 
 verify(small)
 limit = held() + spare

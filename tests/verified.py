@@ -23,7 +23,7 @@ QUIET = Console(quiet=True)
 
 
 def verify(out: Path, **said: Any) -> dict[str, Any]:
-    return verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True, **said), QUIET)
+    return verify_files(VerifyRequest(out=out, command="quantkit verify", offline=True, **said), QUIET).content()
 
 
 def run(model: Path, out: Path, ids: Path, **said: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run(model: Path, out: Path, ids: Path, **said: Any) -> dict[str, Any]:
         "max_ppl_increase": 9.0,
     }
     request = Request(model=str(model), command="quantkit rtn", out=out, **(fixed | said))
-    return quantize(request, QUIET)[0]
+    return quantize(request, QUIET)[0].content()
 
 
 def grid(weight: Tensor, scheme: Scheme, g_idx: Tensor | None = None) -> QuantizedTensor:

@@ -3,7 +3,6 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +11,7 @@ from torch import Tensor
 from quantkit.calibration.files import existing_file, unreadable
 from quantkit.calibration.sources import EXPECTED
 from quantkit.errors import InputError
+from quantkit.records import Tokens
 
 _INTEGERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32"}
 
@@ -62,18 +62,18 @@ def note_left_out(tokens: TokenSet, *, samples: int | None = None, seqlen: int |
     return replace(tokens, notes=tokens.notes + notes)
 
 
-def record_of(tokens: TokenSet | None) -> dict[str, Any] | None:
+def record_of(tokens: TokenSet | None) -> Tokens | None:
     """What quantkit.json says of a token set."""
     if tokens is None:
         return None
-    return {
-        "source": tokens.source,
-        "sha256": tokens.sha256,
-        "samples": tokens.samples,
-        "seqlen": tokens.seqlen,
-        "protocol": tokens.protocol,
-        "notes": list(tokens.notes),
-    }
+    return Tokens(
+        source=tokens.source,
+        sha256=tokens.sha256,
+        samples=tokens.samples,
+        seqlen=tokens.seqlen,
+        protocol=tokens.protocol,
+        notes=list(tokens.notes),
+    )
 
 
 def notes_of(*sets: TokenSet | None) -> list[str]:

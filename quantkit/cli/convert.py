@@ -109,8 +109,8 @@ def convert(
         result, folder = convert_files(request, screen())
         screen().print(convert_summary(result, folder), highlight=False)
         if json:
-            print_json(result)
-    if (result["verification"] or {}).get("verdict") == "fail":
+            print_json(result.content())
+    if result.verification and result.verification.verdict == "fail":
         raise typer.Exit(FAIL)
 
 
@@ -146,9 +146,9 @@ def _to_gguf(said: dict[str, Any]) -> None:
             offline=said["offline"],
         )
         result, folder = to_gguf(request, screen())
-        shown = convert_summary if "converted" in result else summary
+        shown = convert_summary if result.converted else summary
         screen().print(shown(result, folder), highlight=False)
         if said["json"]:
-            print_json(result)
-    if (result["verification"] or {}).get("verdict") == "fail":
+            print_json(result.content())
+    if result.verification and result.verification.verdict == "fail":
         raise typer.Exit(FAIL)

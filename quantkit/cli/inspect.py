@@ -19,8 +19,9 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds. Bits, group, method, bytes and error per layer; totals; who made it."""
     with told():
-        from quantkit.commands.inspect import inspect_folder, inspect_table
+        from quantkit.commands.inspect import inspect_folder
+        from quantkit.report.terminal.inspect import inspect_table
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         result = inspect_folder(out)
-        print_json(result) if json else screen().print(inspect_table(result))
+        print_json(result.content()) if json else screen().print(inspect_table(result))

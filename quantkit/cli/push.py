@@ -42,7 +42,7 @@ def push(
             force=force,
             say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
             bars=console.is_terminal,
-            card=lambda document: render_card(document, repo_id=repo_id),
+            card=lambda reasons: render_card(read_result(out), repo_id, reasons),
             placeholder=PATH,
         )
         print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)

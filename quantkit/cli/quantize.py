@@ -116,6 +116,6 @@ def _quantize(method: str, said: Mapping[str, Any]) -> None:
         result, out = quantize(run_request(method, said, process), console, ranks)
         console.print(summary(result, out), highlight=False)
         if said["json"] and ranks.first:
-            print_json(result)
-    if (result["verification"] or {}).get("verdict") == "fail":
+            print_json(result.content())
+    if result.verification and result.verification.verdict == "fail":
         raise typer.Exit(FAIL)

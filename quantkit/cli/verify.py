@@ -69,6 +69,6 @@ def verify(
         result = verify_files(request, screen())
         screen().print(verify_summary(result, out), highlight=False)
         if json:
-            print_json(result)
-    if result["verification"]["verdict"] == "fail":
+            print_json(result.content())
+    if result.verification and result.verification.verdict == "fail":
         raise typer.Exit(FAIL)

@@ -29,6 +29,7 @@ from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.runtime import Runtime
 from quantkit.recipe import Recipe
+from quantkit.records import Result, Verification
 from quantkit.report.terminal.progress import display
 from quantkit.serving.fit import shapes_in
 from quantkit.settings.defaults import choose_recipe, find_model
@@ -288,14 +289,13 @@ def _run_and_repair(
         budget=None if request.weights_only else request.run.budget,  # of files, not of the card they are for
         out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{request.recipe.stem}",
     )
-    runs: list[tuple[dict[str, Any], dict[str, Any], Path]] = []  # the recipe's document, the run's result and folder
+    runs: list[tuple[dict[str, Any], Result, Path]] = []  # the recipe's document, the run's result and folder
 
-    def attempt(state: State) -> dict[str, Any] | None:
+    def attempt(state: State) -> Verification | None:
         written = write(*state) if runs else document
         result, folder = quantize(replace(run, fresh=run.fresh and not runs), work.console)
         runs.append((written, result, folder))
-        verification: dict[str, Any] | None = result["verification"]
-        return verification
+        return result.verification
 
     def improve(state: State) -> State | None:
         stands = check(work, state[1], probed(work, state[1]))
@@ -309,34 +309,36 @@ def _run_and_repair(
     tried = attempts((table, choice), attempt, improve, tell)
     repairs = [
         {
-            "reasons": verification["reasons"],
-            "kl_divergence": verification["kl_divergence"],
+            "reasons": verification.reasons,
+            "kl_divergence": verification.kl_divergence,
             "changed": _changed(before, after),
         }
         for (before, verification), (after, _) in pairwise(tried)
         if verification is not None
     ]
     document, result, folder = runs[-1]
-    ran = {"out": str(folder), "repairs": repairs, "verification": tried[-1][1], "total_bytes": result["total_bytes"]}
+    last = tried[-1][1]
+    measured = last.content() if last else None
+    ran = {"out": str(folder), "repairs": repairs, "verification": measured, "total_bytes": result.total_bytes}
     return document | {"run": ran}
 
 
 def attempts(
     first: State,
-    attempt: Callable[[State], dict[str, Any] | None],
+    attempt: Callable[[State], Verification | None],
     improve: Callable[[State], State | None],
     tell: Callable[[str], None],
-) -> list[tuple[State, dict[str, Any] | None]]:
+) -> list[tuple[State, Verification | None]]:
     """The allocations that were run, each with its verification; the last is what is there: it passes, or is the best.
 
     attempt: runs one, and returns the verification, if there is one; improve: one that is better, or None
     """
-    tried: list[tuple[State, dict[str, Any] | None]] = []
+    tried: list[tuple[State, Verification | None]] = []
     state: State | None = first
     while state is not None:
         verification = attempt(state)
         tried.append((state, verification))
-        if verification is None or verification["verdict"] == "pass":
+        if verification is None or verification.verdict == "pass":
             return tried
         tell(f"the verdict is FAIL, at a KL of {_kl(tried[-1]):.5f}")
         state = improve(state) if len(tried) <= MAX_REPAIRS else None
@@ -351,10 +353,10 @@ def attempts(
     return tried
 
 
-def _kl(attempt: tuple[State, dict[str, Any] | None]) -> float:
+def _kl(attempt: tuple[State, Verification | None]) -> float:
     """Infinite where it was not finite."""
-    kl = (attempt[1] or {}).get("kl_divergence")
-    return math.inf if kl is None else float(kl)
+    measured = attempt[1]
+    return math.inf if measured is None or measured.kl_divergence is None else measured.kl_divergence
 
 
 def _changed(before: State, after: State) -> int:

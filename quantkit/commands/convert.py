@@ -30,6 +30,7 @@ from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
 from quantkit.model.config import with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.quantized import quantization_of, writer
+from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification, WeightError
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     changed_files,
@@ -43,11 +44,10 @@ from quantkit.results.folder import (
 from quantkit.serving.engines import SIXTEEN_BIT, heads_of, require_engine
 from quantkit.serving.fit import fit_checkpoint
 from quantkit.settings.defaults import choose_serving, positions
-from quantkit.verdict import Limits, verification_block
+from quantkit.verdict import choose_limits, judged_again
 
 FP16 = "fp16"
 TARGETS = (*(name for name, row in FORMATS.items() if row.quant_method), FP16)
-NOT_FIGURES = ("eval", "limits", "fit", "verdict", "reasons")  # of a verification: what belongs to a folder
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,10 @@ class ConvertRequest:
     engine: str | None = None
 
 
-def convert(request: ConvertRequest, console: Console) -> tuple[dict[str, Any], Path]:
-    """Convert a checkpoint and return the result document (quantkit.json) and the folder it is in.
+def convert(request: ConvertRequest, console: Console) -> tuple[Result, Path]:
+    """Convert a checkpoint and return what its quantkit.json says and the folder it is in.
 
-    The document holds "converted": {from, from_format, made_by, source: file -> hash, lossless, equal: linears whose
-    integers are the same, rounded: linears rounded again, weight_error: of those, |W' - W| / |W| as a mean and at
-    worst}; each of its "layers" says what it was before and whether it is equal.
+    Each of its "layers" says what it was before and whether it is equal; "converted" says it of all.
 
     Raises:
         SchemeError: the target cannot hold the checkpoint as it is, and requantize is False.
@@ -160,11 +158,11 @@ def _announce(console: Console, request: ConvertRequest, conversion: Conversion)
 def _finish(
     request: ConvertRequest,
     conversion: Conversion,
-    recorded: Mapping[str, Any] | None,
+    recorded: Result | None,
     hashes: Mapping[str, str],
     units: tuple[Unit, ...],
     began: float,
-) -> dict[str, Any]:
+) -> Result:
     """Write what engines and people read beside the shards."""
     out, source = conversion.out, conversion.source
     files = {unit.file: unit.sha256 for unit in units}
@@ -172,15 +170,14 @@ def _finish(
     total = sum(size for _, size in tensors.values())
     weight_map = {name: file for name, (file, _) in tensors.items()}
     directory = source.checkpoint.directory
-    files |= write_beside(out, directory, weight_map, total, _config(conversion, recorded or {}), conversion.format)
-    result = _document(request, conversion, recorded, hashes, units, total)
-    result["seconds"] = time.monotonic() - began
-    result["files"] = file_records(out, files)
+    files |= write_beside(out, directory, weight_map, total, _config(conversion, recorded), conversion.format)
+    result = _result(request, conversion, recorded, hashes, units)
+    result = result.having(tensor_bytes=total, seconds=time.monotonic() - began, files=file_records(out, files))
     write_result(out, result)
     return result
 
 
-def _config(conversion: Conversion, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _config(conversion: Conversion, recorded: Result | None) -> dict[str, Any]:
     """The source's config.json with the new quantization."""
     config = with_older_keys(
         {k: v for k, v in conversion.source.raw.items() if k not in ("quantization_config", "compression_config")}
@@ -188,75 +185,75 @@ def _config(conversion: Conversion, recorded: Mapping[str, Any]) -> dict[str, An
     if conversion.format is not None:
         return config | {"quantization_config": conversion.quantization_config}
     config.pop("dtype", None)
-    return config | {"torch_dtype": recorded.get("torch_dtype") or SERVED}
+    return config | {"torch_dtype": (recorded and recorded.torch_dtype) or SERVED}
 
 
-def _document(
+def _result(
     request: ConvertRequest,
     conversion: Conversion,
-    recorded: Mapping[str, Any] | None,
+    recorded: Result | None,
     hashes: Mapping[str, str],
     units: tuple[Unit, ...],
-    tensor_bytes: int,
-) -> dict[str, Any]:
-    source, before = conversion.source, recorded or {}
-    records = [record for unit in units for record in unit.record["linears"]]
-    errors = [record["weight_error"] for record in records if not record["equal"]]
-    known = {layer["name"]: layer for layer in before.get("layers") or []}
-    quantized = [record for record in records if record["bits"] < 16]
-    weights = sum(record["out_features"] * record["in_features"] for record in quantized)
+) -> Result:
+    source, folder = conversion.source, request.folder
+    rows = [Linear.model_validate(row) for unit in units for row in unit.record["linears"]]
+    errors = [row.weight_error for row in rows if row.weight_error is not None and not row.equal]
+    known = {row.name: row for row in recorded.layers} if recorded else {}
+    quantized = [row for row in rows if row.scheme is not None]
+    weights = sum(row.weights for row in quantized)
     made_by = writer(source.raw, recorded)
-    fit = _fit(conversion, before)
+    fit = _fit(conversion, recorded)
     verification, note = _carried(request, conversion, recorded, fit)
-    return {
-        "quantkit_version": __version__,
-        "command": request.command,
-        "model": before.get("model") or request.against or str(request.folder),
-        "base_model": before.get("base_model") or {"id": None, "license": None},
-        "method": before.get("method") or quantization_of(source.raw).get("quant_method"),
-        "format": conversion.format.name if conversion.format else FP16,
-        "scheme": _main_scheme(quantized),
-        "options": before.get("options") or {},
-        "calibration": before.get("calibration"),
-        "layers": [_layer(record, known.get(record["name"])) for record in quantized],
-        "bits_per_weight": 8 * sum(record["bytes"] for record in quantized) / weights if weights else 16.0,
-        "total_bytes": sum(shard.file_bytes for shard in conversion.shards),
-        "tensor_bytes": tensor_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": 0,
-        "device": "cpu",
-        "torch_dtype": before.get("torch_dtype"),
-        "versions": versions(),
-        "fallbacks": list(dict.fromkeys([*(before.get("fallbacks") or []), *_notes(conversion, made_by), note])),
-        "engines": fit["engines"],
-        "converted": {
-            "from": str(request.folder),
-            "from_format": source.format.name,
-            "made_by": made_by,
-            "source": dict(hashes),
-            "source_result_sha256": sha256_of(request.folder / RESULT) if (request.folder / RESULT).is_file() else None,
-            "lossless": conversion.lossless,
-            "equal": sum(record["equal"] for record in records),
-            "rounded": len(errors),
-            "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else None,
-        },
-        "verification": verification,
-    }
+    notes = [*(recorded.fallbacks if recorded else []), *_notes(conversion, made_by), note]
+    return Result(
+        quantkit_version=__version__,
+        command=request.command,
+        model=recorded.model if recorded else request.against or str(folder),
+        base_model=(recorded and recorded.base_model) or BaseModelFacts(id=None, license=None),
+        method=recorded.method if recorded else quantization_of(source.raw)["quant_method"],
+        format=conversion.format.name if conversion.format else FP16,
+        scheme=_main_scheme(quantized),
+        options=recorded.options if recorded else {},
+        calibration=recorded.calibration if recorded else None,
+        layers=[_layer(row, known.get(row.name)) for row in quantized],
+        bits_per_weight=8 * sum(row.bytes for row in quantized) / weights if weights else 16.0,
+        total_bytes=sum(shard.file_bytes for shard in conversion.shards),
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_device_bytes=0,
+        device="cpu",
+        torch_dtype=recorded.torch_dtype if recorded else None,
+        versions=versions(),
+        fallbacks=list(dict.fromkeys(notes)),
+        engines=fit.engines,
+        converted=Converted(
+            origin=str(folder),
+            from_format=source.format.name,
+            made_by=made_by,
+            source=dict(hashes),
+            source_result_sha256=sha256_of(folder / RESULT) if (folder / RESULT).is_file() else None,
+            lossless=conversion.lossless,
+            equal=sum(bool(row.equal) for row in rows),
+            rounded=len(errors),
+            weight_error=WeightError(mean=sum(errors) / len(errors), worst=max(errors)) if errors else None,
+        ),
+        verification=verification,
+    )
 
 
-def _main_scheme(quantized: list[dict[str, Any]]) -> dict[str, Any]:
+def _main_scheme(quantized: list[Linear]) -> Numbers:
     """The scheme that most linears have; 16 bits where none is quantized."""
-    keys = ("bits", "group_size", "symmetric")
-    found = Counter(tuple(record[key] for key in keys) for record in quantized)
-    return dict(zip(keys, found.most_common(1)[0][0] if found else (16, -1, True), strict=True))
+    if not quantized:
+        return Numbers(bits=16, group_size=-1, symmetric=True)
+    ((scheme, _),) = Counter(row.scheme for row in quantized).most_common(1)
+    return Numbers(**Numbers.fields_of(scheme))
 
 
-def _layer(record: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _layer(row: Linear, known: Linear | None) -> Linear:
     """What the source says of a linear (its loss is that of its integers), with what it is now."""
-    before = dict(known or {"method": "unknown", "loss": None})
-    if not record["equal"]:
-        before |= {"method": "rtn", "loss": None}
-    return before | dict(record)
+    method, loss = (known.method, known.loss) if known else ("unknown", None)
+    if not row.equal:
+        method, loss = "rtn", None
+    return (known or row).having(**row.content() | {"method": method, "loss": loss})
 
 
 def _notes(conversion: Conversion, made_by: str) -> list[str]:
@@ -269,46 +266,40 @@ def _notes(conversion: Conversion, made_by: str) -> list[str]:
     return notes + [f"tensor {name} changes nothing and was left out" for name in source.left_out]
 
 
-def _fit(conversion: Conversion, before: Mapping[str, Any]) -> dict[str, Any]:
+def _fit(conversion: Conversion, recorded: Result | None) -> Fit:
     """Memory and engines of the new files, for what the source was judged with."""
-    said = (before.get("verification") or {}).get("fit") or {}
-    return fit_checkpoint(
-        conversion.out,
-        **choose_serving(
-            positions(conversion.source.architecture.config),
-            budget=said.get("budget_bytes"),
-            context=said.get("context"),
-            kv=said.get("kv"),
-        ),
+    before = recorded.verification.fit if recorded and recorded.verification else None
+    serving = choose_serving(
+        positions(conversion.source.architecture.config),
+        budget=before.budget_bytes if before else None,
+        context=before.context if before else None,
+        kv=before.kv if before else None,
     )
+    return Fit.model_validate(fit_checkpoint(conversion.out, **serving))
 
 
 # ---------------------------------------------------------------- what was measured
 
 
 def _carried(
-    request: ConvertRequest, conversion: Conversion, recorded: Mapping[str, Any] | None, fit: Mapping[str, Any]
-) -> tuple[dict[str, Any] | None, str]:
+    request: ConvertRequest, conversion: Conversion, recorded: Result | None, fit: Fit
+) -> tuple[Verification | None, str]:
     """The verification of the source if it is one of these weights, judged with the new files' memory; and a note."""
-    said = (recorded or {}).get("verification")
-    if not said:
+    before = recorded.verification if recorded else None
+    if before is None:
         return None, "the source came without a verification: `quantkit verify` measures this folder"
     if not conversion.lossless:
         return None, "the source's verification is not that of these weights"
     if changed := changed_files(request.folder, recorded):
         return None, f"the source's verification is not that of its files: {changed[0]}"
-    figures = {key: value for key, value in said.items() if key not in NOT_FIGURES}
-    limits = said.get("limits") or {}
-    block = verification_block(figures, said.get("eval"), Limits(**limits), fit)
-    return block, "measured before it was converted: codes, scales and zero points are equal, so these are its weights"
+    note = "measured before it was converted: codes, scales and zero points are equal, so these are its weights"
+    return judged_again(before, choose_limits(before.limits), fit), note
 
 
-def _measured(
-    request: ConvertRequest, recorded: Mapping[str, Any] | None, result: dict[str, Any], out: Path, console: Console
-) -> dict[str, Any]:
+def _measured(request: ConvertRequest, recorded: Result | None, result: Result, out: Path, console: Console) -> Result:
     """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
     asked = measured_like(
-        (recorded or {}).get("verification"),
+        recorded.verification if recorded else None,
         out=out,
         command=request.command,
         against=request.against,
@@ -318,10 +309,13 @@ def _measured(
         offline=request.offline or request.against is None,
     )
     try:
-        return verify_files(asked, console)
+        measured = verify_files(asked, console)
+        assert isinstance(measured, Result)
+        return measured
     except QuantkitError as error:
         if request.against is not None:
             raise
-        result["fallbacks"].append(f"what the rounding costs was not measured: {error}")
+        note = f"what the rounding costs was not measured: {error}"
+        result = result.having(fallbacks=[*result.fallbacks, note])
         write_result(out, result)
         return result

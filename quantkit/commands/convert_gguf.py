@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,11 +22,11 @@ from quantkit.commands.verify import measured_like, verify_files
 from quantkit.errors import InputError, ModelError, QuantkitError
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.export import NOTES, export, open_source, types_of
-from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.methods.table import Options
 from quantkit.quantized import quantization_of, read_config, writer
+from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result, Verification, WeightError
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     changed_files,
@@ -72,8 +71,8 @@ class ExportRequest:
     verify: bool = True
 
 
-def to_gguf(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
-    """Make the folder and return its result document (quantkit.json) and where it is.
+def to_gguf(request: ExportRequest, console: Console) -> tuple[Result, Path]:
+    """Make the folder and return what its quantkit.json says and where it is.
 
     Raises:
         SchemeError: integers that the type cannot hold. QuantkitError: anything else that the user can mend.
@@ -96,7 +95,7 @@ def _is_quantized(folder: Path) -> bool:
 # ---------------------------------------------------------------- integers as they are
 
 
-def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tuple[dict[str, Any], Path]:
+def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tuple[Result, Path]:
     began = time.monotonic()
     calibrating = {
         "--calib": request.calib,
@@ -133,59 +132,46 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
             journal.append(Unit("gguf", path.name, done.sha256, record))
         unit = journal.finished["gguf"]
         copy_companions(folder, out, NOTES)
-    architecture = source.architecture
-    written = open_gguf_model(out / unit.file, architecture)
-    document = _document(request, recorded, written, unit, out, str(request.against or folder))
-    document["layers"] = _layers(recorded, written, unit.record)
+    written = open_gguf_model(out / unit.file, source.architecture)
     equal, rounded = unit.record["equal"], unit.record["rounded"]
     errors = list(rounded.values())
-    document["converted"] = {
-        "from": folder.name,
-        "from_format": source.format.name if source.format else None,
-        "made_by": writer(source.config, recorded),
-        "lossless": not rounded,
-        "equal": equal,
-        "rounded": len(rounded),
-        "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)} if errors else None,
-    }
-    document["seconds"] = time.monotonic() - began
+    before = recorded.verification if recorded else None
+    result = _result(request, recorded, written, unit, str(request.against or folder)).having(
+        layers=_layers(recorded, written, unit.record["types"]),
+        converted=Converted(
+            origin=folder.name,
+            from_format=source.format.name if source.format else None,
+            made_by=writer(source.config, recorded),
+            lossless=not rounded,
+            equal=equal,
+            rounded=len(rounded),
+            weight_error=WeightError(mean=sum(errors) / len(errors), worst=max(errors)) if errors else None,
+        ),
+        seconds=time.monotonic() - began,
+        verification=before if not rounded and request.outside == "f16" else None,
+    )
     _say(console, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
-    said = (recorded or {}).get("verification")
-    same = not rounded and request.outside == "f16"
-    return _finish(request, document, said if same else None, out, console, said), out
+    return _finish(request, result, out, console, before), out
 
 
-def _layers(recorded: Mapping[str, Any] | None, written: GGUFModel, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A record per linear: what the run said of it, and the bytes it has now."""
-    before = {str(layer.get("name")): layer for layer in (recorded or {}).get("layers") or []}
-    found = []
+def _layers(recorded: Result | None, written: GGUFModel, types: Mapping[str, str]) -> list[Linear]:
+    """The rows of the linears: what the run said of them, and the bytes they have now."""
+    before = {layer.name: layer for layer in recorded.layers} if recorded else {}
+    rows = []
     for linear in written.linears:
-        kind = record["types"].get(linear.name)
-        if kind is None or linear.scheme is None:
-            continue
-        found.append(
-            {
-                "name": linear.name,
-                "layer": linear.layer,
-                "kind": linear.local.rpartition(".")[2],
-                "bits": linear.scheme.bits,
-                "group_size": linear.scheme.group_size,
-                "symmetric": linear.scheme.symmetric,
-                "method": before.get(linear.name, {}).get("method", kind),
-                "out_features": linear.out_features,
-                "in_features": linear.in_features,
-                "loss": before.get(linear.name, {}).get("loss", 0.0),
-                "bytes": linear.out_features * TYPES[kind].row_bytes(linear.in_features),
-                "type": kind,
-            }
-        )
-    return found
+        kind = types.get(linear.name)
+        if kind is not None and linear.scheme is not None:
+            known = before.get(linear.name)
+            nbytes = linear.out_features * TYPES[kind].row_bytes(linear.in_features)
+            method, loss = (known.method, known.loss) if known else (kind, 0.0)
+            rows.append(linear.record(nbytes, method=method, loss=loss, type=kind))
+    return rows
 
 
 # ---------------------------------------------------------------- from 16 bit
 
 
-def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Path]:
+def _round(request: ExportRequest, console: Console) -> tuple[Result, Path]:
     """A run of gptq that leaves the file alone; see `commands.quantize`."""
     if request.requantize:
         raise InputError(f"--requantize: {request.source} is not quantized; leave it out")
@@ -215,7 +201,7 @@ def _round(request: ExportRequest, console: Console) -> tuple[dict[str, Any], Pa
     if exact or not request.verify:
         return result, out
     # The embedding was rounded after the run: its tokens and limits are taken to measure the file.
-    return _finish(request, result, None, out, console, dict(result)), out
+    return _finish(request, result.having(verification=None), out, console, result.verification), out
 
 
 # ---------------------------------------------------------------- the folder
@@ -226,60 +212,44 @@ def _suffix(types: Mapping[str, str]) -> str:
     return max(sorted(set(kinds)), key=kinds.count).upper()
 
 
-def _document(
-    request: ExportRequest, recorded: Mapping[str, Any] | None, written: GGUFModel, unit: Unit, out: Path, model: str
-) -> dict[str, Any]:
+def _result(request: ExportRequest, recorded: Result | None, written: GGUFModel, unit: Unit, model: str) -> Result:
     """What is true of the file whatever it was made from."""
-    path = out / unit.file
+    out, path = written.directory, written.file.path
     schemes = [linear.scheme for linear in written.linears if linear.scheme is not None]
-    scheme = max(schemes, key=schemes.count)
-    before = dict(recorded or {})
     beside = [found for pattern in NOTES for found in out.glob(pattern)]
-    kept = {key: before[key] for key in ("model", "base_model", "method", "calibration", "options") if key in before}
-    result = {
-        "quantkit_version": __version__,
-        "command": request.command,
-        "model": model,
-        "base_model": {"id": hub_id(model), "license": None},
-        "method": "gguf",
-        "calibration": None,
-        "options": {},
-    }
-    return (
-        result
-        | kept
-        | {
-            "format": "gguf",
-            "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
-            "bits_per_weight": written.bits_per_weight,
-            "total_bytes": path.stat().st_size,
-            "tensor_bytes": sum(info.nbytes for info in open_gguf(path).infos.values()),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(request.device),
-            "device": str(request.device),
-            "versions": versions(),
-            "fallbacks": list(before.get("fallbacks") or []),
-            "engines": {},
-            "files": file_records(out, {path.name: sha256_of(path) for path in beside} | {unit.file: unit.sha256}),
-            "verification": None,
-        }
+    return Result(
+        quantkit_version=__version__,
+        command=request.command,
+        model=recorded.model if recorded else model,
+        base_model=recorded.base_model if recorded else BaseModelFacts(id=hub_id(model), license=None),
+        method=recorded.method if recorded else "gguf",
+        format="gguf",
+        scheme=Numbers(**Numbers.fields_of(max(schemes, key=schemes.count))),
+        options=recorded.options if recorded else {},
+        calibration=recorded.calibration if recorded else None,
+        layers=[],
+        bits_per_weight=written.bits_per_weight,
+        total_bytes=path.stat().st_size,
+        tensor_bytes=sum(info.nbytes for info in written.file.infos.values()),
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_device_bytes=peak_device_bytes(request.device),
+        device=str(request.device),
+        versions=versions(),
+        fallbacks=recorded.fallbacks if recorded else [],
+        engines={},
+        files=file_records(out, {path.name: sha256_of(path) for path in beside} | {unit.file: unit.sha256}),
+        verification=None,
     )
 
 
 def _finish(
-    request: ExportRequest,
-    document: dict[str, Any],
-    carried: dict[str, Any] | None,
-    out: Path,
-    console: Console,
-    before: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    request: ExportRequest, result: Result, out: Path, console: Console, before: Verification | None = None
+) -> Result:
     """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept.
 
-    carried: a verification that is true of the file; before: that of the source, whose tokens and limits are taken
+    before: the verification of the source, whose tokens and limits are taken
     """
-    document["verification"] = carried
-    write_json(out / RESULT, document)
+    write_json(out / RESULT, result.content())
     if request.verify:
         asked = measured_like(
             before,
@@ -292,13 +262,15 @@ def _finish(
             offline=request.offline,
         )
         try:
-            return verify_files(asked, console)
+            measured = verify_files(asked, console)
+            assert isinstance(measured, Result)
+            return measured
         except QuantkitError as error:
             if request.against is not None:
                 raise
-            document["fallbacks"].append(f"not measured again: {error}")
-    write_result(out, document)
-    return document
+            result = result.having(fallbacks=[*result.fallbacks, f"not measured again: {error}"])
+    write_result(out, result)
+    return result
 
 
 def _say(console: Console, path: Path, text: str) -> None:

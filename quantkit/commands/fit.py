@@ -91,7 +91,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
         raise OutputError(
             f"{folder}: several .gguf files, or one that {RESULT} does not know; expected the one it made"
         )
-    model = build(load_config(find_model(str(recorded["model"]), offline=request.offline)))
+    model = build(load_config(find_model(recorded.model, offline=request.offline)))
     return fit_stored(model, open_gguf_model(path, model).stored(), **_asked(request, positions(model.config)))
 
 

@@ -2,26 +2,16 @@
 """One command from request to finished folder: resolve, plan, load tokens, run, write what is beside the shards."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from quantkit.calibration.tokens import TokenSet, notes_of
 from quantkit.checkpoint.companions import left_out
-from quantkit.checkpoint.journal import Unit
-from quantkit.commands.quantize_result import (
-    continued_note,
-    cost_of,
-    document_of,
-    file_made,
-    finished_before,
-    recorded_in,
-    remove_shards,
-    write_folder,
-)
+from quantkit.commands.quantize_result import Run, file_made, finish, is_done, recorded_in, remove_shards
 from quantkit.errors import InputError
 from quantkit.formats import Format
 from quantkit.formats.gguf import GGUF_ALONE
@@ -32,14 +22,15 @@ from quantkit.methods.table import METHODS, Options
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
-from quantkit.pipeline.run import Outcome, run
+from quantkit.pipeline.run import run
 from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, unmatched
+from quantkit.records import Fit, Limits, Result
 from quantkit.report.terminal.progress import display
 from quantkit.report.terminal.summary import recipe_table
 from quantkit.results.folder import require_another
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, name_of
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import (
     choose_format,
@@ -51,11 +42,10 @@ from quantkit.settings.defaults import (
 from quantkit.settings.request import Request, config_options, limits_of, serving
 from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
-from quantkit.verdict import Limits
 
 
-def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[dict[str, Any], Path]:
-    """Run a request to the end and return the result document (quantkit.json) and the folder it is in.
+def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[Result, Path]:
+    """Run a request to the end and return the content of quantkit.json and the folder it is in.
 
     ranks: the processes that share the run; each calls this, and each returns the same.
 
@@ -68,7 +58,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     request, unused = _without_calibration(request, recipe)
     asked = _resolve(request, recipe)
     model, plan = asked.model, asked.plan
-    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
+    memory = Fit.model_validate(fit(model, plan, engine=request.engine, **serving(request, recipe, model)))
     methods = methods_of(plan, request.method)
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
     runtime = Runtime(model, request.device, asked.out, ranks=ranks)
@@ -86,40 +76,30 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, Allowance(request.vram, request.ram, request.place))
     job = laid_out(job, layout)
-    told = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *left_out(model.directory)]
-    too_large = [_too_large(memory, evaluated)] if not memory["fits"] else []
-    _announce(console, request, recipe, job, [*told, *notes_of(calibrated, evaluated), *too_large])
+    notes = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *left_out(model.directory)]
+    too_large = [_too_large(memory, evaluated)] if not memory.fits else []
+    _announce(console, request, recipe, job, [*notes, *notes_of(calibrated, evaluated), *too_large])
     console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
     keep(layout, job.runtime.device)
-    finished: list[dict[str, Any]] = []
     before = recorded_in(job.runtime.folder)
-
-    def finish(outcome: Outcome) -> None:
-        again = before if outcome.reused == len(outcome.units) else None  # all was there, and is only measured
-        continued = continued_note(outcome) if again is None else []
-        outcome = replace(outcome, fallbacks=(*outcome.fallbacks, *told, *continued))
-        result = document_of(request, job, outcome, asked.scheme, model.directory, memory, asked.limits)
-        cost = cost_of(result, time.monotonic() - began, again)
-        finished.append(
-            write_folder(job, outcome, model.directory, result | cost | {"memory": layout.record()}, request.outside)
-        )
-
-    def enough(units: Sequence[Unit]) -> bool:
-        same = before is not None and ranks.size == 1 and finished_before(job, units, memory, asked.limits, before)
-        finished.extend([before] if before and same else [])
-        return same
-
-    def made() -> bool:
-        return ranks.size == 1 and file_made(plan, job.runtime.folder, before, request.outside)
-
+    described = Run(request, job, asked.scheme, asked.limits, memory, layout, notes, before, began)
+    results: list[Result] = []
     with display(console, request.device) as progress:
-        outcome = run(job, progress, fresh=request.fresh, finish=finish, enough=enough, made=made)
+        outcome = run(
+            job,
+            progress,
+            fresh=request.fresh,
+            finish=lambda outcome: results.append(finish(described, outcome)),
+            enough=lambda units: ranks.size == 1 and is_done(described, units),
+            made=lambda: ranks.size == 1 and file_made(described),
+        )
     if outcome is None:
         if plan.temporary_shards:
             remove_shards(plan, job.runtime.folder)
         line = f"{job.runtime.folder}: finished before; `quantkit verify` measures it again, --fresh makes it again"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return ranks.agree(finished[0] if finished else None), job.runtime.folder
+        results += [before] if before else []
+    return Result.model_validate(ranks.agree(results[0].content() if results else None)), job.runtime.folder
 
 
 @dataclass(frozen=True)
@@ -224,11 +204,11 @@ def _without_calibration(request: Request, recipe: Recipe) -> tuple[Request, lis
     return bare, [f"{', '.join(unused)}: nothing is calibrated here; left out"] if unused else []
 
 
-def _too_large(memory: Mapping[str, Any], evaluated: TokenSet | None) -> str:
+def _too_large(memory: Fit, evaluated: TokenSet | None) -> str:
     so = "; the verdict will be FAIL" if evaluated else ""
     return (
-        f"does not fit: {format_bytes(memory['total_bytes'])} with {memory['context']:,} tokens of context, of "
-        f"{format_bytes(memory['budget_bytes'])}{so} (`quantkit fit` says what would fit)"
+        f"does not fit: {format_bytes(memory.total_bytes)} with {memory.context:,} tokens of context, of "
+        f"{format_bytes(memory.budget_bytes)}{so} (`quantkit fit` says what would fit)"
     )
 
 
@@ -241,13 +221,10 @@ def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     return Path("outputs") / f"{label}-{request.method}-{numbers}{tail}"
 
 
-def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told: Sequence[str]) -> None:
+def _announce(console: Console, request: Request, recipe: Recipe, job: Job, notes: Sequence[str]) -> None:
     plan = job.plan
-    schemes: dict[str, int] = {}
-    for linear in plan.linears:
-        label = str(linear.scheme) if linear.scheme else "16 bit"
-        schemes[label] = schemes.get(label, 0) + 1
-    shown = ", ".join(f"{count} linears {label}" for label, count in schemes.items())
+    schemes = Counter(name_of(linear.scheme) for linear in plan.linears)
+    shown = ", ".join(f"{count} linears {name}" for name, count in schemes.items())
     lines = [
         f"{request.method} {request.model} -> {job.runtime.folder}  (stored as {plan.format.name}: {shown})",
         f"output {format_bytes(plan.served_bytes)}, {plan.bits_per_weight:.3f} bits per quantized "
@@ -258,7 +235,7 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, told
     for name, tokens in (("calibration", job.calibration), ("evaluation", job.evaluation)):
         if tokens is not None:
             lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
-    for line in (*lines, *told):
+    for line in (*lines, *notes):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if recipe.rules:
         console.print(recipe_table(resolved(plan, job.method)))

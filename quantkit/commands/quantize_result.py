@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished run leaves beside its shards: quantkit.json, the report, the card, and for llama.cpp the .gguf."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantkit import __version__
 from quantkit.calibration.tokens import notes_of, record_of
@@ -13,9 +14,11 @@ from quantkit.formats.gguf import type_of
 from quantkit.gguf.export import NOTES, Exported, export, open_source, planned_source
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.memory import Layout
 from quantkit.pipeline.run import Outcome
 from quantkit.plan import Plan, resolved
 from quantkit.recipe import shipped
+from quantkit.records import BaseModelFacts, Fit, GgufFile, Limits, Linear, Numbers, Result, Verification
 from quantkit.results.document import read_result
 from quantkit.results.folder import (
     copy_companions,
@@ -29,98 +32,109 @@ from quantkit.scheme import Scheme
 from quantkit.settings.defaults import hub_id, label_of
 from quantkit.settings.request import Request
 from quantkit.units import format_bytes
-from quantkit.verdict import Limits, verification_block
+from quantkit.verdict import verification_of
 
 
-def document_of(
-    request: Request,
-    job: Job,
-    outcome: Outcome,
-    scheme: Scheme,
-    directory: Path,
-    memory: dict[str, Any],
-    limits: Limits,
-) -> dict[str, Any]:
-    plan = job.plan
-    return {
-        "quantkit_version": __version__,
-        "command": request.command,
-        "model": request.model,
-        "base_model": {"id": hub_id(request.model), "license": _license(request, directory)},
-        "method": request.method,
-        "format": plan.format.name,
-        "scheme": {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
-        "options": job.chosen_options() | {"seed": request.seed, "inputs": request.inputs},
-        "recipe": resolved(plan, request.method),
-        "calibration": record_of(job.calibration),
-        "layers": [record for unit in outcome.units for record in unit.record["linears"]],
-        "bits_per_weight": plan.bits_per_weight,
-        "total_bytes": plan.file_bytes,
-        "tensor_bytes": plan.tensor_bytes,
-        "peak_rss_bytes": max(peak_rss_bytes(), *(rss for rss, _ in outcome.peaks)),
-        "peak_device_bytes": max(device for _, device in outcome.peaks),
-        "processes": len(outcome.peaks),
-        "device": str(job.runtime.device),
-        "torch_dtype": outcome.served,
-        "versions": versions(),
-        "fallbacks": [
-            *outcome.fallbacks,
-            *notes_of(job.calibration, job.evaluation),
-            *_beyond(outcome, request.ram),
-        ],
-        "engines": memory["engines"],
-        "verification": _verification(job, outcome, memory, limits),
-    }
+@dataclass(frozen=True)
+class Run:
+    """A run as its document describes it.
+
+    memory: what `fit` says of the result; notes: what the user was told before it began; before: quantkit.json that was
+    there already; began: by `time.monotonic`
+    """
+
+    request: Request
+    job: Job
+    scheme: Scheme
+    limits: Limits
+    memory: Fit
+    layout: Layout
+    notes: Sequence[str]
+    before: Result | None
+    began: float
 
 
-def write_folder(
-    job: Job, outcome: Outcome, directory: Path, result: dict[str, Any], outside: str = "f16"
-) -> dict[str, Any]:
-    """Write what engines and people read beside the shards; outside: see `gguf.export`."""
-    out, plan = job.runtime.folder, job.plan
+def recorded_in(out: Path) -> Result | None:
+    """quantkit.json of a finished run, if there is a sound one."""
+    try:
+        return read_result(out)
+    except OutputError:
+        return None
+
+
+def is_done(run: Run, units: Sequence[Unit]) -> bool:
+    """Whether quantkit.json is that of this very run, brought to its end, with all that it is asked for.
+
+    units: all of the run, whose files have just been looked at
+    """
+    before, job = run.before, run.job
+    if before is None:
+        return False
+    files = {file.name: file.sha256 for file in before.files}
+    found = {} if job.plan.temporary_shards else {unit.file: unit.sha256 for unit in units}
+    if not all((job.runtime.folder / name).is_file() for name in (*files, "report.html", "README.md")):
+        return False
+    if files != found | {name: sha256_of(job.runtime.folder / name) for name in files.keys() - found.keys()}:
+        return False
+    return job.evaluation is None or _is_judged(run, job.evaluation.sha256, before.verification)
+
+
+def _is_judged(run: Run, evaluation: str, measured: Verification | None) -> bool:
+    """Whether a verification is on these tokens (their sha256), and by the limits and for the memory of this run."""
+    if measured is None or measured.eval is None or measured.fit is None:
+        return False
+    same = all(
+        getattr(measured.fit, key) == getattr(run.memory, key)
+        for key in ("budget_bytes", "context", "kv", "total_bytes")
+    )
+    return same and measured.eval.sha256 == evaluation and measured.limits == run.limits
+
+
+def finish(run: Run, outcome: Outcome) -> Result:
+    """Write what engines and people read beside the shards, and return the document."""
+    job, plan, result = run.job, run.job.plan, _result(run, outcome)
     if plan.temporary_shards:
-        return _write_gguf_folder(job, directory, result, outside)
+        return _write_gguf_folder(run, result)
+    out, directory = job.runtime.folder, job.runtime.model.directory
     files = {unit.file: unit.sha256 for unit in outcome.units}
     weight_map = {name: shard.file for shard in plan.shards for name in shard.tensors}
     config = quantized_config(directory, plan.quantization_config, outcome.served)
     files |= write_beside(out, directory, weight_map, plan.tensor_bytes, config, plan.format)
     if plan.format.block_bytes is not None:
-        exported = export(open_source(out), out / f"{out.resolve().name}.gguf", name=label_of(result["model"]))
+        exported = export(open_source(out), out / f"{out.resolve().name}.gguf", name=label_of(result.model))
         files[exported.path.name] = exported.sha256
-        result |= _exported_fields(plan, exported)
-    result["files"] = file_records(out, files)
-    if result["verification"] is None:
-        result["verification"] = _still_valid(out, result["files"])
+        result = _with_gguf(result, plan, exported)
+    result = result.having(files=file_records(out, files))
+    earlier = recorded_in(out)
+    if result.verification is None and earlier is not None and earlier.files == result.files:
+        result = result.having(verification=earlier.verification)  # of a pass over these very files
     write_result(out, result)
     return result
 
 
-def _write_gguf_folder(job: Job, directory: Path, result: dict[str, Any], outside: str) -> dict[str, Any]:
+def _write_gguf_folder(run: Run, result: Result) -> Result:
     """The folder of a run whose shards are no checkpoint: the .gguf and what people read; then the shards go."""
-    out = job.runtime.folder
-    name = label_of(result["model"])
-    path = out / f"{name}-{result_type(job.plan).upper()}.gguf"
-    exported = export(planned_source(job.runtime.model, job.plan, out), path, outside=outside, name=name)
-    result |= _exported_fields(job.plan, exported)
-    result["gguf"]["embeddings"] = outside
-    result["files"] = file_records(out, copy_companions(directory, out, NOTES) | {path.name: exported.sha256})
+    plan, out, model = run.job.plan, run.job.runtime.folder, run.job.runtime.model
+    name, outside = label_of(result.model), run.request.outside
+    path = out / f"{name}-{result_type(plan).upper()}.gguf"
+    exported = export(planned_source(model, plan, out), path, outside=outside, name=name)
+    files = copy_companions(model.directory, out, NOTES) | {path.name: exported.sha256}
+    result = _with_gguf(result, plan, exported, outside).having(files=file_records(out, files))
     write_result(out, result)
-    remove_shards(job.plan, out)
+    remove_shards(plan, out)
     return result
 
 
-def _exported_fields(plan: Plan, exported: Exported) -> dict[str, Any]:
-    """What quantkit.json says of a .gguf: its bytes are what llama.cpp loads."""
-    return {
-        "total_bytes": exported.nbytes,
-        "tensor_bytes": plan.beside_bytes,
-        "gguf": {
-            "file": exported.path.name,
-            "bytes": exported.nbytes,
-            "types": sorted(set(exported.types.values())),
-            "equal": exported.equal,
-        },
-    }
+def _with_gguf(result: Result, plan: Plan, exported: Exported, outside: str | None = None) -> Result:
+    """With what there is to say of a .gguf: its bytes are what llama.cpp loads; outside: see `gguf.export`."""
+    file = GgufFile(
+        file=exported.path.name,
+        bytes=exported.nbytes,
+        types=sorted(set(exported.types.values())),
+        equal=exported.equal,
+        **({"embeddings": outside} if outside else {}),
+    )
+    return result.having(gguf=file, total_bytes=exported.nbytes, tensor_bytes=plan.beside_bytes)
 
 
 def result_type(plan: Plan) -> str:
@@ -135,35 +149,72 @@ def remove_shards(plan: Plan, out: Path) -> None:
         (out / shard.file).unlink(missing_ok=True)
 
 
-def file_made(plan: Plan, out: Path, recorded: Mapping[str, Any] | None, outside: str) -> bool:
+def file_made(run: Run) -> bool:
     """Whether the one file that the shards were for is there as quantkit.json says; the shards need not be."""
-    said = (recorded or {}).get("gguf") or {}
-    made = said.get("file")
-    hashes = {entry["name"]: entry["sha256"] for entry in (recorded or {}).get("files") or []}
-    if (
-        not plan.temporary_shards
-        or not isinstance(made, str)
-        or made not in hashes
-        or said.get("embeddings") != outside
-    ):
+    before, out = run.before, run.job.runtime.folder
+    if not run.job.plan.temporary_shards or before is None or before.gguf is None:
         return False
-    return (out / made).is_file() and sha256_of(out / made) == hashes[made]
+    hashes = {file.name: file.sha256 for file in before.files}
+    name = before.gguf.file
+    if name not in hashes or before.gguf.embeddings != run.request.outside:
+        return False
+    return (out / name).is_file() and sha256_of(out / name) == hashes[name]
 
 
-def _still_valid(out: Path, files: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The verification of an earlier pass over the same run, if it was of these very files."""
-    try:
-        recorded = read_result(out)
-    except OutputError:  # none, or a damaged one, which is about to be replaced
-        return None
-    verification: dict[str, Any] | None = recorded["verification"]
-    return verification if recorded.get("files") == files else None
+def _result(run: Run, outcome: Outcome) -> Result:
+    request, job, plan = run.request, run.job, run.job.plan
+    directory = job.runtime.model.directory
+    again = run.before if outcome.reused == len(outcome.units) else None  # all was there, and is only measured
+    continued = [] if again or not outcome.reused else [_continued(outcome)]
+    peaks = [max(column) for column in zip((peak_rss_bytes(), 0), *outcome.peaks, strict=True)]
+    seconds = time.monotonic() - run.began
+    if again is not None:
+        peaks = [max(peaks[0], again.peak_rss_bytes or 0), max(peaks[1], again.peak_device_bytes or 0)]
+        seconds += again.seconds or 0
+    return Result(
+        quantkit_version=__version__,
+        command=request.command,
+        model=request.model,
+        base_model=BaseModelFacts(id=hub_id(request.model), license=_license(request.model, directory)),
+        method=request.method,
+        format=plan.format.name,
+        scheme=Numbers(**Numbers.fields_of(run.scheme)),
+        options=job.chosen_options() | {"seed": request.seed, "inputs": request.inputs},
+        recipe=resolved(plan, request.method),
+        calibration=record_of(job.calibration),
+        layers=[Linear.model_validate(row) for unit in outcome.units for row in unit.record["linears"]],
+        bits_per_weight=plan.bits_per_weight,
+        total_bytes=plan.file_bytes,
+        tensor_bytes=plan.tensor_bytes,
+        seconds=seconds,
+        peak_rss_bytes=peaks[0],
+        peak_device_bytes=peaks[1],
+        processes=len(outcome.peaks),
+        device=str(job.runtime.device),
+        torch_dtype=outcome.served,
+        memory=run.layout.record(),
+        versions=versions(),
+        fallbacks=[
+            *outcome.fallbacks,
+            *run.notes,
+            *continued,
+            *notes_of(job.calibration, job.evaluation),
+            *_beyond(outcome, request.ram),
+        ],
+        engines=run.memory.engines,
+        verification=_verification(run, outcome),
+    )
 
 
-def _verification(job: Job, outcome: Outcome, memory: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
+def _verification(run: Run, outcome: Outcome) -> Verification | None:
     if outcome.measured is None:
         return None
-    return verification_block(outcome.measured, record_of(job.evaluation), limits, memory)
+    evaluation = record_of(run.job.evaluation)
+    return verification_of(outcome.measured, evaluation, run.limits, run.memory)
+
+
+def _continued(outcome: Outcome) -> str:
+    return f"continued: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"
 
 
 def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
@@ -171,9 +222,9 @@ def _beyond(outcome: Outcome, ram: int | None) -> list[str]:
     return [f"RAM reached {format_bytes(peak)}, beyond --ram {format_bytes(ram)}"] if ram and peak > ram else []
 
 
-def _license(request: Request, directory: Path) -> str | None:
+def _license(model: str, directory: Path) -> str | None:
     """From the recipe, or from the front matter of the model's own card."""
-    known = shipped().get(request.model)
+    known = shipped().get(model)
     if known and known.license:
         return known.license
     card = directory / "README.md"
@@ -182,46 +233,3 @@ def _license(request: Request, directory: Path) -> str | None:
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]
     found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
     return found[0] or None if found else None
-
-
-def cost_of(result: Mapping[str, Any], seconds: float, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Time and memory; of a finished run that is only measured again, with those of the run."""
-    if before is None:
-        return {"seconds": seconds}
-    peaks = {key: max(result[key], before.get(key) or 0) for key in ("peak_rss_bytes", "peak_device_bytes")}
-    return {"seconds": seconds + (before.get("seconds") or 0)} | peaks
-
-
-def continued_note(outcome: Outcome) -> list[str]:
-    if not outcome.reused:
-        return []
-    return [f"continued: {outcome.reused} of {len(outcome.units)} files were there; time and memory are of this start"]
-
-
-def recorded_in(out: Path) -> dict[str, Any] | None:
-    """quantkit.json of a finished run, if there is a sound one."""
-    try:
-        return read_result(out)
-    except OutputError:
-        return None
-
-
-def finished_before(
-    job: Job, units: Sequence[Unit], memory: Mapping[str, Any], limits: Limits, recorded: Mapping[str, Any]
-) -> bool:
-    """Whether quantkit.json is that of this very run, brought to its end, with all that it is asked for."""
-    files = {entry["name"]: entry["sha256"] for entry in recorded.get("files") or []}
-    found = {} if job.plan.temporary_shards else {unit.file: unit.sha256 for unit in units}  # looked at just now
-    if not all((job.runtime.folder / name).is_file() for name in (*files, "report.html", "README.md")):
-        return False
-    if files != found | {name: sha256_of(job.runtime.folder / name) for name in files.keys() - found.keys()}:
-        return False
-    if job.evaluation is None:
-        return True
-    said = recorded["verification"] or {}
-    judged = said.get("fit") or {}
-    return (
-        (said.get("eval") or {}).get("sha256") == job.evaluation.sha256
-        and said.get("limits") == vars(limits)
-        and all(judged.get(key) == memory[key] for key in ("budget_bytes", "context", "kv", "total_bytes"))
-    )

@@ -9,7 +9,7 @@ alike, and left as it is.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,13 +33,15 @@ from quantkit.model.tokenizer import tokenizer_of
 from quantkit.pipeline.measure import QuantizedCheckpoint, measure, open_quantized
 from quantkit.pipeline.memory import Allowance, Layout, Streams, keep, lay_out
 from quantkit.pipeline.runtime import Runtime
+from quantkit.records import Fit, Foreign, Limits, Result, Tokens, Verification
 from quantkit.report.terminal.progress import display
 from quantkit.results.document import RESULT, read_result
 from quantkit.results.folder import changed_files, write_result
+from quantkit.scheme import name_of
 from quantkit.serving.fit import fit_checkpoint, fit_stored
 from quantkit.serving.needs import Work
 from quantkit.settings.defaults import choose_seqlen, choose_serving, find_model, positions
-from quantkit.verdict import Limits, verification_block
+from quantkit.verdict import asked_limits, choose_limits, verification_of
 
 NOT_MEASURED: dict[str, Any] = {
     "perplexity": None,
@@ -75,7 +77,7 @@ class VerifyRequest:
 
 
 def measured_like(
-    before: Mapping[str, Any] | None,
+    before: Verification | None,
     *,
     out: Path,
     command: str,
@@ -90,29 +92,27 @@ def measured_like(
 
     before: the verification of the other, if it has one; the rest as in `VerifyRequest`
     """
-    said = before or {}
-    tokens = said.get("eval") or {} if evaluation is None else {}
-    limits = said.get("limits") or {}
+    tokens = before.eval if before and evaluation is None else None
+    limits = before.limits if before else Limits()
     return VerifyRequest(
         out=out,
         command=command,
         against=against,
-        evaluation=evaluation or tokens.get("source"),
-        seqlen=tokens.get("seqlen"),
-        eval_samples=eval_samples or tokens.get("samples"),
-        max_ppl_increase=limits.get("max_ppl_increase"),
-        max_kl=limits.get("max_kl"),
+        evaluation=tokens.source if tokens else evaluation,
+        seqlen=tokens.seqlen if tokens else None,
+        eval_samples=eval_samples or (tokens.samples if tokens else None),
+        max_ppl_increase=limits.max_ppl_increase,
+        max_kl=limits.max_kl,
         device=device,
         offline=offline,
     )
 
 
-def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
-    """Measure a checkpoint from its files and return the result document with a new "verification".
+def verify_files(request: VerifyRequest, console: Console) -> Result | Foreign:
+    """Measure a checkpoint from its files and return what quantkit.json says of it, with a new verification.
 
-    In a folder of quantkit's it is quantkit.json, which is written anew beside report.html and README.md. For another
-    checkpoint it holds quantkit_version, command, model, out, format, schemes, bits_per_weight, total_bytes, seconds,
-    peak_rss_bytes, device, versions and verification, and nothing is written.
+    In a folder of quantkit's quantkit.json is written anew, beside report.html and README.md. For a checkpoint of
+    another tool nothing is written.
 
     Raises:
         OutputError: the folder of a run that is not finished, or that cannot be written.
@@ -126,12 +126,14 @@ def verify_files(request: VerifyRequest, console: Console) -> dict[str, Any]:
         return _verify(request, read_result(request.out) if ours else None, console)
 
 
-def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Console) -> dict[str, Any]:
+def _verify(request: VerifyRequest, recorded: Result | None, console: Console) -> Result | Foreign:
     began = time.monotonic()
     out = request.out
-    _limits(request, recorded)  # what they cannot be is told before anything is measured
+    before = recorded.verification if recorded else None
+    asked = asked_limits(request.max_ppl_increase, request.max_kl)  # what they cannot be is told before all work
+    limits = choose_limits(asked, before.limits if before else Limits())
     original = _original(request, recorded)
-    tokens = _tokens(request, recorded, original)
+    tokens = _tokens(request, before.eval if before else None, original)
     reasons = changed_files(out, recorded)
     for reason in reasons:
         console.print(reason, style="bold red", markup=False, highlight=False)
@@ -142,7 +144,7 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
     memory, quantized, measured = None, None, NOT_MEASURED
     try:
         quantized = _open(out, original, recorded)
-        memory = _memory(request, recorded, original, quantized)
+        memory = _memory(request, before.fit if before else None, original, quantized)
         spill = out if os.access(out, os.W_OK) else Path(gettempdir())
         runtime = Runtime(original, request.device, spill)
         layout = _layout(request, runtime, quantized, tokens)
@@ -154,11 +156,11 @@ def _verify(request: VerifyRequest, recorded: dict[str, Any] | None, console: Co
         if not reasons:
             raise
         reasons.append(f"it cannot be measured: {error}")
-    verification = _verification(request, recorded, measured, tokens, memory, reasons)
+    verification = verification_of(measured, record_of(tokens), limits, memory, reasons)
     if recorded is not None:
         return _write(out, recorded, verification)
     assert quantized is not None  # without a record nothing can have changed
-    return _foreign_document(request, original, quantized, time.monotonic() - began) | {"verification": verification}
+    return _foreign(request, original, quantized, time.monotonic() - began, verification)
 
 
 def _layout(
@@ -179,24 +181,23 @@ def _layout(
 # ---------------------------------------------------------------- what is there
 
 
-def _open(out: Path, original: StreamedModel, recorded: Mapping[str, Any] | None) -> QuantizedCheckpoint | GGUFModel:
+def _open(out: Path, original: StreamedModel, recorded: Result | None) -> QuantizedCheckpoint | GGUFModel:
     """The weights of a folder: the GGUF file of a run that made one, or safetensors, or the only GGUF file."""
     gguf = find_gguf(out, recorded)
     if gguf is not None:
         return open_gguf_model(gguf, original)
-    return replace(open_quantized(out, original), cast=(recorded or {}).get("torch_dtype"))
+    return replace(open_quantized(out, original), cast=recorded.torch_dtype if recorded else None)
 
 
-def _original(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> StreamedModel:
+def _original(request: VerifyRequest, recorded: Result | None) -> StreamedModel:
     if request.against is not None:
         return open_model(find_model(request.against, offline=request.offline))
     if recorded is None:
         raise ModelError(
             f"{request.out}: no {RESULT}, so nothing says which model it was made from; give --against MODEL"
         )
-    name = str(recorded.get("model"))
     try:
-        directory = find_model(name, offline=request.offline)
+        directory = find_model(recorded.model, offline=request.offline)
     except QuantkitError as error:
         raise ModelError(f"{error}; it is the model that {request.out} was made from: give --against MODEL") from error
     original = open_model(directory)
@@ -223,25 +224,23 @@ def _changed_original(out: Path, original: StreamedModel) -> list[str]:
 # ---------------------------------------------------------------- what it is measured with
 
 
-def _tokens(request: VerifyRequest, recorded: Mapping[str, Any] | None, original: StreamedModel) -> TokenSet:
+def _tokens(request: VerifyRequest, before: Tokens | None, original: StreamedModel) -> TokenSet:
     """The evaluation that was asked for, or the recorded one if it can be had again, or the bundled one."""
-    said = ((recorded or {}).get("verification") or {}).get("eval") or {}
-    source = request.evaluation or said.get("source")
-    again = source is not None and source == said.get("source")
+    source = request.evaluation or (before.source if before else None)
+    again = before if before and source == before.source else None
     if source is None:
         return _load_eval(request, original, DEFAULT_EVAL, None, None)
     try:
-        tokens = _load_eval(
-            request, original, source, said.get("seqlen") if again else None, said.get("samples") if again else None
-        )
+        length, samples = (again.seqlen, again.samples) if again else (None, None)
+        tokens = _load_eval(request, original, source, length, samples)
     except InputError as error:
         if request.evaluation is not None or source in BUNDLED:
             raise
         tokens = _load_eval(request, original, DEFAULT_EVAL, None, None)
         return _noted(tokens, f"the bundled set, as {source} cannot be had again ({error})")
-    if again and tokens.sha256 == said.get("sha256"):
-        return replace(tokens, protocol=str(said.get("protocol")))
-    if again and request.seqlen is None and request.eval_samples is None:
+    if again is not None and tokens.sha256 == again.sha256:
+        return replace(tokens, protocol=again.protocol)
+    if again is not None and request.seqlen is None and request.eval_samples is None:
         return _noted(tokens, "its content has changed since the run")
     return tokens
 
@@ -268,78 +267,59 @@ def _noted(tokens: TokenSet, note: str) -> TokenSet:
 
 
 def _memory(
-    request: VerifyRequest,
-    recorded: Mapping[str, Any] | None,
-    original: StreamedModel,
-    quantized: QuantizedCheckpoint | GGUFModel,
-) -> dict[str, Any]:
-    """What `fit` says of the files; what it said of the run itself is kept."""
-    before = ((recorded or {}).get("verification") or {}).get("fit") or {}
+    request: VerifyRequest, before: Fit | None, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel
+) -> Fit:
+    """What `fit` says of the files; before: what it said of the run itself, which is kept."""
     serving = choose_serving(
         positions(original.config),
-        budget=request.budget or before.get("budget_bytes"),
-        context=request.context or before.get("context"),
-        kv=request.kv or before.get("kv"),
+        budget=request.budget or (before.budget_bytes if before else None),
+        context=request.context or (before.context if before else None),
+        kv=request.kv or (before.kv if before else None),
     )
     if isinstance(quantized, GGUFModel):
         now = fit_stored(original, quantized.stored(), **serving)
     else:
         now = fit_checkpoint(request.out, **serving)
+    if before is None:
+        return Fit.model_validate(now)
     # The run knew what a config does not tell: that the zero points of an AWQ file are all in the middle.
-    same = all(now[key] == before.get(key) for key in ("weights", "total_bytes", "budget_bytes", "context", "kv"))
-    return before if same else before | now
+    content = before.content()
+    same = all(now[key] == content.get(key) for key in ("weights", "total_bytes", "budget_bytes", "context", "kv"))
+    return before if same else before.having(**now)
 
 
 # ---------------------------------------------------------------- what is said of it
 
 
-def _verification(
-    request: VerifyRequest,
-    recorded: Mapping[str, Any] | None,
-    measured: Mapping[str, Any],
-    tokens: TokenSet,
-    memory: dict[str, Any] | None,
-    reasons: list[str],
-) -> dict[str, Any]:
-    return verification_block(measured, record_of(tokens), _limits(request, recorded), memory, reasons)
-
-
-def _limits(request: VerifyRequest, recorded: Mapping[str, Any] | None) -> Limits:
-    """As asked, or as the run was judged by."""
-    before = ((recorded or {}).get("verification") or {}).get("limits") or {}
-    rise = [r for r in (request.max_ppl_increase, before.get("max_ppl_increase")) if r is not None]
-    kl = [k for k in (request.max_kl, before.get("max_kl")) if k is not None]
-    return Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
-
-
-def _write(out: Path, recorded: dict[str, Any], verification: dict[str, Any]) -> dict[str, Any]:
+def _write(out: Path, recorded: Result, verification: Verification) -> Result:
     """The document with the new verification, written if the folder can be."""
-    result = recorded | {"verification": verification}
-    if verification["fit"] is not None:
-        result["engines"] = verification["fit"]["engines"]
+    result = recorded.having(verification=verification)
+    if verification.fit is not None:
+        result = result.having(engines=verification.fit.engines)
     if os.access(out, os.W_OK):
         write_result(out, result)
     return result
 
 
-def _foreign_document(
-    request: VerifyRequest, original: StreamedModel, quantized: QuantizedCheckpoint | GGUFModel, seconds: float
-) -> dict[str, Any]:
-    schemes: dict[str, int] = {}
-    for linear in quantized.decoder:
-        label = str(linear.scheme) if linear.scheme else "16 bit"
-        schemes[label] = schemes.get(label, 0) + 1
-    return {
-        "quantkit_version": __version__,
-        "command": request.command,
-        "model": request.against or str(original.directory),
-        "out": str(request.out),
-        "format": "gguf" if isinstance(quantized, GGUFModel) else quantized.format.name,
-        "schemes": schemes,
-        "bits_per_weight": quantized.bits_per_weight,
-        "total_bytes": sum((request.out / name).stat().st_size for name in quantized.files),
-        "seconds": seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "device": str(request.device),
-        "versions": versions(),
-    }
+def _foreign(
+    request: VerifyRequest,
+    original: StreamedModel,
+    quantized: QuantizedCheckpoint | GGUFModel,
+    seconds: float,
+    verification: Verification,
+) -> Foreign:
+    return Foreign(
+        quantkit_version=__version__,
+        command=request.command,
+        model=request.against or str(original.directory),
+        out=str(request.out),
+        format="gguf" if isinstance(quantized, GGUFModel) else quantized.format.name,
+        schemes=dict(Counter(name_of(linear.scheme) for linear in quantized.decoder)),
+        bits_per_weight=quantized.bits_per_weight,
+        total_bytes=sum((request.out / name).stat().st_size for name in quantized.files),
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        device=str(request.device),
+        versions=versions(),
+        verification=verification,
+    )

@@ -45,7 +45,7 @@ from quantkit.quantized import (
     read_config,
     stored_linears,
 )
-from quantkit.scheme import MAX_BITS, MIN_BITS, QuantizedTensor, Scheme
+from quantkit.scheme import MAX_BITS, MIN_BITS, QuantizedTensor, Scheme, name_of
 
 WEIGHTS_AT_ONCE = 1 << 22  # as floats
 
@@ -476,31 +476,25 @@ def _proved(conversion: Conversion, target: Target, written: Checkpoint) -> dict
     linear, source = target.linear, conversion.source.read(target.before)
     fmt = conversion.format
     names = packed_names(fmt, linear) if fmt else [f"{linear.name}.weight"]
-    record: dict[str, Any] = {
-        "name": linear.name,
-        "layer": linear.layer,
-        "kind": linear.local.rpartition(".")[2],
-        "bits": linear.scheme.bits if linear.scheme else 16,
-        "group_size": linear.scheme.group_size if linear.scheme else None,
-        "symmetric": linear.scheme.symmetric if linear.scheme else None,
-        "out_features": linear.out_features,
-        "in_features": linear.in_features,
-        "bytes": sum(written.entries[name].nbytes for name in names),
-        "before": str(target.before.scheme),
-    }
+    nbytes = sum(written.entries[name].nbytes for name in names)
+
+    def record(*, equal: bool, weight_error: float) -> dict[str, Any]:
+        before = name_of(target.before.scheme)
+        return linear.record(nbytes, before=before, equal=equal, weight_error=weight_error).content()
+
     if fmt is None or linear.scheme is None:
         weight = written.read(names[0])
         step = max(1, WEIGHTS_AT_ONCE // linear.in_features)
-        return record | {"equal": False, "weight_error": _distance(_float_rows(source), weight.split(step))}
+        return record(equal=False, weight_error=_distance(_float_rows(source), weight.split(step)))
     packed = {name.removeprefix(f"{linear.name}."): written.read(name) for name in names}
     again = _named(linear.name, unpack, fmt, packed, linear.scheme, _shape(linear))
     if target.obstacle is not None:
-        return record | {"equal": False, "weight_error": _distance(_float_rows(source), _float_rows(again))}
+        return record(equal=False, weight_error=_distance(_float_rows(source), _float_rows(again)))
     if not _equal(_arranged(source, fmt, target), again):
         raise OutputError(
             f"{linear.name}: what is read back from {conversion.out} is not what was read; is a disk failing?"
         )
-    return record | {"equal": True, "weight_error": 0.0}
+    return record(equal=True, weight_error=0.0)
 
 
 def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:

@@ -4,10 +4,8 @@
 What is read are the values that llama.cpp computes with; the order of q and k rows is put back.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, decoder_linears, head_linear
 from quantkit.quantized import parameters
+from quantkit.records import Result
 from quantkit.scheme import NAMED
 from quantkit.serving.fit import Stored
 
@@ -73,14 +72,13 @@ class GGUFModel:
         return Stored(tensors, self.file.path.stat().st_size, self.decoder, "gguf", head=head)
 
 
-def find_gguf(folder: Path, recorded: Mapping[str, Any] | None) -> Path | None:
+def find_gguf(folder: Path, recorded: Result | None) -> Path | None:
     """The GGUF file that a folder is about: the one its run names, or its only one, if it holds no other weights.
 
     recorded: the folder's quantkit.json; None: it has none
     """
-    named = ((recorded or {}).get("gguf") or {}).get("file")
-    if isinstance(named, str) and is_plain_name(named):
-        return folder / named
+    if recorded and recorded.gguf and is_plain_name(recorded.gguf.file):
+        return folder / recorded.gguf.file
     files = sorted(folder.glob("*.gguf"))
     return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
 

@@ -180,10 +180,10 @@ def with_note(card: str, reasons: Sequence[str]) -> str:
     return f"{card[:end]}\n{note}\n\n{card[end:].lstrip()}"
 
 
-def forced_card(out: Path, facts: Mapping[str, Any], card: Callable[[dict[str, Any]], str] | None) -> Upload:
+def forced_card(out: Path, facts: Mapping[str, Any], card: Callable[[Sequence[str]], str] | None) -> Upload:
     reasons = facts["reasons"]
     if card is not None and facts["result"]:
-        text = card({**facts["result"], "forced": reasons})
+        text = card(reasons)
     else:
         path = _inside(out, CARD)
         text = with_note(path.read_text(encoding="utf-8") if path else "", reasons)

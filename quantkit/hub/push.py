@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.hf_api import RepoFile
@@ -77,7 +76,7 @@ def push(
     endpoint: str | None = None,
     say: Say | None = None,
     bars: bool = False,
-    card: Callable[[dict[str, Any]], str] | None = None,
+    card: Callable[[Sequence[str]], str] | None = None,
     placeholder: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PushResult:

@@ -255,23 +255,13 @@ def _fold(
 
 def records_of(job: Job, outcome: SiteResult, linears: Mapping[str, LinearPlan]) -> list[dict[str, Any]]:
     """What the journal keeps of linears that were rounded; linears: by the names that the outcome has."""
-    records = []
-    for local, quantized in outcome.quantized.items():
-        linear = linears[local]
-        specs = job.plan.format.specs(quantized.scheme, linear.out_features, linear.in_features)
-        records.append(
-            {
-                "name": linear.name,
-                "layer": linear.layer,
-                "kind": local.rpartition(".")[2],
-                "bits": quantized.scheme.bits,
-                "group_size": quantized.scheme.group_size,
-                "symmetric": quantized.scheme.symmetric,
-                "method": job.method_of(linear),
-                "out_features": linear.out_features,
-                "in_features": linear.in_features,
-                "bytes": sum(spec.nbytes for spec in specs.values()),
-                **outcome.records[local],
-            }
-        )
-    return records
+    return [
+        linear.record(_stored_bytes(job, linear), method=job.method_of(linear), **outcome.records[local]).content()
+        for local, linear in ((local, linears[local]) for local in outcome.quantized)
+    ]
+
+
+def _stored_bytes(job: Job, linear: LinearPlan) -> int:
+    assert linear.scheme is not None
+    specs = job.plan.format.specs(linear.scheme, linear.out_features, linear.in_features)
+    return sum(spec.nbytes for spec in specs.values())

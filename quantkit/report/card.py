@@ -7,46 +7,43 @@ through yaml.safe_dump, the `md` filter, or a code block whose fence they cannot
 """
 
 import json
-import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from quantkit.records import Fit, Limits, Result, Tokens
 from quantkit.report import formatting
 from quantkit.report.rendering import template
 from quantkit.text import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"
-Result = Mapping[str, Any]
 
 
-def render_card(result: Result, repo_id: str | None = None) -> str:
+def render_card(result: Result, repo_id: str | None = None, forced: Sequence[str] = ()) -> str:
     """The card.
 
-    result: the document; its optional "forced" holds the reasons why a push needed `--force`
     repo_id: the name in the commands that run it; without it they hold a placeholder
+    forced: the reasons why a push needed `--force`
     """
-    reasons = result.get("forced") or []
-    verification = result.get("verification")
+    verification = result.verification
     text = template("card.md.j2", escape=False, md=markdown).render(
         front_matter=_front_matter(result),
         title=_title(result),
         summary=_summary(result),
-        forced=bool(reasons),
-        forced_reasons=reasons if isinstance(reasons, (list, tuple)) else [],
-        verification=verification and {"dtype": None, **verification},
-        limits=_limits((verification or {}).get("limits") or {}),
+        forced=forced,
+        verification=verification,
+        limits=_limits(verification.limits) if verification else "",
         table=_table(result),
-        evaluation=_token_set((verification or {}).get("eval")),
-        fit=_fit((verification or {}).get("fit")),
+        evaluation=_token_set(verification.eval) if verification else "",
+        fit=_fit(verification.fit) if verification and verification.fit else "",
         engines=_engines(result, repo_id or PATH),
-        command=_in_code(result["command"]),
+        command=_in_code(result.command),
         facts=_facts(result),
-        fallbacks=result.get("fallbacks") or [],
+        fallbacks=result.fallbacks,
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
@@ -58,25 +55,25 @@ def markdown(text: object) -> str:
 
 def hub_id(result: Result) -> str | None:
     """The base model's name on the Hub; None for a folder or what could not be one."""
-    name = (result.get("base_model") or {}).get("id")
-    if not isinstance(name, str) or len(name) > 96 or "--" in name or ".." in name:
+    name = result.base_model.id if result.base_model else None
+    if name is None or len(name) > 96 or "--" in name or ".." in name:
         return None
     return name if HUB_ID.fullmatch(name) else None
 
 
 def _title(result: Result) -> str:
-    name = formatting.short_name(hub_id(result) or result["model"])
-    return f"{name} {result['method'].upper()} {formatting.overall_scheme(result)}"
+    name = formatting.short_name(hub_id(result) or result.model)
+    return f"{name} {result.method.upper()} {formatting.overall_scheme(result)}"
 
 
 def _summary(result: Result) -> str:
     base = hub_id(result)
-    source = f"[{markdown(base)}](https://huggingface.co/{base})" if base else markdown(result["model"])
+    source = f"[{markdown(base)}](https://huggingface.co/{base})" if base else markdown(result.model)
     return (
-        f"{source}, quantized with {markdown(result['method'].upper())} to {formatting.overall_scheme(result)} "
-        f"and stored as {markdown(result['format'])}: {formatting.size(result['total_bytes'])}, "
-        f"{formatting.figure(result['bits_per_weight'], 3)} bits per quantized weight. "
-        f"Made by quantkit {markdown(result['quantkit_version'])}."
+        f"{source}, quantized with {markdown(result.method.upper())} to {formatting.overall_scheme(result)} "
+        f"and stored as {markdown(result.format)}: {formatting.size(result.total_bytes)}, "
+        f"{formatting.figure(result.bits_per_weight, 3)} bits per quantized weight. "
+        f"Made by quantkit {markdown(result.quantkit_version)}."
     )
 
 
@@ -84,15 +81,15 @@ def _summary(result: Result) -> str:
 
 
 def _front_matter(result: Result) -> str:
-    base, license_name = hub_id(result), (result.get("base_model") or {}).get("license")
-    bits = sorted({layer["bits"] for layer in result.get("layers") or []} or {result["scheme"]["bits"]})
-    stored = result["format"].removesuffix("_v2")
+    base, license_name = hub_id(result), result.base_model.license if result.base_model else None
+    bits = sorted({layer.bits for layer in result.layers} or {result.scheme.bits})
+    stored = result.format.removesuffix("_v2")
     data: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "gguf" if stored == "gguf" else "transformers",
         "pipeline_tag": "text-generation",
         **({"license": one_line(license_name)} if license_name else {}),
-        "tags": list(dict.fromkeys([stored, *([result["method"]] if result["method"] in ("awq", "gptq") else [])]))
+        "tags": list(dict.fromkeys([stored, *([result.method] if result.method in ("awq", "gptq") else [])]))
         + [f"{b}-bit" for b in bits]
         + ["quantkit"],
         **_model_index(result),
@@ -102,8 +99,8 @@ def _front_matter(result: Result) -> str:
 
 def _model_index(result: Result) -> dict[str, Any]:
     """The measurements in the form of https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
-    verification = result.get("verification")
-    if not verification:
+    verification = result.verification
+    if verification is None:
         return {}
     names = {
         "perplexity": "Perplexity",
@@ -111,13 +108,13 @@ def _model_index(result: Result) -> dict[str, Any]:
         "top1_agreement": "Top-1 agreement with FP16",
     }
     metrics = [
-        {"type": kind, "value": float(verification[kind]), "name": name}
+        {"type": kind, "value": value, "name": name}
         for kind, name in names.items()
-        if verification.get(kind) is not None and math.isfinite(verification[kind])
+        if (value := getattr(verification, kind)) is not None
     ]
     if not metrics:
         return {}
-    source = one_line((verification.get("eval") or {}).get("source") or "evaluation set")
+    source = one_line(verification.eval.source if verification.eval else "evaluation set")
     task = {"type": "text-generation", "name": "Text generation"}
     measured = {"task": task, "dataset": _dataset(source), "metrics": metrics}
     return {"model-index": [{"name": one_line(_title(result)), "results": [measured]}]}
@@ -135,62 +132,55 @@ def _dataset(source: str) -> dict[str, str]:
 # --- what was measured ----------------------------------------------------------------------------------------------
 
 
-def _limits(limits: Result) -> str:
+def _limits(limits: Limits) -> str:
     said = []
-    if limits.get("max_ppl_increase") is not None:
-        said.append(f"perplexity at most {formatting.limit(limits['max_ppl_increase'])} above FP16")
-    if limits.get("max_kl") is not None:
-        said.append(f"KL divergence at most {limits['max_kl']:g} nats")
+    if limits.max_ppl_increase is not None:
+        said.append(f"perplexity at most {formatting.limit(limits.max_ppl_increase)} above FP16")
+    if limits.max_kl is not None:
+        said.append(f"KL divergence at most {limits.max_kl:g} nats")
     return f"Limits: {', '.join(said)}." if said else ""
 
 
 def _table(result: Result) -> list[tuple[str, str, str, str]]:
     rows = []
-    verification = result.get("verification")
+    verification = result.verification
     if verification:
-        rise = formatting.percent(formatting.increase(verification), signed=True)
-        found = [formatting.figure(verification.get(key)) for key in ("perplexity_fp16", "perplexity")]
+        rise = formatting.percent(verification.increase, signed=True)
+        found = [formatting.figure(figure) for figure in (verification.perplexity_fp16, verification.perplexity)]
         rows.append(("Perplexity", *found, rise))
-        rows.append(("KL divergence, mean", "", formatting.figure(verification.get("kl_divergence")), ""))
+        rows.append(("KL divergence, mean", "", formatting.figure(verification.kl_divergence), ""))
         rows += [
             (f"KL divergence, {markdown(name)}", "", formatting.figure(value), "")
-            for name, value in (verification.get("kl_percentiles") or {}).items()
+            for name, value in verification.kl_percentiles.items()
         ]
-        rows.append(("Top-1 agreement", "", formatting.percent(verification.get("top1_agreement")), ""))
-    full, stored = formatting.bytes_in_16_bit(result), result.get("tensor_bytes")
+        rows.append(("Top-1 agreement", "", formatting.percent(verification.top1_agreement), ""))
+    full, stored = formatting.bytes_in_16_bit(result), result.tensor_bytes
     if full and stored:
         rows.append(
             ("Weights", formatting.size(full), formatting.size(stored), formatting.percent(stored / full - 1, 1))
         )
     else:
-        rows.append(("Weights", "", formatting.size(result["total_bytes"]), ""))
+        rows.append(("Weights", "", formatting.size(result.total_bytes), ""))
     return [(str(a), str(b), str(c), str(d)) for a, b, c, d in rows]
 
 
-def _token_set(tokens: Result | None) -> str:
+def _token_set(tokens: Tokens | None) -> str:
     """A token set in words, with its hash."""
-    if not tokens:
+    if tokens is None:
         return "not named"
-    said = [markdown(tokens.get("source", "?"))]
-    if tokens.get("samples") is not None:
-        said.append(f"{tokens['samples']:,} windows of {tokens['seqlen']:,} tokens")
-    if tokens.get("protocol"):
-        said.append(markdown(tokens["protocol"]))
-    if tokens.get("sha256"):
-        said.append(f"sha256 of the token ids `{_in_span(tokens['sha256'])}`")
-    return ", ".join(said)
+    said = [markdown(tokens.source), f"{tokens.samples:,} windows of {tokens.seqlen:,} tokens"]
+    if tokens.protocol:
+        said.append(markdown(tokens.protocol))
+    return ", ".join([*said, f"sha256 of the token ids `{_in_span(tokens.sha256)}`"])
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    calibration, versions = result.get("calibration"), result.get("versions") or {}
+    schemes = formatting.schemes(result.layers)
     facts = [
-        ("Calibration", _token_set(calibration) if calibration else "none"),
-        (
-            "Schemes",
-            ", ".join(f"{n:,} layers {name}" for name, n in formatting.schemes(result.get("layers") or []).items()),
-        ),
-        ("Time", formatting.duration(result["seconds"]) if result.get("seconds") is not None else ""),
-        ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))),
+        ("Calibration", _token_set(result.calibration) if result.calibration else "none"),
+        ("Schemes", ", ".join(f"{n:,} layers {name}" for name, n in schemes.items())),
+        ("Time", formatting.duration(result.seconds) if result.seconds is not None else ""),
+        ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())))),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -207,15 +197,13 @@ INSTALL = {  # what transformers needs beside itself
 }
 
 
-def _fit(fit: Result | None) -> str:
-    if not fit or fit.get("budget_bytes") is None:
-        return ""
-    longest, own = fit.get("longest_context"), formatting.on_a_card(fit)
+def _fit(fit: Fit) -> str:
+    longest, own = fit.longest_context, fit.tensor_parallel
     reach = f"the longest context that fits is {longest:,} tokens" if longest else "no context fits beside the weights"
-    weights, workspace = formatting.size(own["weights_bytes"]), formatting.size(own["workspace_bytes"])
+    weights, workspace = formatting.size(own.weights_bytes), formatting.size(own.workspace_bytes)
     return (
-        f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit['kv'])}) of "
-        f"{formatting.exact(own['kv_bytes_per_token'])} per token: in {formatting.size(fit['budget_bytes'])}, {reach}. "
+        f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit.kv)}) of "
+        f"{formatting.exact(own.kv_bytes_per_token)} per token: in {formatting.size(fit.budget_bytes)}, {reach}. "
         "The flags below keep to that context; on a card larger than the budget, give the budget's share of it as "
         "`--gpu-memory-utilization` (vLLM) or `--mem-fraction-static` (SGLang)."
     )
@@ -223,10 +211,10 @@ def _fit(fit: Result | None) -> str:
 
 def _engines(result: Result, path: str) -> list[dict[str, Any]]:
     """Name, note, whether it loads the checkpoint, and the code that runs it; what was not asked counts as loading."""
-    fit = (result.get("verification") or {}).get("fit") or {}
-    refusals = result.get("engines") or fit.get("engines") or {}
+    fit = result.verification.fit if result.verification else None
+    refusals = result.engines or (fit.engines if fit else {})
     # What engines take by themselves is said only where it is unusual.
-    dtype = ["--dtype", "bfloat16"] if result.get("torch_dtype") == "bfloat16" else []
+    dtype = ["--dtype", "bfloat16"] if result.torch_dtype == "bfloat16" else []
     code = {
         "vllm": ("bash", _command(["vllm", "serve", path, *dtype], fit, "--max-model-len {0}", "fp8")),
         "sglang": (
@@ -238,14 +226,14 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
                 "fp8_e5m2",
             ),
         ),
-        "transformers": ("python", _transformers(path, result.get("torch_dtype") or "float16")),
+        "transformers": ("python", _transformers(path, result.torch_dtype or "float16")),
     }
-    if result["format"] == "gguf":
+    if result.format == "gguf":
         return [_llamacpp(result, path, fit)]
     shown = []
     for engine, name in ENGINES.items():
         why = refusals.get(engine)
-        note = f"needs {INSTALL[result['format']]}" if engine == "transformers" and result["format"] in INSTALL else ""
+        note = f"needs {INSTALL[result.format]}" if engine == "transformers" and result.format in INSTALL else ""
         if why:
             note = f"does not load this checkpoint. {markdown(why)}."
         elif engine not in refusals:
@@ -256,21 +244,23 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
     return shown
 
 
-def _llamacpp(result: Result, path: str, fit: Result) -> dict[str, Any]:
+def _llamacpp(result: Result, path: str, fit: Fit | None) -> dict[str, Any]:
     """llama.cpp, and what is built on it, with the file in the folder."""
-    names = [str(file["name"]) for file in result.get("files") or [] if str(file["name"]).endswith(".gguf")]
+    names = [file.name for file in result.files if file.name.endswith(".gguf")]
     file = f"{path}/{names[0]}" if names else path
     code = _command(["llama-server", "--model", file, "--n-gpu-layers", "999"], fit, "--ctx-size {0}", "q8_0")
     note = "also ollama, LM Studio, llama-cpp-python: whatever reads GGUF"
     return {"name": "llama.cpp", "loads": True, "note": note, "language": "bash", "code": code.split(" --kv-cache")[0]}
 
 
-def _command(words: Sequence[str], fit: Result, context_flags: str, fp8: str) -> str:
+def _command(words: Sequence[str], fit: Fit | None, context_flags: str, fp8: str) -> str:
     """A shell command that keeps to the longest context and the kind of KV cache that were counted."""
-    longest, cards = fit.get("longest_context"), formatting.on_a_card(fit).get("cards", 1) if fit else 1
+    if fit is None:
+        return shlex.join(words)
+    cards = fit.tensor_parallel.cards
     flags = [
-        *([context_flags.format(longest)] if longest else []),
-        *([f"--kv-cache-dtype {fp8}"] if fit.get("kv") == "fp8" else []),
+        *([context_flags.format(fit.longest_context)] if fit.longest_context else []),
+        *([f"--kv-cache-dtype {fp8}"] if fit.kv == "fp8" else []),
         *([f"--tensor-parallel-size {cards}"] if cards > 1 else []),
     ]
     return " ".join([shlex.join(words), *flags])

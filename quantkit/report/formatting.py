@@ -2,9 +2,10 @@
 """How the figures of a result document (quantkit.json) are written: shared by the report and the model card."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
+from quantkit.records import Fit, Numbers, Result
 from quantkit.text import one_line
 from quantkit.units import format_bytes
 
@@ -55,29 +56,18 @@ def tokens(count: int) -> str:
     return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
 
 
-def scheme(bits: int, group_size: int, symmetric: bool) -> str:
-    if bits == 16:
-        return "16 bit"
-    group = "rows" if group_size == -1 else f"g{group_size}"
-    return f"W{bits} {group} {'sym' if symmetric else 'asym'}"
-
-
-def schemes(layers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def schemes(layers: Iterable[Numbers]) -> dict[str, int]:
     """How many layers each scheme has, the most common first."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        label = scheme(layer["bits"], layer["group_size"], layer["symmetric"])
-        counts[label] = counts.get(label, 0) + 1
+    counts = Counter(layer.scheme_name for layer in layers)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def overall_scheme(result: Mapping[str, Any]) -> str:
+def overall_scheme(result: Result) -> str:
     """The scheme of the whole checkpoint; "mixed" where its layers differ."""
-    found = schemes(result.get("layers") or [])
+    found = schemes(result.layers)
     if len(found) > 1:
-        return f"mixed, {figure(result['bits_per_weight'], 3)} bits per weight"
-    asked = result["scheme"]
-    return next(iter(found), scheme(asked["bits"], asked["group_size"], asked["symmetric"]))
+        return f"mixed, {figure(result.bits_per_weight, 3)} bits per weight"
+    return next(iter(found), result.scheme.scheme_name)
 
 
 def short_name(model: object) -> str:
@@ -86,36 +76,14 @@ def short_name(model: object) -> str:
     return name.rstrip("/").rpartition("/")[2] or name
 
 
-def increase(verification: Mapping[str, Any]) -> float | None:
-    """How far perplexity rose above FP16's, relative; None if either is missing or not finite."""
-    quantized, reference = verification.get("perplexity"), verification.get("perplexity_fp16")
-    if quantized is None or not reference or not (math.isfinite(quantized) and math.isfinite(reference)):
-        return None
-    return float(quantized / reference - 1)
-
-
-def bytes_in_16_bit(result: Mapping[str, Any]) -> int | None:
+def bytes_in_16_bit(result: Result) -> int | None:
     """What the tensors would take with every quantized linear in 16 bit; None if the document doesn't tell."""
-    layers = result.get("layers") or []
-    stored = result.get("tensor_bytes")
-    if stored is None or not layers or any(layer.get(k) is None for layer in layers for k in _SHAPE):
+    if result.tensor_bytes is None or not result.layers:
         return None
-    linears = sum(2 * layer["out_features"] * layer["in_features"] - layer["bytes"] for layer in layers)
-    return int(stored + linears)
+    weights = [layer.weights for layer in result.layers]
+    return result.tensor_bytes + sum(2 * count for count in weights) - sum(layer.bytes for layer in result.layers)
 
 
-_SHAPE = ("bytes", "out_features", "in_features")
-
-
-def on_a_card(fit: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a fit document that holds weights_, kv_ and workspace_bytes of one card."""
-    own: Mapping[str, Any] = fit.get("tensor_parallel") or fit
-    return own
-
-
-def cache_bytes(fit: Mapping[str, Any], context: int) -> int:
+def cache_bytes(fit: Fit, context: int) -> int:
     """The KV cache of one card at a context; layers with a sliding window stop growing at it."""
-    kept = fit.get("kv_layers")
-    if not kept:
-        return int(on_a_card(fit)["kv_bytes_per_token"] * context)
-    return sum(x["layers"] * x["bytes_per_token"] * min(context, x["window"] or context) for x in kept)
+    return sum(x.layers * x.bytes_per_token * min(context, x.window or context) for x in fit.kv_layers)

@@ -17,12 +17,13 @@ from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
 from quantkit.model.config import with_older_keys
+from quantkit.records import File, Result
 from quantkit.report.card import render_card
 from quantkit.report.pages.run import render_report
 from quantkit.results.document import RESULT, read_result
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
+def result_of(folder: Path) -> Result | None:
     """quantkit.json of a folder of ours; None for a checkpoint of another tool.
 
     Raises:
@@ -45,7 +46,7 @@ def require_another(out: Path, *sources: Path | str | None) -> None:
         raise InputError(f"--out {out}: is the model or checkpoint itself; choose another folder")
 
 
-def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
+def changed_files(out: Path, recorded: Result | None) -> list[str]:
     """One line for each file of quantkit.json that is missing or has another sha256, and for weights that it lacks.
 
     Raises:
@@ -53,18 +54,16 @@ def changed_files(out: Path, recorded: Mapping[str, Any] | None) -> list[str]:
     """
     if recorded is None:
         return []
-    reasons, known = [], set()
-    listed = recorded.get("files")
-    for entry in listed if isinstance(listed, list) else []:
-        name = str(entry.get("name") if isinstance(entry, dict) else entry)
-        if not is_file_name(name):
-            raise OutputError(f"{out / RESULT}: files: {ascii(name)[:80]} is not the name of a file")
-        known.add(name)
-        path = out / name
+    reasons = []
+    for file in recorded.files:
+        if not is_file_name(file.name):
+            raise OutputError(f"{out / RESULT}: files: {ascii(file.name)[:80]} is not the name of a file")
+        path = out / file.name
         if not path.is_file():
-            reasons.append(f"{name} is missing")
-        elif path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
-            reasons.append(f"{name} is not the file that the run wrote: its sha256 is another than in {RESULT}")
+            reasons.append(f"{file.name} is missing")
+        elif path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
+            reasons.append(f"{file.name} is not the file that the run wrote: its sha256 is another than in {RESULT}")
+    known = {file.name for file in recorded.files}
     unknown = sorted(path.name for path in out.glob("*.safetensors") if path.name not in known)
     return reasons + [f"{name} is not among the files of {RESULT}" for name in unknown]
 
@@ -115,19 +114,18 @@ def copy_companions(source: Path, out: Path, patterns: Sequence[str] = ("*",)) -
     return copied
 
 
-def file_records(out: Path, hashes: Mapping[str, str]) -> list[dict[str, Any]]:
+def file_records(out: Path, hashes: Mapping[str, str]) -> list[File]:
     """The `files` of quantkit.json; hashes: name -> sha256."""
     return [
-        {"name": name, "bytes": (out / name).stat().st_size, "sha256": sha256}
-        for name, sha256 in sorted(hashes.items())
+        File(name=name, bytes=(out / name).stat().st_size, sha256=sha256) for name, sha256 in sorted(hashes.items())
     ]
 
 
-def write_result(out: Path, result: Mapping[str, Any]) -> None:
+def write_result(out: Path, result: Result) -> None:
     """The report, the model card, and then quantkit.json."""
     write_text(out / "report.html", render_report(result))
     write_text(out / "README.md", render_card(result))
-    write_json(out / RESULT, result)
+    write_json(out / RESULT, result.content())
 
 
 def quantized_config(

@@ -10,8 +10,9 @@ import torch
 from quantkit.methods.table import Options
 from quantkit.model.shapes import Shapes
 from quantkit.recipe import Recipe
+from quantkit.records import Limits
 from quantkit.settings.defaults import AskedScheme, choose_serving, positions
-from quantkit.verdict import Limits
+from quantkit.verdict import asked_limits, choose_limits
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,4 @@ def config_options(options: Options) -> dict[str, Any]:
 
 def limits_of(request: Request, recipe: Recipe) -> Limits:
     """The command line comes before the recipe, which comes before the defaults."""
-    said = recipe.limits
-    rise = [r for r in (request.max_ppl_increase, said.max_ppl_increase) if r is not None]
-    kl = [k for k in (request.max_kl, said.max_kl) if k is not None]
-    return Limits(rise[0] if rise else Limits.max_ppl_increase, kl[0] if kl else None)
+    return choose_limits(asked_limits(request.max_ppl_increase, request.max_kl), recipe.limits)

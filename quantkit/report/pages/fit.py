@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 
+from quantkit.records import Fit
 from quantkit.report import formatting
 from quantkit.report.pages.parts import Result, Table, memory
 from quantkit.report.rendering import template
@@ -10,7 +11,7 @@ from quantkit.report.rendering import template
 
 def render_fit(fit: Result, model: str, subtitle: str) -> str:
     """One self-contained page: memory against context, from the document of `fit.fit`."""
-    chart, parts, longest = memory(fit)
+    chart, parts, longest = memory(Fit.model_validate(fit))
     cards, problems = fit["tensor_parallel"]["cards"], fit["tensor_parallel"]["problems"]
     verdict = f"Cannot be cut over {cards} cards" if problems else "Fits" if fit["fits"] else "Does not fit"
     engines = [[engine, reason or "loads it"] for engine, reason in fit["engines"].items()]

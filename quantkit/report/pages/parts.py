@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from quantkit.records import Fit
 from quantkit.report import formatting
 from quantkit.report.pages import charts
 
@@ -38,16 +39,16 @@ class Table(NamedTuple):
     figures: bool = True
 
 
-def memory(fit: Result) -> tuple[Chart, Table, str]:
+def memory(fit: Fit) -> tuple[Chart, Table, str]:
     """The chart, the parts at the context asked for, and a sentence."""
-    card = formatting.on_a_card(fit)
-    weights, workspace = card["weights_bytes"], card["workspace_bytes"]
+    card = fit.tensor_parallel
+    weights, workspace = card.weights_bytes, card.workspace_bytes
     parts: list[tuple[str, Callable[[int], float]]] = [
         ("weights", lambda _: weights),
         ("workspace", lambda _: workspace),
         ("KV cache", lambda context: formatting.cache_bytes(fit, context)),
     ]
-    budget, longest, asked = fit.get("budget_bytes"), fit.get("longest_context"), fit["context"]
+    budget, longest, asked = fit.budget_bytes, fit.longest_context, fit.context
     chart = Chart(
         "By part",
         charts.memory_chart(
@@ -55,8 +56,8 @@ def memory(fit: Result) -> tuple[Chart, Table, str]:
             budget=budget,
             longest=longest,
             asked=asked,
-            allowed=fit.get("max_position_embeddings"),
-            bends=[x["window"] for x in fit.get("kv_layers") or [] if x["window"]],
+            allowed=fit.max_position_embeddings,
+            bends=[x.window for x in fit.kv_layers if x.window],
         ),
         [(i, name) for i, (name, _) in enumerate(parts)],
         "Stacked from below; the dashed line is the budget, the ring the context asked for, the dot the longest "
@@ -65,25 +66,22 @@ def memory(fit: Result) -> tuple[Chart, Table, str]:
     rows = [
         ["weights", formatting.size(weights)],
         ["workspace of the engine", formatting.size(workspace)],
-        [f"KV cache, {asked:,} tokens ({fit['kv']})", formatting.size(card["kv_bytes"])],
-        [TOTAL, formatting.size(fit["total_bytes"])],
+        [f"KV cache, {asked:,} tokens ({fit.kv})", formatting.size(card.kv_bytes)],
+        [TOTAL, formatting.size(fit.total_bytes)],
+        ["budget", formatting.size(budget)],
     ]
-    if budget is not None:
-        rows.append(["budget", formatting.size(budget)])
-        spare = budget - fit["total_bytes"]
-        rows.append(["left" if spare >= 0 else "over the budget by", formatting.size(abs(spare))])
-    rows.append(["KV cache per token", formatting.exact(card["kv_bytes_per_token"])])
-    cards = card.get("cards", 1)
+    spare = budget - fit.total_bytes
+    rows.append(["left" if spare >= 0 else "over the budget by", formatting.size(abs(spare))])
+    rows.append(["KV cache per token", formatting.exact(card.kv_bytes_per_token)])
+    cards = card.cards
     return chart, Table(["part" if cards == 1 else f"on each of {cards} cards", "bytes"], rows), _longest(fit)
 
 
-def _longest(fit: Result) -> str:
+def _longest(fit: Fit) -> str:
     """The longest context, in a sentence."""
-    longest = fit.get("longest_context")
-    if longest is None:
-        return ""
+    longest = fit.longest_context
     if longest <= 0:
         return "No context fits: weights and workspace alone exceed the budget."
-    if longest == fit.get("max_position_embeddings"):
+    if longest == fit.max_position_embeddings:
         return f"All {longest:,} tokens that the model allows fit."
     return f"The longest context that fits is {longest:,} tokens."

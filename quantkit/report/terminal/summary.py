@@ -11,57 +11,48 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.hub.push import PushResult
+from quantkit.records import Foreign, RecipeRow, Result, Verification
 from quantkit.units import format_bytes, format_seconds
 
 
-def summary(result: dict[str, Any], out: Path) -> Group:
+def summary(result: Result, out: Path) -> Group:
     """What was made, how close it is to FP16, whether it fits, and where to look."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("scheme", f"{_schemes(result)}, as {result['format']}")
+    table.add_row("scheme", f"{_schemes(result)}, as {result.format}")
+    table.add_row("size", _size(result))
+    if result.verification:
+        _add_figures(table, result.verification)
     table.add_row(
-        "size", f"{format_bytes(result['total_bytes'])}, {result['bits_per_weight']:.3f} bits per quantized weight"
-    )
-    measured = result["verification"]
-    if measured:
-        _add_figures(table, measured)
-    table.add_row(
-        "took", f"{format_seconds(result['seconds'])}, at most {format_bytes(result['peak_rss_bytes'])} of RAM"
+        "took", f"{format_seconds(result.seconds or 0)}, at most {format_bytes(result.peak_rss_bytes or 0)} of RAM"
     )
     lines: list[Any] = [table]
-    lines += [Text(f"note: {note}", style="yellow") for note in result["fallbacks"]]
-    if measured:
-        lines += _verdict_lines(measured)
+    lines += [Text(f"note: {note}", style="yellow") for note in result.fallbacks]
+    if result.verification:
+        lines += _verdict_lines(result.verification)
     lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
 
 
-def _schemes(result: Mapping[str, Any]) -> str:
-    """The one scheme in words; of several, how many linears have each."""
-    layers = result["layers"] or [result["scheme"]]
-    found = Counter((layer["bits"], layer["group_size"], layer["symmetric"]) for layer in layers)
-    if len(found) > 1:
-        shown = ", ".join(f"{count} x {_scheme(*scheme)}" for scheme, count in found.most_common())
-        return f"mixed: {shown}"
-    bits, group, symmetric = next(iter(found))
-    groups = "whole rows" if group == -1 else f"groups of {group}"
-    return f"{bits} bits, {groups}, {'symmetric' if symmetric else 'asymmetric'}"
+def _size(result: Result | Foreign) -> str:
+    return f"{format_bytes(result.total_bytes)}, {result.bits_per_weight:.3f} bits per quantized weight"
 
 
-def _scheme(bits: int, group: int, symmetric: bool) -> str:
-    return f"W{bits} {'rows' if group == -1 else f'g{group}'} {'sym' if symmetric else 'asym'}"
+def _schemes(result: Result) -> str:
+    """The one scheme; of several, how many linears have each."""
+    found = Counter(row.scheme_name for row in result.layers)
+    if len(found) < 2:
+        return next(iter(found), result.scheme.scheme_name)
+    return "mixed: " + ", ".join(f"{count} x {name}" for name, count in found.most_common())
 
 
-def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def recipe_table(rows: Sequence[RecipeRow]) -> Table:
     """What a recipe comes to: see `plan.resolved`."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("kind", "layers", "scheme", "method"):
         table.add_column(heading)
     table.add_column("size", justify="right")
     for row in rows:
-        scheme = "16 bit"
-        if row["group_size"] is not None:
-            scheme = _scheme(row["bits"], row["group_size"], row["symmetric"])
-        table.add_row(row["kind"], row["layers"], scheme, row["method"] or "", format_bytes(row["bytes"]))
+        table.add_row(row.kind, row.layers, row.scheme_name, row.method or "", format_bytes(row.bytes))
     return table
 
 
@@ -132,8 +123,9 @@ def allocate_summary(result: Mapping[str, Any]) -> Group:
     run = result.get("run")
     if run and run["verification"]:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        _add_figures(table, run["verification"])
-        lines += [table, *_verdict_lines(run["verification"]), f"repairs: {len(run['repairs'])}"]
+        measured = Verification.model_validate(run["verification"])
+        _add_figures(table, measured)
+        lines += [table, *_verdict_lines(measured), f"repairs: {len(run['repairs'])}"]
     lines.append(f"recipe: {result['recipe']}" + (f"; checkpoint: {run['out']}" if run else ""))
     return Group(*(line if isinstance(line, Table) else Text(str(line)) for line in lines))
 
@@ -142,80 +134,72 @@ def _short(names: Sequence[str]) -> list[str]:
     return [name.rpartition(".")[2].removesuffix("_proj") for name in names]
 
 
-def verify_summary(result: dict[str, Any], out: Path) -> Group:
+def verify_summary(result: Result | Foreign, out: Path) -> Group:
     """What a look at the files has found, and where the report is if there is one."""
+    measured = result.verification
+    assert measured is not None
+    assert measured.eval is not None
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row(
-        "size",
-        f"{format_bytes(result['total_bytes'])}, {result['bits_per_weight']:.3f} bits per quantized weight, "
-        f"as {result['format']}",
-    )
-    measured = result["verification"]
+    table.add_row("size", f"{_size(result)}, as {result.format}")
     _add_figures(table, measured)
-    evaluated = measured["eval"]
-    table.add_row("evaluated on", f"{evaluated['source']}, {evaluated['samples']} x {evaluated['seqlen']} tokens")
+    evaluated = measured.eval
+    table.add_row("evaluated on", f"{evaluated.source}, {evaluated.samples} x {evaluated.seqlen} tokens")
     lines: list[Any] = [table]
-    lines += [Text(f"note: {note}", style="yellow") for note in evaluated["notes"]]
+    lines += [Text(f"note: {note}", style="yellow") for note in evaluated.notes]
     lines += _verdict_lines(measured)
-    if "files" in result:
+    if isinstance(result, Result):
         lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
 
 
-def convert_summary(result: dict[str, Any], out: Path) -> Group:
+def convert_summary(result: Result, out: Path) -> Group:
     """What became of the integers, how large it is, what is known of its accuracy, and where it is."""
+    converted, measured = result.converted, result.verification
+    assert converted is not None
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    converted = result["converted"]
-    table.add_row("linears", f"{converted['equal']} with equal codes, scales and zero points, read back from the files")
-    if converted["rounded"]:
-        error = converted["weight_error"]
-        how = f"{converted['rounded']} rounded, relative error of the weights {error['mean']:.2%}"
-        table.add_row("", f"{how} (at worst {error['worst']:.2%})")
-    table.add_row("size", f"{format_bytes(result['total_bytes'])}, as {result['format']}")
-    measured = result["verification"]
+    table.add_row("linears", f"{converted.equal} with equal codes, scales and zero points, read back from the files")
+    if (error := converted.weight_error) is not None:
+        how = f"{converted.rounded} rounded, relative error of the weights {error.mean or 0:.2%}"
+        table.add_row("", f"{how} (at worst {error.worst or 0:.2%})")
+    table.add_row("size", f"{format_bytes(result.total_bytes)}, as {result.format}")
     if measured:
         _add_figures(table, measured)
-    lines: list[Any] = [table, *(Text(f"note: {note}", style="yellow") for note in result["fallbacks"])]
+    lines: list[Any] = [table, *(Text(f"note: {note}", style="yellow") for note in result.fallbacks)]
     if measured:
         lines += _verdict_lines(measured)
     lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
 
 
-def _add_figures(table: Table, measured: dict[str, Any]) -> None:
+def _add_figures(table: Table, measured: Verification) -> None:
     """Rows of a verification; a figure that could not be measured, or is not finite, is None and left out."""
-    found, reference = measured["perplexity"], measured["perplexity_fp16"]
-    if found is not None and reference is not None:
-        limit = (measured.get("limits") or {}).get("max_ppl_increase")
+    if measured.increase is not None:
+        limit = measured.limits.max_ppl_increase
         allowed = "" if limit is None else f"; the limit is +{limit * 100:g}%"
-        table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {found / reference - 1:+.2%}{allowed})")
-    if measured["kl_divergence"] is not None:
-        error = measured.get("kl_standard_error")
+        found, reference = measured.perplexity, measured.perplexity_fp16
+        table.add_row("perplexity", f"{found:.4f}  (FP16 {reference:.4f}, {measured.increase:+.2%}{allowed})")
+    if measured.kl_divergence is not None:
+        error = measured.kl_standard_error
         give_or_take = "" if error is None else f" ± {error:.5f}"
+        computed = f", in {measured.dtype}" if measured.dtype else ""
         table.add_row(
             "KL divergence",
-            f"{measured['kl_divergence']:.5f}{give_or_take} nats over {measured['tokens']:,} tokens{_dtype(measured)}",
+            f"{measured.kl_divergence:.5f}{give_or_take} nats over {measured.tokens:,} tokens{computed}",
         )
-    if measured["top1_agreement"] is not None:
-        table.add_row("top-1 agreement", f"{measured['top1_agreement']:.2%}")
-    fit = measured.get("fit")
-    if fit:
+    if measured.top1_agreement is not None:
+        table.add_row("top-1 agreement", f"{measured.top1_agreement:.2%}")
+    if fit := measured.fit:
         table.add_row(
             "memory",
-            f"{format_bytes(fit['total_bytes'])} of {format_bytes(fit['budget_bytes'])} with {fit['context']:,} "
-            f"tokens of context; longest that fits {fit['longest_context']:,}",
+            f"{format_bytes(fit.total_bytes)} of {format_bytes(fit.budget_bytes)} with {fit.context:,} "
+            f"tokens of context; longest that fits {fit.longest_context:,}",
         )
 
 
-def _dtype(measured: dict[str, Any]) -> str:
-    """What hidden states and weights were computed in."""
-    return f", in {measured['dtype']}" if measured.get("dtype") else ""
-
-
-def _verdict_lines(measured: dict[str, Any]) -> list[Text]:
-    passed = measured["verdict"] == "pass"
+def _verdict_lines(measured: Verification) -> list[Text]:
+    passed = measured.verdict == "pass"
     shown = Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red")
-    return [shown, *(Text(f"  {reason}") for reason in measured["reasons"])]
+    return [shown, *(Text(f"  {reason}") for reason in measured.reasons)]
 
 
 def push_document(result: PushResult) -> dict[str, Any]:
