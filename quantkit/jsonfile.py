@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ModelError, QuantkitError
+from quantkit.files import read_bytes
 
 
 def read_object(path: Path, hint: str, error: type[QuantkitError] = ModelError) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def read_object(path: Path, hint: str, error: type[QuantkitError] = ModelError) 
         error: the file is missing, cannot be read, or holds anything but a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(path).decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as fault:
         raise error(f"{path.parent}: no {path.name}; {hint}") from fault
     except OSError as fault:

@@ -47,7 +47,7 @@ def test_a_resumed_run_leaves_the_same_bytes(tmp_path: Path) -> None:
     assert whole == parts
     assert [set(json.loads(line)) for line in whole.splitlines()] == [
         {"quantkit_journal", "identity"},
-        *[{"unit", "file", "sha256", "record"}] * 3,
+        *[{"unit", "file", "sha256", "record", "seal"}] * 3,
     ]
     assert (tmp_path / "whole" / JOURNAL).stat().st_mode & 0o777 == 0o644
 
@@ -91,6 +91,24 @@ def test_a_line_that_the_disk_lost(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=r"journal.jsonl: line [23] is damaged"):
             run(tmp_path)
     assert run(tmp_path, fresh=True) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"record": {}}, {"record": {"loss": 0}}, {"sha256": "0"}, {"more": 1}, {"seal": "0" * 16}]
+)
+def test_a_line_that_was_changed_is_not_believed(tmp_path: Path, change: dict[str, Any]) -> None:
+    run(tmp_path, 0, 1)
+    path = tmp_path / JOURNAL
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change), lines[2], ""]))
+    with pytest.raises(OutputError, match=r"journal.jsonl: line 2 is damaged; --fresh starts over"):
+        run(tmp_path)
+
+
+def test_a_pipe_is_no_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / JOURNAL)
+    with pytest.raises(OutputError, match="a pipe or a device"):
+        run(tmp_path)
 
 
 def test_units_are_verified_and_dropped_with_all_later_ones(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     "files": "",
     "hardware": "errors",
-    "jsonfile": "errors",
+    "jsonfile": "errors files",
     "network": "text",
     "patterns": "errors",
     "resources": "errors",
@@ -57,9 +57,9 @@ ALLOWED: dict[str, str] = {
     "settings": "errors resources formats methods scheme calibration checkpoint recipe records verdict model",
     # streams
     "allocation": (
-        "errors hardware units formats grids methods scheme stats calibration checkpoint recipe model plan"
-        " serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head pipeline.job"
-        " pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
+        "errors files hardware units formats grids methods scheme stats calibration checkpoint recipe model"
+        " plan serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
+        " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": "dtypes errors formats grids methods scheme checkpoint records model plan quantized serving",

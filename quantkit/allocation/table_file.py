@@ -17,6 +17,7 @@ from quantkit.calibration.tokens import TokenSet
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import write_json
 from quantkit.errors import InputError
+from quantkit.files import read_bytes
 from quantkit.hardware.machine import device_name
 from quantkit.model.streaming import StreamedModel
 
@@ -62,7 +63,7 @@ def read_table(path: Path, identity: Mapping[str, Any], problem: Problem) -> Mea
     if not path.exists():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_bytes(path).decode("utf-8"))
         expected = json.loads(json.dumps(identity))
         other = [key for key in expected if raw["identity"].get(key) != expected[key]]
         if other:

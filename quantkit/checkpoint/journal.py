@@ -3,7 +3,8 @@
 
 `journal.jsonl` is append-only. Its first line is the run's identity: everything that determines the bytes of the
 result. Every further line is a finished unit, appended (one write, flushed to the disk) after the unit's file is in
-place. It holds no times, so an interrupted and resumed run leaves the same journal as one that was not interrupted.
+place. It ends with a hash of itself, since its figures go into the result as they are. It holds no times, so an
+interrupted and resumed run leaves the same journal as one that was not interrupted.
 
 The journal is also the lock: it is held with flock(2) while open, which the kernel releases however the process ends.
 """
@@ -13,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from quantkit.errors import OutputError
 
 JOURNAL, RESULT = "journal.jsonl", "quantkit.json"
 HEAD = b'{"quantkit_journal": 1, "identity": '  # how every journal of ours begins; the number is the format's version
+SEAL = 16  # hexadecimal digits
 BESIDE_WEIGHTS = (  # most of what a run copies from the model's folder; the rest is known once it is recorded
     "generation_config.json",
     "tokenizer*",
@@ -85,9 +88,9 @@ class Journal:
         if unit.unit in self.finished or not is_plain_name(unit.file):
             raise ValueError(f"{unit.unit}: already finished, or {unit.file!r} is not a plain file name")
         fields = {"unit": unit.unit, "file": unit.file, "sha256": unit.sha256, "record": unit.record}
-        line = to_json(fields, f"the record of {unit.unit}").encode() + b"\n"
-        begin = _append(self.descriptor, line, self.folder / JOURNAL)
-        self.finished[unit.unit] = Unit(**json.loads(line))
+        text = to_json(fields, f"the record of {unit.unit}").encode(errors="backslashreplace")
+        begin = _append(self.descriptor, _sealed(text), self.folder / JOURNAL)
+        self.finished[unit.unit] = Unit(**json.loads(text))
         self.begins[unit.unit] = begin
 
     def verify_unit(self, unit: Unit) -> bool:
@@ -122,7 +125,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> I
         OutputError: another process works in the folder; the folder holds other files and no journal, or the journal
             of a run with another identity; the journal is damaged; the folder cannot be written.
     """
-    first_line = HEAD + to_json(identity, "the identity of the run").encode() + b"}\n"
+    first_line = HEAD + to_json(identity, "the identity of the run").encode(errors="backslashreplace") + b"}\n"
     path = folder / JOURNAL
     try:
         found = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -133,6 +136,8 @@ def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> I
     except OSError as error:
         raise output_error(path, error) from error
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OutputError(f"{path}: is a pipe or a device, not a journal; choose another --out")
         _lock(descriptor, path, folder)
         try:
             yield _begin(Journal(folder, descriptor), first_line, fresh=fresh)
@@ -213,11 +218,18 @@ def _read_units(journal: Journal, text: bytes) -> Journal:
     return journal
 
 
+def _sealed(text: bytes) -> bytes:
+    """The line of a unit: its JSON object with a last key, the hash of the object before it was added."""
+    return b'%s, "seal": "%s"}\n' % (text[:-1], hashlib.sha256(text).hexdigest()[:SEAL].encode())
+
+
 def _parse_unit(line: bytes) -> Unit | None:
-    if not line.endswith(b"\n"):
+    """The unit of a line, or None if anything of it is not as it was written."""
+    text = line[: -len(_sealed(b"}"))] + b"}"
+    if line != _sealed(text):
         return None
     try:
-        unit = Unit(**json.loads(line))
+        unit = Unit(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         return None
     whole = isinstance(unit.unit, str) and isinstance(unit.sha256, str) and isinstance(unit.record, dict)

@@ -181,6 +181,9 @@ def _read_headers(directory: Path) -> dict[str, Entry]:
     if not directory.is_dir():
         fault = "is a file" if directory.exists() else "no such folder"
         raise ModelError(f"{directory}: {fault}; expected a folder with config.json and {SINGLE}")
+    for path in directory.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path}: is a pipe or a device; expected a regular file")
     if not (directory / SINGLE).exists() and (directory / INDEX).exists():
         return _read_sharded(directory)
     return _read_header(directory / _single_file(directory))

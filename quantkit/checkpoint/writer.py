@@ -71,8 +71,11 @@ def output_error(path: Path, error: OSError) -> OutputError:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write UTF-8 text atomically, line ends as they are; see `write_chunks`."""
-    return write_chunks(path, [text.encode()])
+    """Write UTF-8 text atomically, line ends as they are; see `write_chunks`.
+
+    Bytes of file names that are not UTF-8, which Python holds as lone surrogates, are written as `\\udcff`.
+    """
+    return write_chunks(path, [text.encode(errors="backslashreplace")])
 
 
 def write_json(path: Path, value: Any, *, finite: bool = True) -> str:

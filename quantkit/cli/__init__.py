@@ -15,6 +15,7 @@ import typer
 from quantkit import __version__
 from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
+from quantkit.hardware.launch import launch
 from quantkit.methods.table import METHODS
 
 app = typer.Typer(
@@ -55,7 +56,7 @@ def options(
 ) -> None:
     """Quantize, verify and publish large language models on one card."""
     if processes() > 1 and context.invoked_subcommand not in METHODS:
-        if os.environ["RANK"] == "0":
+        if launch().rank == 0:
             fail(f"{context.invoked_subcommand}: runs in one process; only {', '.join(METHODS)} take several")
         from quantkit.hardware.ranks import give_way
 
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    if processes() == 1 or os.environ["RANK"] == "0":
+    if launch().rank == 0:
         app(prog_name="quantkit")
     try:  # what is wrong with the words is told once, by the first of several processes
         sys.exit(app(prog_name="quantkit", standalone_mode=False))

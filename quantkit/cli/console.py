@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit.errors import EngineError, QuantkitError
+from quantkit.hardware.launch import launch
 from quantkit.report.terminal.screen import Screen
 from quantkit.text import json_text, one_line, printable, printable_lines, without_secrets
 
@@ -58,6 +59,9 @@ class Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         """As typer's."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows ± as \xb1
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except Exception as error:
@@ -83,7 +87,8 @@ def print_json(document: Any) -> None:
 
 def command(*, without: tuple[str, ...] = ()) -> str:
     """The command as it was given, to repeat it."""
-    several = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m"] if processes() > 1 else []
+    started = launch()
+    several = ["torchrun", "--nproc-per-node", str(started.local_size), "-m"] if started.size > 1 else []
     return shlex.join([*several, "quantkit", *(word for word in sys.argv[1:] if word not in without)])
 
 
@@ -95,7 +100,7 @@ def given(here: typer.Context) -> set[str]:
 
 def processes() -> int:
     """How many processes torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return launch().size
 
 
 def _interrupted(resumes: bool) -> NoReturn:
@@ -122,12 +127,15 @@ def told(*, resumes: bool = False) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # it came while torch was changing its modes
             _interrupted(resumes)
+        if isinstance(error.__context__, OSError):  # pathlib's, of links that lead in a circle
+            _unusable(error.__context__)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         again = "; finished layers are kept" if resumes else ""
         fail(f"the device is out of memory{again}; use --states ram, a shorter --seqlen, or --device cpu")
     except OSError as error:
         if error.errno not in FULL_DISK:
+            _unusable(error)
             raise
         fail(
             f"{error.filename or 'disk'}: full; finished layers are kept. To continue: {command(without=('--fresh',))}"
@@ -135,6 +143,12 @@ def told(*, resumes: bool = False) -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) is not before:
             signal.signal(signal.SIGTERM, before)
+
+
+def _unusable(error: OSError) -> None:
+    """Tell which file the system refuses, and end; an error that names none is ours."""
+    if isinstance(error.filename, str | os.PathLike):
+        fail(f"{error.filename}: {error.strerror}; give another name, or repair what is there")
 
 
 def fail(*lines: str) -> None:

@@ -214,8 +214,8 @@ def _changed_original(out: Path, original: StreamedModel) -> list[str]:
     """The original's files that are not those of the journal, where there is one."""
     try:
         with (out / JOURNAL).open("rb") as file:
-            then = json.loads(file.readline())["identity"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+            then = dict(json.loads(file.readline())["identity"]["model"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     now = fingerprint(original.checkpoint)
     return [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]

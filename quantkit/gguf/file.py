@@ -166,6 +166,8 @@ def open_gguf(path: Path) -> GGUFFile:
     Raises:
         ModelError: not a GGUF file of version 2 or 3, damaged, or with tensors of a type that is not known here.
     """
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: expected a regular file")
     try:
         with path.open("rb") as file:
             return _read_header(path, file, path.stat().st_size)
@@ -219,7 +221,9 @@ def _read_header(path: Path, file: BufferedReader, size: int) -> GGUFFile:
             )
         infos[name] = TensorInfo(name, codes[code].name, shape)
         offsets[name] = number("<Q")
-    alignment = int(metadata.get("general.alignment", ALIGNMENT))
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise ModelError(f"{path}: general.alignment: expected a positive number, got {alignment!r:.40}")
     begin = -(-file.tell() // alignment) * alignment
     for name, info in infos.items():
         offsets[name] += begin

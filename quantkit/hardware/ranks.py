@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from quantkit.errors import RankError
+from quantkit.hardware.launch import launch
 
 MOST_DIMENSIONS = 4  # of a tensor that is sent
 LOST = "a process of this run was lost, or all were stopped; finished layers are kept, and the same command continues"
@@ -138,12 +139,19 @@ def joined(tell: Callable[[str], None]) -> Iterator[Ranks]:
     What goes wrong is told by one process, the first to meet it: the exceptions of the others become silent exits.
     Where a process is lost, torchrun stops the others; then `tell` is called with one line, by one of them.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if size == 1:
+    started = launch()
+    if started.size == 1:
         yield ALONE
         return
-    store, rank, size = next(iter(rendezvous("env://")))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+    except (RuntimeError, OSError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(
+            f"the other processes cannot be met at {place} (MASTER_ADDR, MASTER_PORT); start them with torchrun, "
+            "or unset RANK to run alone"
+        ) from error
+    local = started.local_rank
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -156,7 +164,7 @@ def joined(tell: Callable[[str], None]) -> Iterator[Ranks]:
 
     _heed_termination(first_to_tell, tell)
     try:
-        yield Ranks(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        yield Ranks(rank, size, local, started.local_size)
     except (Exception, KeyboardInterrupt) as problem:
         if first_to_tell():
             raise

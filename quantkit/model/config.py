@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.older import older_rope_keys
-from quantkit.model.unsupported import unsupported
+from quantkit.model.unsupported import too_large, unsupported
 
 SIZES = (
     "num_hidden_layers",
@@ -23,6 +23,8 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -58,7 +60,7 @@ def load_config(directory: Path) -> PretrainedConfig:
             )
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, config)
-    return config
+    return _computing(config)
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
@@ -70,12 +72,21 @@ def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
+    if reason := too_large(raw):
+        raise ModelError(f"config: {reason}")
     try:
         values = {key: _floats(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
         config = AutoConfig.for_model(kind, **values)
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"config: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
+    return _computing(config)
+
+
+def _computing(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with the outputs that every model is run for here: those that a file asks for change no weight."""
+    for key, value in OUTPUTS.items():
+        setattr(config, key, value)
     return config
 
 

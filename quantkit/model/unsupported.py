@@ -8,6 +8,9 @@ TOWERS = ("vision_config", "audio_config")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+MOST = {"num_labels": 100_000, "num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "num_layers": 10_000}
+
+
 def unsupported(values: Mapping[str, Any]) -> str | None:
     """What a model is that keeps it from being quantized here: "is an encoder-decoder; ..."; None if nothing does."""
     if values.get("is_encoder_decoder"):
@@ -15,9 +18,19 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     for key in TOWERS:
         if values.get(key):
             return f"has a {key.removesuffix('_config')} tower; only text decoders are supported"
+    if reason := too_large(values):
+        return reason
     for key, count in _items(values):
         if key in EXPERTS and count not in (None, 0, 1, []):
             return f"is a mixture of experts ({key}={count}); only dense decoders are supported"
+    return None
+
+
+def too_large(values: Mapping[str, Any]) -> str | None:
+    """What would fill the memory before a tensor is read: transformers lists all layers and all labels."""
+    for key, count in _items(values):
+        if isinstance(count, int) and count > MOST.get(key, 2**62):
+            return f"says {key[:80]} {str(count)[:20]}; at most {MOST.get(key, 2**62):,} are read; the file is damaged"
     return None
 
 
