@@ -7,21 +7,24 @@ import json
 import lzma
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.calibration import load as calibration
+from quantkit.calibration import windows
+from quantkit.calibration.files import pieces_of
 from quantkit.calibration.load import load, load_eval
 from quantkit.calibration.sources import BUNDLED, MIX, parse_hub
-from quantkit.calibration.tokens import TokenSet, note_left_out, notes_of
+from quantkit.calibration.tokens import TokenSet, as_asked, notes_of
 from quantkit.errors import InputError
 from quantkit.resources import calibration_dir
 from tests.texts import BOS, CHAT, EOS, KEEPS, STRIPS, USER, make_tokenizer, write_jsonl
@@ -115,10 +118,10 @@ def test_default_size_comes_out_of_one_set_for_a_coarse_vocabulary() -> None:
 # Windows
 
 
-def without_added(windows: torch.Tensor, prefix: list[int]) -> list[int]:
+def without_added(cut: torch.Tensor, prefix: list[int]) -> list[int]:
     """The stream that windows were cut from, but for its own tokens of the prefix."""
-    ids = windows.flatten().tolist()
-    assert all(row[: len(prefix)].tolist() == prefix for row in windows)
+    ids = cut.flatten().tolist()
+    assert all(row[: len(prefix)].tolist() == prefix for row in cut)
     return [token for token in ids if token not in prefix]
 
 
@@ -199,7 +202,7 @@ def test_one_long_document_does_not_crowd_out_the_others(tmp_path: Path) -> None
 
 @given(st.text(max_size=400), st.integers(1, 50))
 def test_passages_lose_nothing_and_stay_near_their_size(text: str, size: int) -> None:
-    passages = calibration._passages(text, size)
+    passages = windows.passages_of(text, size)
     assert "".join(passages) == text
     assert all(passages) or not text
     assert all(len(passage) <= 2.5 * size + 1 for passage in passages)
@@ -207,13 +210,13 @@ def test_passages_lose_nothing_and_stay_near_their_size(text: str, size: int) ->
 
 @given(st.lists(st.text("ab \n", max_size=60), max_size=6), st.integers(0, 5))
 def test_rounds_give_every_passage_once(documents: list[str], seed: int) -> None:
-    found = list(calibration._in_rounds(documents, 10, random.Random(seed)))
-    assert sorted(map(str, found)) == sorted(p for text in documents for p in calibration._passages(text, 10))
+    found = list(windows.in_rounds(documents, 10, random.Random(seed)))
+    assert sorted(map(str, found)) == sorted(p for text in documents for p in windows.passages_of(text, 10))
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=6), st.integers(1, 20))
 def test_join_puts_no_two_eos_together(rows: list[list[int]], enough: int) -> None:
-    stream = calibration._join(rows, 9, enough)
+    stream = windows.joined(rows, 9, enough).tolist()
     kept = list(itertools.chain.from_iterable(row for row in rows if row))
     without = [i for i in stream if i != 9]
     assert without == kept[: len(without)]
@@ -266,8 +269,12 @@ def test_token_file_is_used_as_it_is(tmp_path: Path) -> None:
     found = load(path, no_tokenizer, samples=99, seqlen=99, seed=0, vocab_size=12)
     assert torch.equal(found.input_ids, ids.long())
     assert load_eval(path, no_tokenizer, seqlen=99, vocab_size=12).sha256 == found.sha256
-    assert note_left_out(found, samples=3, seqlen=4).notes == note_left_out(found).notes == ()
-    assert notes_of(None, note_left_out(found, samples=99)) == [
+    assert as_asked(found, samples=3, seqlen=4).notes == as_asked(found).notes == ()
+    some = as_asked(found, samples=2)
+    assert torch.equal(some.input_ids, ids[:2].long())
+    assert (some.notes, some.protocol) == ((), "the first 2 windows of the file, as they are")
+    assert some.sha256 == load_eval(path, no_tokenizer, seqlen=4, samples=2, vocab_size=12).sha256
+    assert notes_of(None, as_asked(found, samples=99)) == [
         f"{path}: --samples 99 was left out here: the file is used as it is, 3 x 4 tokens"
     ]
 
@@ -291,6 +298,82 @@ def test_long_text_gives_no_warning(stories: Path, caplog: pytest.LogCaptureFixt
 
 
 # Evaluation
+
+
+def whole_and_parts(text: str, tok: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """(the ids of a text tokenized at once, those of its parts)"""
+    pieces = [text[i : i + 100] for i in range(0, len(text), 100)]
+    return tok(text, add_special_tokens=False, verbose=False)["input_ids"], [
+        token for row in windows.ids_of_text(pieces, tok) for token in row
+    ]
+
+
+TEXTS = ["", "a", "the layer " * 400, " " * 3000, "a" * 3000, "ab\n" * 900, "日本語のテキスト。" * 300]
+WORDS = ["the model ", "reads", " ", "\n", "\n\n", "  layer", "é", "字", "\t", "1234", "!?"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_in_parts_has_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(windows, "SPAN", 300)
+    monkeypatch.setattr(windows, "OVERLAP", 100)
+    whole, parts = whole_and_parts(text, BARE)
+    assert parts == whole
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(WORDS), max_size=400), st.integers(60, 200))
+def test_any_text_in_parts_has_its_ids(monkeypatch: pytest.MonkeyPatch, words: list[str], span: int) -> None:
+    monkeypatch.setattr(windows, "SPAN", span)
+    monkeypatch.setattr(windows, "OVERLAP", 50)
+    whole, parts = whole_and_parts("".join(words), BARE)
+    assert parts == whole
+
+
+def test_no_more_is_read_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "the model reads one layer at a time. "
+    path = tmp_path / "large.txt"
+    path.write_text(text * 60_000)
+    read: list[str] = []
+
+    def counted(path: Path) -> Iterator[str]:
+        for piece in pieces_of(path):
+            read.append(piece)
+            yield piece
+
+    monkeypatch.setattr("quantkit.calibration.sources.pieces_of", counted)
+    found = load_eval(str(path), lambda: BARE, seqlen=64, samples=8, vocab_size=VOCAB)
+    assert len(read) == 1
+    assert found.input_ids.flatten().tolist() == BARE(text * 100)["input_ids"][: 8 * 64]
+    monkeypatch.setattr(calibration, "MOST_CHARACTERS", 100_000)
+    assert get(path, BARE).notes == ("only its beginning was read, as it is very large",)
+    assert len(read) == 2
+
+
+def test_a_very_long_document_is_tokenized_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "the model reads one layer at a time\n" * n} for n in (3, 400, 5)]
+    path = write_jsonl(tmp_path / "long.jsonl", [*rows, {"messages": [{"role": "user", "content": "layer " * 3000}]}])
+    tok = make_tokenizer(template=KEEPS)
+
+    def hashes() -> list[str]:
+        return [load_eval(str(path), lambda: tok, seqlen=16, samples=n, vocab_size=VOCAB).sha256 for n in (4, None)]
+
+    usual = hashes()
+    monkeypatch.setattr(windows, "LONG", 200)
+    monkeypatch.setattr(windows, "SPAN", 300)
+    monkeypatch.setattr(windows, "OVERLAP", 100)
+    assert hashes() == usual
+
+
+def test_documents_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_jsonl(tmp_path / "long.jsonl", [{"text": f"Document {i}. " + "words " * 99} for i in range(400)])
+    with rows.open("a") as file:
+        file.write("{cut")
+    found = load_eval(str(rows), lambda: PLAIN, seqlen=64, samples=8, vocab_size=VOCAB)  # the damage is not reached
+    assert found.samples == 8
+    with pytest.raises(InputError, match="line 401"):
+        load_eval(str(rows), lambda: PLAIN, seqlen=64, vocab_size=VOCAB)
+    monkeypatch.setattr(calibration, "MOST_CHARACTERS", 50_000)
+    assert get(rows).notes == ("only its beginning was read, as it is very large",)
 
 
 def test_text_is_evaluated_by_the_wikitext_protocol(tmp_path: Path) -> None:

@@ -202,12 +202,18 @@ def test_text_is_calibrated_and_evaluated_with_the_models_tokenizer(tmp_path: Pa
 
 
 def test_windows_that_are_used_as_they_are_say_so(tmp_path: Path, qwen2: Path, ids: Path) -> None:
-    answer = done(*run_words("gptq", qwen2, tmp_path / "out", ids, "--samples", "2", "--seqlen", "32", "--no-verify"))
+    answer = done(*run_words("gptq", qwen2, tmp_path / "out", ids, "--samples", "9", "--seqlen", "32", "--no-verify"))
     result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert result["calibration"]["samples"] == 6
     (told,) = (note for note in result["fallbacks"] if "left out" in note)
-    assert "--samples 2 was left out here: the file is used as it is, 6 x 32 tokens" in told
-    assert "--samples 2 was left out" in " ".join(answer.stderr.split())
+    assert "--samples 9 was left out here: the file is used as it is, 6 x 32 tokens" in told
+    assert "--samples 9 was left out" in " ".join(answer.stderr.split())
+
+
+def test_fewer_windows_of_a_file_calibrate_as_asked(tmp_path: Path, qwen2: Path, ids: Path) -> None:
+    done(*run_words("gptq", qwen2, tmp_path / "out", ids, "--samples", "2", "--no-verify"))
+    result = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert (result["calibration"]["samples"], result["calibration"]["notes"]) == (2, [])
 
 
 def test_without_calibration_its_options_are_told_and_change_no_run(tmp_path: Path, qwen2: Path, ids: Path) -> None:

@@ -417,6 +417,22 @@ def test_a_record_is_not_read_beyond_all_bounds(tmp_path: Path, monkeypatch: pyt
     assert "longer than" in refusal(tmp_path / "long.csv")
 
 
+def test_a_parquet_file_is_not_unpacked_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("quantkit.calibration.files.LONGEST", 100_000)
+    same = {"text": ["many words " * 1000] * 99}
+    turn = {"role": "user", "content": "many words " * 1000}
+    parquet.write_table(arrow.table(same), tmp_path / "swells.parquet", compression="zstd", use_dictionary=False)
+    parquet.write_table(arrow.table(same), tmp_path / "shared.parquet", compression="zstd")
+    parquet.write_table(arrow.table({"messages": [[turn] * 3, [turn] * 99]}), tmp_path / "nested.parquet")
+    assert "bytes of text unpack to 1089" in refusal(tmp_path / "swells.parquet")
+    assert documents(tmp_path / "shared.parquet") == same["text"]
+    assert "nested.parquet: row 2: longer than" in refusal(tmp_path / "nested.parquet")
+    corpus = open_corpus(str(tmp_path / "shared.parquet"), offline=True, shuffle=None)
+    assert next(corpus.documents) == same["text"][0]
+
+
 def test_conversations_of_all_shapes_are_rendered(tmp_path: Path) -> None:
     share = [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": CHAT[1]["content"]}]
     rows: list[Any] = [{"messages": CHAT}, {"conversations": share}, {"prompt": CHAT[:1], "completion": CHAT[1:]}]

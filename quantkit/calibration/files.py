@@ -22,8 +22,9 @@ from quantkit.calibration.shapes import EXPECTED, FIELDS
 from quantkit.errors import InputError
 from quantkit.text import clean_line
 
-LONGEST = 1 << 26  # bytes, or characters, of one record
+LONGEST = 1 << 25  # bytes, or characters, of one record
 PIECE = 1 << 18  # characters of a text that are read together
+SWELLING = 50  # times that a column of a parquet file may grow when it is unpacked
 JSON_PIECE = 1 << 14  # the same of JSON, whose rest is copied with each record
 BATCH = 32  # rows of a parquet file that are read together
 
@@ -104,7 +105,9 @@ def _value(rest: str, text: io.TextIOWrapper, path: Path) -> tuple[Any, str]:
             value, end = DECODER.raw_decode(rest)
             return value, rest[end:]
         except (ValueError, RecursionError) as error:
-            more = text.read(max(JSON_PIECE, len(rest))) if len(rest) <= LONGEST else ""
+            if len(rest) > LONGEST:
+                raise _too_long(f"{path}: a record") from None
+            more = text.read(max(JSON_PIECE, len(rest)))
             if not more:
                 raise InputError(f"{path}: expected JSON, got {clean_line(error)}; mend it") from None
             rest += more
@@ -128,19 +131,62 @@ def _table(path: Path, field: str | None, delimiter: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, field: str | None) -> Iterator[Row]:
-    import pyarrow as arrow  # only here: it is slow to import
-    import pyarrow.parquet as parquet
+    import pyarrow.parquet as parquet  # only here: it is slow to import
 
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = _require_columns(path, file.schema_arrow.names, field)
+        described = parquet.read_metadata(path)
+        columns = _require_columns(path, described.schema.to_arrow_schema().names, field)
+        _refuse_swelling(path, described, columns)
+        leaves = [described.schema.column(i) for i in range(len(described.schema))]
+        strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # a text that many rows share is held once
+        with parquet.ParquetFile(path, read_dictionary=strings) as file:
             number = 0
             for batch in file.iter_batches(batch_size=BATCH, columns=columns, use_threads=False):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield record, f"{path}: row {number}"
-    except (arrow.ArrowException, OSError) as error:
+                small = sum(map(_decoded, batch.columns)) <= LONGEST
+                for rows in [batch] if small else [batch.slice(i, 1) for i in range(batch.num_rows)]:
+                    if not small and sum(map(_decoded, rows.columns)) > LONGEST:
+                        raise _too_long(f"{path}: row {number + 1}")
+                    for record in rows.to_pylist():
+                        number += 1
+                        yield record, f"{path}: row {number}"
+    except InputError:
+        raise
+    except Exception as error:  # of many types that have nothing in common
         raise unreadable(path, "a parquet file", error) from None
+
+
+def _refuse_swelling(path: Path, described: Any, columns: list[str]) -> None:
+    """Raise InputError for a parquet file of which a little unpacks to more than memory may hold.
+
+    Its pages are unpacked as a whole, so the sizes that it states are looked at before. Texts become about 4 times as
+    long.
+    """
+    for index in range(described.num_row_groups):
+        group = described.row_group(index)
+        for column in map(group.column, range(group.num_columns)):
+            packed, whole = column.total_compressed_size, column.total_uncompressed_size
+            if column.path_in_schema.partition(".")[0] in columns and whole > max(LONGEST, SWELLING * packed):
+                raise InputError(
+                    f"{path}: {packed} bytes of {column.path_in_schema} unpack to {whole}; expected up to {SWELLING} "
+                    "times as much, as of texts; use another file"
+                )
+
+
+def _decoded(column: Any) -> int:
+    """Bytes of an arrow array when each text that it names stands by itself."""
+    import pyarrow as arrow
+    import pyarrow.compute as compute
+
+    kind = column.type
+    if arrow.types.is_dictionary(kind):
+        lengths = compute.binary_length(column.dictionary)
+        return int(compute.sum(lengths.take(column.indices)).as_py() or 0)
+    if arrow.types.is_struct(kind):
+        return sum(map(_decoded, column.flatten()))
+    if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+        return _decoded(column.flatten())
+    return int(column.nbytes)
 
 
 READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
@@ -170,8 +216,12 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, str]]:
         number += 1
         where = f"{path}: line {number}"
         if len(line) > LONGEST:
-            raise InputError(f"{where}: longer than {LONGEST >> 20} MiB; cut it into smaller documents")
+            raise _too_long(where)
         yield line, where
+
+
+def _too_long(where: str) -> InputError:
+    return InputError(f"{where}: longer than {LONGEST >> 20} MiB; cut it into smaller documents")
 
 
 @contextmanager

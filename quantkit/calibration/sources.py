@@ -44,6 +44,7 @@ class Corpus:
     form: what they are: "documents", the pieces of one "text", or its "lines"
     remote: they come from the hub, so that no more should be asked for than is needed
     rows: what was seen of the rows so far: how many were "read", and how many of these are "empty"
+    cut: whether there is more than memory should hold, and only the beginning was read
     """
 
     source: str
@@ -51,6 +52,7 @@ class Corpus:
     form: str = "documents"
     remote: bool = False
     rows: Counter[str] = field(default_factory=Counter)
+    cut: bool = False
 
     @property
     def one_text(self) -> bool:
@@ -58,9 +60,10 @@ class Corpus:
         return self.form != "documents"
 
     def notes(self) -> tuple[str, ...]:
-        """What was left out of the rows that were read."""
+        """What was left out of what was read, and that not all was read."""
         empty = self.rows["empty"]
-        return (f"{empty} of {self.rows['read']} rows hold no text and were left out",) if empty else ()
+        notes = [f"{empty} of {self.rows['read']} rows hold no text and were left out"] if empty else []
+        return (*notes, *(["only its beginning was read, as it is very large"] if self.cut else []))
 
 
 def open_corpus(source: str, *, offline: bool, shuffle: int | None) -> Corpus:

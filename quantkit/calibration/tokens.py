@@ -51,13 +51,15 @@ def require_positions(tokens: TokenSet, limit: int | None) -> None:
         raise InputError(f"{tokens.source}: windows of {tokens.seqlen} tokens, but the model has {limit} positions")
 
 
-def note_left_out(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
-    """The same, with a note of what was asked for and is otherwise in the file, whose windows are used as they are."""
+def as_asked(tokens: TokenSet, *, samples: int | None = None, seqlen: int | None = None) -> TokenSet:
+    """The first `samples` windows of a file of windows, with a note of what was asked for and cannot be had of it."""
+    if samples is not None and samples < tokens.samples:
+        tokens = first_windows(tokens, samples)
     asked = {"--samples": (samples, tokens.samples), "--seqlen": (seqlen, tokens.seqlen)}
     notes = tuple(
         f"{option} {wanted} was left out here: the file is used as it is, {tokens.samples} x {tokens.seqlen} tokens"
-        for option, (wanted, found) in asked.items()
-        if wanted not in (None, found)
+        for option, (wanted, there) in asked.items()
+        if wanted not in (None, there)
     )
     return replace(tokens, notes=tokens.notes + notes)
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from quantkit import __version__
 from quantkit.calibration.load import load_eval
 from quantkit.calibration.sources import BUNDLED, DEFAULT_EVAL
-from quantkit.calibration.tokens import TokenSet, note_left_out, record_of, require_positions
+from quantkit.calibration.tokens import TokenSet, as_asked, record_of, require_positions
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import fingerprint, shorten
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
@@ -259,7 +259,7 @@ def _load_eval(
         offline=request.offline,
     )
     require_positions(tokens, limit)
-    return note_left_out(tokens, seqlen=request.seqlen)
+    return as_asked(tokens, seqlen=request.seqlen)
 
 
 def _noted(tokens: TokenSet, note: str) -> TokenSet:

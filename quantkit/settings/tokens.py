@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantkit.calibration.load import load, load_eval
 from quantkit.calibration.sources import DEFAULT_EVAL
-from quantkit.calibration.tokens import TokenSet, note_left_out, require_positions
+from quantkit.calibration.tokens import TokenSet, as_asked, require_positions
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS
 from quantkit.model.streaming import StreamedModel
@@ -36,7 +36,8 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        calibrated = note_left_out(calibrated, samples=request.samples, seqlen=request.seqlen)
+        asked = request.samples or (None if request.calib else said.samples)  # a recipe's are of its own source
+        calibrated = as_asked(calibrated, samples=asked, seqlen=request.seqlen)
     if request.verify:
         evaluated = load_eval(
             request.evaluation or DEFAULT_EVAL,
@@ -46,7 +47,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        evaluated = note_left_out(evaluated, seqlen=request.seqlen)
+        evaluated = as_asked(evaluated, seqlen=request.seqlen)
     for tokens in (calibrated, evaluated):
         if tokens is not None:
             require_positions(tokens, limit)
