@@ -238,7 +238,6 @@ def test_a_model_that_skips_layers_is_refused(tmp_path: Path) -> None:
     ("kind", "changes", "reason"),
     [
         ("gpt2", {}, "Conv1D"),
-        ("mamba", {}, "mamba|dense"),
         ("rwkv", {"attention_hidden_size": 48}, "dense"),
         ("gemma4_text", {"head_dim": 16}, "cannot be run one layer at a time"),
     ],
