@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,32 @@ def test_a_pipe_is_no_journal(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / JOURNAL)
     with pytest.raises(OutputError, match="a pipe or a device"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_folder_that_is_another_at_the_end(tmp_path: Path, swapped: bool) -> None:
+    folder, away = tmp_path / "run", tmp_path / "away"
+
+    def swap() -> None:
+        folder.rename(away)
+        if swapped:
+            folder.mkdir()
+            (folder / JOURNAL).write_bytes((away / JOURNAL).read_bytes())
+
+    with pytest.raises(OutputError, match="moved, removed or replaced"), open_journal(folder, IDENTITY, fresh=False):
+        swap()
+    shutil.rmtree(folder, ignore_errors=True)
+    away.rename(folder)
+    with open_journal(folder, IDENTITY, fresh=False) as journal:
+        unit = finish(folder, 0)
+        swap()
+        with pytest.raises(OutputError, match="moved, removed or replaced"):
+            journal.append(unit)
+        assert not journal.finished
+        shutil.rmtree(folder, ignore_errors=True)
+        away.rename(folder)
+        journal.append(unit)
+    assert run(folder) == ["layer.0"]
 
 
 def test_units_are_verified_and_dropped_with_all_later_ones(tmp_path: Path) -> None:

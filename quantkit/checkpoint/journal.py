@@ -123,7 +123,8 @@ def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> I
 
     Raises:
         OutputError: another process works in the folder; the folder holds other files and no journal, or the journal
-            of a run with another identity; the journal is damaged; the folder cannot be written.
+            of a run with another identity; the journal is damaged; the folder cannot be written, or is another when
+            the run ends.
     """
     first_line = HEAD + to_json(identity, "the identity of the run").encode(errors="backslashreplace") + b"}\n"
     path = folder / JOURNAL
@@ -141,6 +142,7 @@ def open_journal(folder: Path, identity: Mapping[str, Any], *, fresh: bool) -> I
         _lock(descriptor, path, folder)
         try:
             yield _begin(Journal(folder, descriptor), first_line, fresh=fresh)
+            _require_in_place(descriptor, path)
         finally:
             if found != path:
                 _leave_as_found(folder, found)
@@ -313,7 +315,7 @@ def _lock(descriptor: int, path: Path, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another run may have removed its journal between our opening and our locking it.
-        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        if not _in_place(descriptor, path):
             raise BlockingIOError(errno.EWOULDBLOCK, "just released")
     except BlockingIOError as error:
         pid = _holder(descriptor)
@@ -323,6 +325,24 @@ def _lock(descriptor: int, path: Path, folder: Path) -> None:
         ) from error
     except OSError as error:
         raise output_error(path, error) from error
+
+
+def _in_place(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _require_in_place(descriptor: int, path: Path) -> None:
+    """What is written by name would go into another folder, and half of the checkpoint be elsewhere.
+
+    Raises:
+        OutputError: the folder was moved, removed or replaced since the journal was opened.
+    """
+    if not _in_place(descriptor, path):
+        raise OutputError(
+            f"{path.parent}: was moved, removed or replaced while the run wrote to it; the finished layers are where "
+            "its journal.jsonl is: put that folder back, and run the same command again"
+        )
 
 
 def _holder(descriptor: int) -> int | None:
@@ -338,6 +358,7 @@ def _holder(descriptor: int) -> int | None:
 
 def _append(descriptor: int, line: bytes, path: Path) -> int:
     """Append a line whole or not at all; returns where it begins."""
+    _require_in_place(descriptor, path)
     begin = os.fstat(descriptor).st_size
     try:
         if os.write(descriptor, line) != len(line):
