@@ -23,10 +23,11 @@ from quantkit.allocation.sensitivity import Measured, Swap, measure_choice, meas
 from quantkit.allocation.table import choose, corrected, table_of
 from quantkit.calibration.load import load
 from quantkit.calibration.tokens import TokenSet
+from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.commands import allocate as allocating
 from quantkit.commands.allocate import AllocateRequest, allocate, attempts, budget_of, split
 from quantkit.commands.quantize import quantize
-from quantkit.errors import InputError
+from quantkit.errors import InputError, QuantkitError
 from quantkit.methods.table import Options
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import open_model
@@ -295,9 +296,8 @@ def test_a_quarter_of_few_windows_measures(model: Path, tokens: Path, tmp_path: 
     table = tmp_path / "table.json"
     size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
     request = asked(model, tokens, tmp_path, size, table=table, check=False, probe_samples=None, samples=9)
-    document = allocate(request, QUIET)
-    assert json.loads(table.read_text())["identity"]["probe_samples"] == 4
-    assert "--samples 9 was left out here" in document["fallbacks"][0]  # a file of windows is used as it is
+    allocate(request, QUIET)
+    assert json.loads(table.read_text())["identity"]["probe_samples"] == 2  # of 9 windows, the first of the file
 
 
 def test_more_budget_is_never_worse(model: Path, tokens: Path, tmp_path: Path) -> None:
@@ -523,6 +523,40 @@ def test_a_recipe_takes_no_other_files_place(model: Path, tokens: Path, tmp_path
     with pytest.raises(InputError, match=r"--out .*: (expected a name that ends in .yaml|is there, and not a recipe)"):
         allocate(replace(asked(model, tokens, tmp_path, 10**6), out=tmp_path / name), QUIET)
     assert (tmp_path / name).read_text() == "default: {bits: 4}\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ({"out": "file/recipe.yaml"}, "cannot be written: .*choose another --out"),
+        ({"out": "n" * 260 + ".yaml"}, "cannot be written: File name too long"),
+        ({"table": "file/table.json"}, "cannot be written: .*choose another --table"),
+        ({"table": "folder"}, "cannot be written: Is a directory"),
+        ({"run_out": "file/run"}, "cannot be written"),
+        ({"run_out": "folder"}, "not empty and not the output of a quantkit run"),
+        ({"run_out": "other"}, "holds a run with other settings"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: dict[str, str], reason: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes").write_text("not of a run")
+    if place.get("run_out") == "other":
+        with open_journal(tmp_path / "other", {"model": "another"}, fresh=False) as journal:
+            (tmp_path / "other" / "shard").write_text("a")
+            journal.append(Unit("layer.0", "shard", "0", {}))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(allocating, "measure_menu", lambda *_: pytest.fail("measured"))
+    size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
+    request = asked(model, tokens, tmp_path, size, quantize="run_out" in place)
+    paths = {name: tmp_path / path for name, path in place.items()}
+    if "run_out" in paths:
+        request = replace(request, run=replace(request.run, out=paths.pop("run_out")))
+    with pytest.raises(QuantkitError, match=reason):
+        allocate(replace(request, **paths), QUIET)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_budget_that_16_bit_fits_leaves_nothing_to_decide(model: Path, tokens: Path, tmp_path: Path) -> None:

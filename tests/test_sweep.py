@@ -41,7 +41,7 @@ def asked(model: Path, tokens: Path, out: Path, **changes: Any) -> SweepRequest:
         model=str(model),
         command="quantkit sweep",
         calib=str(tokens),
-        samples=5,  # left out: a file of windows is used as it is
+        samples=9,  # left out: the file has six windows
         seqlen=32,
         evaluation=str(tokens),
         out=out,
@@ -68,7 +68,7 @@ def test_every_setting_is_there_or_has_a_reason(result: dict[str, Any]) -> None:
         assert (reason is not None) == (group == 48)
         if reason:
             assert "48" in reason
-    assert "--samples 5 was left out here" in result["fallbacks"][0]
+    assert "--samples 9 was left out here" in result["fallbacks"][0]
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])

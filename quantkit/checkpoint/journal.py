@@ -170,6 +170,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_folder(folder: Path, identity: Mapping[str, Any] | None) -> None:
+    """Try whether the journal of a later run can be opened, and leave the folder as it was found.
+
+    identity: of that run; None if it starts over, whatever run the folder holds
+
+    Raises:
+        OutputError: as `open_journal`.
+    """
+    if identity is None:
+        try:
+            with (folder / JOURNAL).open("rb") as file:
+                identity = dict(json.loads(file.readline())["identity"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            identity = {}
+    with open_journal(folder, identity, fresh=False):
+        pass
+
+
 def _begin(journal: Journal, first_line: bytes, *, fresh: bool) -> Journal:
     path = journal.folder / JOURNAL
     try:

@@ -58,15 +58,35 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """A failure to write, as one line that says what to do."""
+def require_writable(path: Path, option: str) -> None:
+    """Make the folder of a file that is to be written later, and try whether the file can be written there.
+
+    option: the option that names it, for the message
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.unlink(missing_ok=True)
+        temporary.open("xb").close()
+        temporary.unlink()
+    except OSError as error:
+        raise output_error(path, error, option) from error
+
+
+def output_error(path: Path, error: OSError, option: str = "--out") -> OutputError:
+    """A failure to write, as one line that says what to do; option: what names another place."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"disk full while writing {path}: {_size(_free_bytes(path.parent))} free; "
             "the finished layers are kept: make room and run the same command again"
         )
     return OutputError(
-        f"{path} cannot be written: {error.strerror or error}; choose another --out or repair the folder"
+        f"{path} cannot be written: {error.strerror or error}; choose another {option} or repair the folder"
     )
 
 

@@ -18,7 +18,8 @@ from quantkit.allocation.recipe_file import MADE_BY, document_of, recipe_text
 from quantkit.allocation.sensitivity import Measured, measure_choice, measure_menu
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration.tokens import TokenSet, notes_of
-from quantkit.checkpoint.writer import write_text
+from quantkit.checkpoint.journal import require_folder
+from quantkit.checkpoint.writer import require_writable, write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS, Options
@@ -31,6 +32,7 @@ from quantkit.pipeline.runtime import Runtime
 from quantkit.recipe import Recipe
 from quantkit.records import Result, Verification
 from quantkit.report.terminal.progress import display
+from quantkit.results.folder import require_another
 from quantkit.serving.fit import shapes_in
 from quantkit.settings.defaults import choose_recipe, find_model
 from quantkit.settings.request import Request, limits_of, serving
@@ -68,6 +70,11 @@ class AllocateRequest:
         """The file to write."""
         return self.out or Path(f"{Path(self.run.model).name}-allocated.yaml")
 
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run at the end."""
+        return self.run.out or Path("outputs") / f"{Path(self.run.model).name}-{self.recipe.stem}"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -93,6 +100,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         raise InputError("--method: expected gptq or awq; rtn needs no calibration and is not measured")
     recipe = choose_recipe(None, run.model)
     _require_place(request.recipe)
+    if request.table is not None:
+        require_writable(request.table, "--table")
     limits_of(run, recipe)  # what they cannot be is told before anything is measured
     _refuse_early(request, recipe)
     directory = find_model(run.model, offline=run.offline)
@@ -110,6 +119,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     for line in (*notes, *(f"note: {note}" for note in fallbacks)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     work = Work(request, model, problem, calibration, probe, elsewhere, console)
+    if request.quantize:
+        _require_run_folder(work, calibrated)
 
     table = table_of(problem, sensitivities(work, calibrated))
     choice = choose(problem, table)
@@ -141,8 +152,22 @@ def _require_place(path: Path) -> None:
     """
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--out {path}: expected a name that ends in .yaml; --run-out is the folder of --run")
+    require_writable(path, "--out")
     if path.exists() and not (path.is_file() and MADE_BY in path.read_text(encoding="utf-8", errors="replace")):
         raise InputError(f"--out {path}: is there, and not a recipe of this command; choose another name")
+
+
+def _require_run_folder(work: Work, calibrated: TokenSet) -> None:
+    """The run at the end can begin, or continue, in its folder.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    run, folder = work.request.run, work.request.run_folder
+    require_another(folder, work.model.directory)
+    plan = work.problem.plan(work.problem.smallest())
+    job = Job(Runtime(work.model, run.device, folder), plan, run.method, run.options, calibrated, amend=True)
+    require_folder(folder, None if run.fresh else job.identity())
 
 
 def _refuse_early(request: AllocateRequest, recipe: Recipe) -> None:
@@ -251,9 +276,7 @@ def _announce(work: Work, what: str, swaps: int) -> None:
 def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
     """A run of a choice, on the windows that calibrate, with the hidden states of all swaps laid out in memory."""
     run, probe, calibration = work.request.run, work.probe, work.calibration
-    folder = work.request.recipe.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    runtime = Runtime(work.model, run.device, folder)
+    runtime = Runtime(work.model, run.device, work.request.recipe.parent)
     job = Job(runtime, work.problem.plan(choice), run.method, options, calibration)
     streams = 2 + swaps + (0 if work.elsewhere is None else 2)
     probes = [(probe.samples, probe.seqlen)] * streams
@@ -287,7 +310,7 @@ def _run_and_repair(
         format=work.problem.fmt.name,
         amend=True,
         budget=None if request.weights_only else request.run.budget,  # of files, not of the card they are for
-        out=request.run.out or Path("outputs") / f"{Path(request.run.model).name}-{request.recipe.stem}",
+        out=request.run_folder,
     )
     runs: list[tuple[dict[str, Any], Result, Path]] = []  # the recipe's document, the run's result and folder
 
