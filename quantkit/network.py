@@ -6,6 +6,7 @@ Each version of the library brings its own network library and errors, so these 
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ def patient_library(*, bars: bool = False) -> Iterator[None]:
     patience = _Patience()
     library: Any = _http
     modern = hasattr(library, "set_client_factory")  # from 1.0 on
-    usual = library.default_client_factory if modern else library._default_backend_factory
+    usual = library._GLOBAL_CLIENT_FACTORY if modern else library._GLOBAL_BACKEND_FACTORY
     configure = library.set_client_factory if modern else library.configure_http_backend
     limit = patience.limit_client if modern else patience.limit_session
     configure(lambda: limit(usual()))
@@ -141,8 +142,10 @@ def patient_library(*, bars: bool = False) -> Iterator[None]:
             enable_progress_bars()
 
 
-class _Patience:
-    """Counts requests without an answer: the library tries again by itself, and would do so for hours."""
+class _Patience(threading.local):
+    """Counts requests in a row without an answer, in each thread by itself: the library tries again by itself, and
+    would do so for hours.
+    """
 
     def __init__(self) -> None:
         self.unanswered = 0

@@ -125,7 +125,7 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model serving settings allocation"
-        " pipeline.job pipeline.memory pipeline.runtime report.terminal commands.quantize"
+        " pipeline.job pipeline.memory pipeline.runtime report.terminal results commands.quantize"
     ),
     "commands.convert": (
         "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import FAIL, answer, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import (
     Calib,
     Context,
@@ -115,7 +115,7 @@ def allocate(
             table=table,
         )
         result = allocate(request, screen())
-        screen().print(allocate_summary(result), highlight=False)
+        answer(allocate_summary(result), json=json)
         if json:
             print_json(result)
     if ((result.get("run") or {}).get("verification") or {}).get("verdict") == "fail":

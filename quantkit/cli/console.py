@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line says: results on stdout, all else on stderr, problems in one line with an exit code."""
+"""What the command line says: answers on stdout, all else on stderr, problems in one line with an exit code."""
 
 import errno
 import io
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
+from rich.console import RenderableType
 from typer.core import TyperGroup
 
 from quantkit.errors import EngineError, QuantkitError
@@ -76,8 +77,13 @@ class Commands(TyperGroup):
 
 
 def screen(*, quiet: bool = False) -> Screen:
-    """Where everything but results goes."""
+    """Where everything but answers goes."""
     return Screen(stderr=True, quiet=quiet)
+
+
+def answer(shown: RenderableType, *, json: bool = False, quiet: bool = False) -> None:
+    """Print a command's answer on stdout; json: on stderr, since stdout holds the document."""
+    Screen(stderr=json, quiet=quiet).print(shown)
 
 
 def print_json(document: Any) -> None:

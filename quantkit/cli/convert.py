@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli.console import FAIL, command, given, heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import (
+    FAIL,
+    answer,
+    command,
+    given,
+    heed_termination,
+    print_json,
+    quiet_libraries,
+    screen,
+    told,
+)
 from quantkit.cli.options import (
     BlockName,
     Calib,
@@ -107,7 +117,7 @@ def convert(
             engine=engine_name(engine),
         )
         result, folder = convert_files(request, screen())
-        screen().print(convert_summary(result, folder), highlight=False)
+        answer(convert_summary(result, folder), json=json)
         if json:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":
@@ -147,7 +157,7 @@ def _to_gguf(said: dict[str, Any]) -> None:
         )
         result, folder = to_gguf(request, screen())
         shown = convert_summary if result.converted else summary
-        screen().print(shown(result, folder), highlight=False)
+        answer(shown(result, folder), json=said["json"])
         if said["json"]:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":

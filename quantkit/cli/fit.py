@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import print_json, screen, told
+from quantkit.cli.console import answer, print_json, told
 from quantkit.cli.options import (
     Budget,
     Context,
@@ -72,6 +72,6 @@ def fit(
         if picture and picture.suffix not in (".html", ".htm"):
             raise InputError(f"--picture {picture}: expected a name that ends in .html")
         result = fit_request(request)
-        print_json(result) if json else screen().print(table(result))
+        print_json(result) if json else answer(table(result))
         if picture:
             fit_page(result, picture)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import print_json, screen, told
+from quantkit.cli.console import answer, print_json, told
 from quantkit.cli.options import Json
 
 
@@ -24,4 +24,4 @@ def inspect(
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         result = inspect_folder(out)
-        print_json(result.content()) if json else screen().print(inspect_table(result))
+        print_json(result.content()) if json else answer(inspect_table(result))

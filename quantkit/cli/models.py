@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command models."""
 
-from quantkit.cli.console import print_json, screen, told
+from quantkit.cli.console import answer, print_json, told
 from quantkit.cli.options import Json
 
 
@@ -11,4 +11,4 @@ def models(json: Json = False) -> None:
         from quantkit.settings.models import catalogue, catalogue_table
 
         rows = catalogue()
-        print_json(rows) if json else screen().print(catalogue_table(rows))
+        print_json(rows) if json else answer(catalogue_table(rows))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import print_json, screen, told
+from quantkit.cli.console import answer, print_json, screen, told
 from quantkit.cli.options import Json
 from quantkit.errors import ModelError
 
@@ -45,4 +45,4 @@ def push(
             card=lambda reasons: render_card(read_result(out), repo_id, reasons),
             placeholder=PATH,
         )
-        print_json(push_document(result)) if json else console.print(push_summary(result), highlight=False)
+        print_json(push_document(result)) if json else answer(push_summary(result))

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from quantkit.cli.console import FAIL, heed_termination, print_json, quiet_libraries, screen, tell, told
+from quantkit.cli.console import FAIL, answer, heed_termination, print_json, quiet_libraries, screen, tell, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -114,7 +114,7 @@ def _quantize(method: str, said: Mapping[str, Any]) -> None:
         console = screen(quiet=not ranks.first)
         process = ranks.local_rank if ranks.size > 1 else None
         result, out = quantize(run_request(method, said, process), console, ranks)
-        console.print(summary(result, out), highlight=False)
+        answer(summary(result, out), json=said["json"], quiet=not ranks.first)
         if said["json"] and ranks.first:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import answer, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -82,4 +82,4 @@ def sweep(
             raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
         bits, groups = numbers(w_bit, "--w-bit"), numbers(group, "--group")
         result = sweep(SweepRequest(run_request(methods[0], said), methods, bits, groups), screen())
-        print_json(result) if json else screen().print(sweep_summary(result), highlight=False)
+        print_json(result) if json else answer(sweep_summary(result))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import FAIL, command, heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import FAIL, answer, command, heed_termination, print_json, quiet_libraries, screen, told
 from quantkit.cli.options import Context, Device, FieldOption, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
 from quantkit.cli.requests import sources
 
@@ -67,7 +67,7 @@ def verify(
             offline=offline,
         )
         result = verify_files(request, screen())
-        screen().print(verify_summary(result, out), highlight=False)
+        answer(verify_summary(result, out), json=json)
         if json:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":
