@@ -16,9 +16,10 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
         OSError: it cannot be opened or read, is no regular file, or holds more than `most` bytes.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 - a descriptor
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file", str(path))
-        content = file.read(most + 1)
+        content = file.read(min(found.st_size, most) + 1)  # as much is set aside before the first byte is read
     if len(content) > most:
         raise OSError(errno.EFBIG, f"expected at most {most:,} bytes", str(path))
     return content

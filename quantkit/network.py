@@ -6,7 +6,7 @@ Each version of the library brings its own network library and errors, so these 
 
 import logging
 import re
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -142,17 +142,22 @@ def patient_library(*, bars: bool = False) -> Iterator[None]:
             enable_progress_bars()
 
 
-class _Patience(threading.local):
-    """Counts requests in a row without an answer, in each thread by itself: the library tries again by itself, and
-    would do so for hours.
+class _Patience:
+    """Counts requests in a row without an answer: the library tries again by itself, and would do so for hours.
+
+    Files are downloaded side by side, so many requests may be under way before the first answer. Only silence as long
+    as one request may take is held against the hub.
     """
 
     def __init__(self) -> None:
-        self.unanswered = 0
+        self.unanswered, self.silent_since = 0, 0.0
 
     def begin(self, request: Any) -> None:
-        if self.unanswered >= TRIES:
+        now = time.monotonic()
+        if self.unanswered >= TRIES and now - self.silent_since >= ANSWER_SECONDS:
             raise ImpatientError(f"no answer to {TRIES} requests in a row")
+        if self.unanswered == 0:
+            self.silent_since = now
         self.unanswered += 1
 
     def end(self, answer: Any) -> None:

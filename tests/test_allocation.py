@@ -551,7 +551,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
     monkeypatch.setattr(allocating, "measure_menu", lambda *_: pytest.fail("measured"))
     size = uniform_bytes(model, Scheme(4, 32, True), tokens, tmp_path)
     request = asked(model, tokens, tmp_path, size, quantize="run_out" in place)
-    paths = {name: tmp_path / path for name, path in place.items()}
+    paths: dict[str, Any] = {name: tmp_path / path for name, path in place.items()}
     if "run_out" in paths:
         request = replace(request, run=replace(request.run, out=paths.pop("run_out")))
     with pytest.raises(QuantkitError, match=reason):

@@ -25,5 +25,5 @@ def test_the_summary_of_a_run_is_on_stdout_and_its_progress_is_not(qwen2: Path, 
     again = done(*run_words("rtn", qwen2, out, ids), "--json")
     assert again.stdout.startswith("{")
     assert "perplexity" in again.stderr
-    assert "W4" in done("inspect", str(out)).stdout
+    assert "q_proj" in done("inspect", str(out)).stdout
     assert "README.md" in done("push", str(out), "me/it", "--dry-run", "--force").stdout

@@ -80,7 +80,6 @@ def test_the_config_that_the_others_are_made_from_is_accepted(tmp_path: Path) ->
         (QWEN2 | {"model_type": "bert_" * 1000}, ["not a causal language model"]),
         (QWEN2 | {"model_type": "vit"}, ["'vit'", "not a causal language model"]),
         ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}, ["Conv1D"]),
-        ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, ["only dense decoders"]),
     ],
     ids=lambda value: value.get("model_type", "none") if isinstance(value, dict) else "",
 )

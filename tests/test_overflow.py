@@ -66,7 +66,8 @@ def test_numbers_beyond_float16_are_served_in_bfloat16(
     tmp_path: Path, ids: Path, method: str, factors: dict[str, float]
 ) -> None:
     model, out = scaled(tmp_path / "model", **factors), tmp_path / "out"
-    told = done(*run_words(method, model, out, ids)).stderr
+    answer = done(*run_words(method, model, out, ids))
+    told = answer.stderr + answer.stdout
     result = result_of(out)
     (note,) = (note for note in result["fallbacks"] if "float16 ends at 65,504" in note)
     assert "in model.layers.1" in note
@@ -104,7 +105,7 @@ def test_without_evaluation_what_calibrates_is_watched(tmp_path: Path, ids: Path
 
 def test_what_float16_holds_is_served_in_it(tmp_path: Path, qwen2: Path, ids: Path) -> None:
     out = tmp_path / "out"
-    told = done(*run_words("gptq", qwen2, out, ids)).stderr
+    told = done(*run_words("gptq", qwen2, out, ids)).stdout
     result = result_of(out)
     assert result["torch_dtype"] == result["verification"]["torch_dtype"] == "float16"
     assert 0 < result["verification"]["largest_activation"] < 65504
