@@ -41,8 +41,8 @@ UNTIED = "./untied"  # the bundled model with a head of its own, which can be qu
 ANSWER = "answer.json"  # stdout of commands that leave no result
 RESULTS = {ANSWER, "quantkit.json", "sweep.json", "figures.json", "table.json"}
 LEFT_OUT = {"journal.jsonl", "report.html", "README.md", "sweep.html", "sweep.csv", "sweep.png"}
-DROPPED = {"command", "quantkit_version", "versions", "seconds", "memory", "files", "identity"}
-DROPPED |= {"peak_rss_bytes", "peak_device_bytes"}
+DROPPED = {"command", "quantkit_version", "versions", "seconds", "shared_seconds", "memory", "files", "identity"}
+DROPPED |= {"peak_rss_bytes", "peak_device_bytes", "source_result_sha256"}  # the last of a file that holds times
 
 RECIPES = {
     "mixed.yaml": """
@@ -66,7 +66,7 @@ FORMATS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")
 EACH = {4: FORMATS, 3: FORMATS[1:-1]}  # awq and gguf hold no 3 bits
 SOME = {4: ("awq", "gptq", "gguf"), 3: ("gptq", "compressed-tensors")}  # rtn's rows show the others
 SMALL = "--samples 4 --seqlen 128 --eval-samples 2"
-LARGE = "--samples 32 --seqlen 512"  # what LOG.md measures K-quants with
+LARGE = "--samples 32 --seqlen 512 --eval-samples 73"  # what LOG.md measures K-quants with: 149,431 tokens
 
 # Where a command names another row, it means the folder that row leaves. That row stands above it.
 ROWS = {
@@ -186,7 +186,11 @@ def run(row: str, scratch: Path, package: Path) -> Record:
         message = (done.stderr.splitlines() or [""])[-1]
         return {FAILED: f"exit {done.returncode}: {message}"}
     if row.startswith(KQUANTS):
-        return {"KL": json.loads(done.stdout)["verification"]["kl_divergence"]}
+        measured = json.loads(done.stdout)["verification"]
+        compared = {
+            name: measured["eval"][name] for name in ("sha256", "samples", "seqlen")
+        }  # else no KL is like another
+        return {"KL": measured["kl_divergence"], "evaluation": sha256(json.dumps(compared).encode())}
     if not (folder / "quantkit.json").exists():
         (folder / ANSWER).write_text(done.stdout)
     return {"exit": str(done.returncode), **dict(hashes(folder))}
