@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every byte of the output, known before any work: from the architecture and the schemes alone.
 
-One unit of work is one shard: the embeddings first, then one per decoder layer, then what comes after the layers.
+One unit of work is one shard: the embeddings first, then one per decoder layer, then what comes after the layers, then
+what is copied as it is.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from quantkit.recipe import check_fused
 from quantkit.records import Linear, Numbers, RecipeRow
 from quantkit.scheme import Scheme
 
+COPIED = "copied"  # the unit of work that writes what is no part of the text decoder
 OUTSIDE = -1  # the layer number of the head
 STORED = "float16"  # everything that is not quantized: exact for BF16 within float16's range, and what kernels take
 DISK_MARGIN = 64 * 2**20  # config, tokenizer, report and a journal beside the shards
@@ -202,9 +204,22 @@ def make_plan(
     quantized = [QuantizedLayer(linear.name, linear.scheme) for linear in everything if linear.scheme is not None]
     kept = [linear.name for linear in everything if linear.scheme is None]
     tied = [model.head_name] if model.head_name and last is None else []
-    config = fmt.config(quantized, [*kept, *tied], model.family.fused, **config_options)
+    config = described(model, fmt, quantized, [*kept, *tied], **config_options)
     layers = tuple(linear for linear in everything if linear.layer != OUTSIDE)
     return Plan(fmt, layers, everything[-1] if last else None, _shards(model, everything, fmt), config)
+
+
+def described(
+    model: Shapes, fmt: Format, quantized: Iterable[QuantizedLayer], kept: Iterable[str], **options: Any
+) -> dict[str, Any]:
+    """What config.json says of a checkpoint: what is quantized, and all linears that are not, by every name they have.
+
+    kept: the linears of the text decoder that stay in 16 bit
+    """
+    names = model.names.of_module
+    layers = [QuantizedLayer(name, layer.scheme) for layer in quantized for name in names(layer.name)]
+    others = [other for name in (*kept, *model.copied_modules()) for other in names(name)]
+    return fmt.config(layers, others, model.family.fused, **options)
 
 
 def _head(model: Shapes, scheme: Scheme | None) -> LinearPlan | None:
@@ -240,6 +255,8 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
             after = _packed(after, linear, fmt)
     if after:
         contents.append(("head", after))
+    if model.copied:
+        contents.append((COPIED, {name: TensorSpec(*spec) for name, spec in model.copied.items()}))
     return tuple(
         ShardPlan(unit, shard_name(number, len(contents)), tensors)
         for number, (unit, tensors) in enumerate(contents, start=1)

@@ -13,7 +13,7 @@ from quantkit.errors import ModelError
 from quantkit.formats import Format, autoround
 from quantkit.formats.reading import read_schemes, unpack
 from quantkit.jsonfile import read_object
-from quantkit.model.shapes import Shapes
+from quantkit.model.shapes import DERIVED, Shapes
 from quantkit.plan import LinearPlan, decoder_linears, head_linear
 from quantkit.records import Result
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ -> quant_method
-DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
 
 
 def read_config(directory: Path) -> dict[str, Any]:

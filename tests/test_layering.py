@@ -49,7 +49,7 @@ ALLOWED: dict[str, str] = {
     "records": "scheme",
     "verdict": "dtypes errors units records",
     # models
-    "model": "errors hardware jsonfile text checkpoint",
+    "model": "dtypes errors hardware jsonfile text checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe records model",
     "quantized": "errors jsonfile formats grids checkpoint records model plan",
     # engines

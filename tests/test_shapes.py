@@ -89,7 +89,6 @@ def test_the_bundled_model_is_answered() -> None:
         plain("gemma2"),
         plain("qwen2", model_type=7),
         plain("qwen2", num_experts=8),
-        plain("qwen2", vision_config={"depth": 2}),
         plain("qwen2", is_encoder_decoder=True),
         plain("qwen2", hidden_size="64"),
         plain("qwen2", hidden_size=True),

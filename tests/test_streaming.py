@@ -291,9 +291,12 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_a_tensor_too_many_is_told_and_left_out(tmp_path: Path) -> None:
-    edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update({"extra.weight": torch.ones(7)}))
-    assert open_model(tmp_path).ignored == ("extra.weight",)
+def test_tensors_too_many_are_copied_and_within_a_layer_left_out(tmp_path: Path) -> None:
+    more = {name: torch.ones(7) for name in ("extra.weight", "model.layers.3.norm.weight", "model.layers.0.q.bias")}
+    edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update(more))
+    model = open_model(tmp_path)
+    assert model.ignored == ("model.layers.0.q.bias",)
+    assert model.copied == dict.fromkeys(("extra.weight", "model.layers.3.norm.weight"), ("float32", (7,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -19,6 +19,7 @@ from quantkit.model.streaming import (
     read_outside,
     run_layer,
 )
+from quantkit.pipeline.measure import QuantizedCheckpoint
 
 SIZES = {
     "hidden_size": 48,  # its square root is no bfloat16
@@ -65,13 +66,21 @@ def random_ids(samples: int, seqlen: int = 24) -> Tensor:
 
 
 @torch.no_grad()
-def stream_logits(model: StreamedModel, ids: Tensor, batch: int = 2) -> Tensor:
-    """Token ids [samples, seqlen] -> logits, one layer at a time for all micro-batches."""
-    outside = as_float(read_outside(model))
+def stream_logits(
+    model: StreamedModel, ids: Tensor, batch: int = 2, quantized: QuantizedCheckpoint | None = None
+) -> Tensor:
+    """Token ids [samples, seqlen] -> logits, one layer at a time for all micro-batches.
+
+    quantized: the checkpoint whose weights the model is run with instead of its own
+    """
+    outside = as_float(quantized.read(list(model.outside())) if quantized else read_outside(model))
     with outside_loaded(model, outside):
         states = [embed(model, part) for part in ids.split(batch)]
     for index, layer in enumerate(model.layers):
-        assign(layer, as_float(read_layer(model, index)))
+        front = f"{model.layer_name(index)}."
+        names = [f"{front}{name}" for name in model.layer_shapes(index)]
+        stored = {n.removeprefix(front): t for n, t in quantized.read(names).items()} if quantized else {}
+        assign(layer, as_float(stored or read_layer(model, index)))
         states = [run_layer(model, index, hidden) for hidden in states]
         drop(layer)
     with outside_loaded(model, outside):

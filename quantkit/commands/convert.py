@@ -27,7 +27,7 @@ from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
-from quantkit.model.config import with_older_keys
+from quantkit.model.config import with_dtype, with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.quantized import quantization_of, writer
 from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification, WeightError
@@ -184,8 +184,7 @@ def _config(conversion: Conversion, recorded: Result | None) -> dict[str, Any]:
     )
     if conversion.format is not None:
         return config | {"quantization_config": conversion.quantization_config}
-    config.pop("dtype", None)
-    return config | {"torch_dtype": (recorded and recorded.torch_dtype) or SERVED}
+    return with_dtype(config, (recorded and recorded.torch_dtype) or SERVED)
 
 
 def _result(

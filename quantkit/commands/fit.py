@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.checkpoint.writer import write_text
 from quantkit.errors import OutputError
 from quantkit.jsonfile import read_object
-from quantkit.model.shapes import Shapes, shapes_of
+from quantkit.model.shapes import Shapes, shapes_of, text_values
 from quantkit.plan import OUTSIDE, make_plan
 from quantkit.quantized import quantization_of, read_config
 from quantkit.recipe import BudgetSpec, explained, resolver, shipped
@@ -59,7 +59,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
         return {"name": folder.resolve().name, "scheme": "as stored"} | _fit_gguf(request, folder)
     if quantization_of(raw):
-        result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**raw))))
+        result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**text_values(raw)))))
         return {"name": folder.resolve().name, "scheme": "as stored"} | result
     model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)

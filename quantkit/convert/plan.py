@@ -36,7 +36,7 @@ from quantkit.hardware.machine import return_freed_memory
 from quantkit.methods import rtn
 from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
-from quantkit.plan import OUTSIDE, STORED, LinearPlan, ShardPlan
+from quantkit.plan import COPIED, OUTSIDE, STORED, LinearPlan, ShardPlan, described
 from quantkit.quantized import (
     changes_nothing,
     packed_names,
@@ -147,8 +147,8 @@ def open_source(directory: Path) -> Source:
     quantization = quantization_of(raw)
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
-    architecture = build(config_from_dict({k: v for k, v in raw.items() if k != "compression_config"}))
     checkpoint = open_checkpoint(directory)
+    architecture = build(config_from_dict({k: v for k, v in raw.items() if k != "compression_config"}), checkpoint)
     fmt, linears = stored_linears(architecture, checkpoint, quantization)
     if all(linear.scheme is None for linear in linears):
         raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")
@@ -173,7 +173,7 @@ def _without_place(
     for name, shape in plain.items():
         if entries[name].shape != shape:
             raise ModelError(f"{where}: {name}: expected {list(shape)} by config.json, got {list(entries[name].shape)}")
-    extra = tuple(sorted(set(entries) - needed))
+    extra = tuple(sorted(entries.keys() - needed - architecture.copied.keys()))
     if unknown := [name for name in extra if not changes_nothing(architecture, checkpoint, linears, name)]:
         raise ModelError(f"{where}: {len(unknown)} tensors have no place in the architecture ({shorten(unknown)})")
     return extra
@@ -318,7 +318,7 @@ def make_conversion(source: Source, fmt: Format | None, out: Path, *, requantize
     head = source.architecture.head_name
     if head and head not in {layer.name for layer in quantized}:
         kept.append(head)
-    config = fmt.config(quantized, kept, source.architecture.family.fused, **_config_options(source, fmt, targets))
+    config = described(source.architecture, fmt, quantized, kept, **_config_options(source, fmt, targets))
     _require_same_meaning(fmt, targets, config, shards)
     return Conversion(source, fmt, targets, shards, config, out)
 
@@ -373,9 +373,13 @@ def _shards(source: Source, fmt: Format | None, targets: tuple[Target, ...]) -> 
         contents.append((f"layer.{index}", [f"{prefix}.{name}" for name in architecture.layer_shapes(index)]))
     if after := list(architecture.after_layers()):
         contents.append(("head", after))
+    if architecture.copied:
+        contents.append((COPIED, list(architecture.copied)))
     shapes = parameters(architecture)
 
     def specs(name: str) -> dict[str, TensorSpec]:
+        if name in architecture.copied:
+            return {name: TensorSpec(*architecture.copied[name])}
         owner, _, key = name.rpartition(".")
         target = by_name.get(owner)
         if fmt is None:

@@ -100,9 +100,9 @@ def open_source(directory: Path) -> Source:
     quantization = quantization_of(raw)
     if not quantization:
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
-    architecture = build(config_from_dict(raw))
-    check_architecture(architecture)
     checkpoint = open_checkpoint(directory)
+    architecture = build(config_from_dict(raw), checkpoint)
+    check_architecture(architecture)
     fmt, linears = stored_linears(architecture, checkpoint, quantization)
     if all(linear.scheme is None for linear in linears):
         raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.older import older_rope_keys
+from quantkit.model.shapes import text_values
 from quantkit.model.unsupported import too_large, unsupported
 
 SIZES = (
@@ -24,6 +26,15 @@ SIZES = (
     "max_position_embeddings",
 )
 
+# Models around a text decoder. transformers 5 has one class for all of them, 4 one for those that see.
+WRAPPERS, WRAPPER_CLASS = next(
+    (getattr(modeling_auto, names), getattr(modeling_auto, each))
+    for names, each in (
+        ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "AutoModelForMultimodalLM"),
+        ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    )
+    if hasattr(modeling_auto, names)
+)
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
 
 
@@ -31,8 +42,8 @@ def load_config(directory: Path) -> PretrainedConfig:
     """Read config.json and refuse, by name, what cannot be quantized here.
 
     Raises:
-        ModelError: no config.json, no or unknown model_type, a mixture of experts, an encoder-decoder, a model with a
-            vision or audio tower, one that is quantized already, or sizes that cannot be.
+        ModelError: no config.json, no or unknown model_type, a mixture of experts, an encoder-decoder, a model that is
+            quantized already, or sizes that cannot be.
     """
     path = directory / "config.json"
     raw = read_object(path, "expected the folder of a Hugging Face model")
@@ -40,26 +51,25 @@ def load_config(directory: Path) -> PretrainedConfig:
     if not isinstance(kind, str) or not kind:
         raise ModelError(f"{path}: no model_type; expected the architecture's name, for example qwen2")
     _refuse_kinds(directory, kind, raw)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"{path}: model_type {kind[:80]!r} is not a causal language model that this transformers knows; "
-            "update transformers?"
-        )
+    if reason := unknown(kind, raw):
+        raise ModelError(f"{path}: {reason}")
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
         complete = config.to_dict()
+        text = text_config(config)
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"{path}: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
-    if int(transformers.__version__.partition(".")[0]) < 5 and isinstance(rope := raw.get("rope_parameters"), dict):
-        unread = [key for key in older_rope_keys(kind, rope) if raw.get(key) is None]
+    said = text_values(raw)
+    if int(transformers.__version__.partition(".")[0]) < 5 and isinstance(rope := said.get("rope_parameters"), dict):
+        unread = [key for key in older_rope_keys(text.model_type, rope) if said.get(key) is None]
         if unread:
             raise ModelError(
                 f"{path}: says rope_parameters, which this transformers does not read, and no {unread[0]}; "
                 f"use transformers 5, or add {', '.join(unread)} to it"
             )
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
-    _check_sizes(path, config)
+    _check_sizes(path, text)
     return _computing(config)
 
 
@@ -70,23 +80,53 @@ def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
         ModelError: no model_type, not a causal language model, or values that transformers does not accept.
     """
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str):
         raise ModelError(f"config: model_type: expected a causal language model such as qwen2, got {kind!r}")
-    if reason := too_large(raw):
+    if reason := unknown(kind, raw) or too_large(raw):
         raise ModelError(f"config: {reason}")
     try:
         values = {key: _floats(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
         config = AutoConfig.for_model(kind, **values)
+        text_config(config)
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"config: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
     return _computing(config)
 
 
+def unknown(kind: str, raw: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot build a decoder of a model_type; None: it can."""
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in WRAPPERS:
+        return None
+    if kind in CONFIG_MAPPING:
+        return f"model_type {kind!r} is not a causal language model; transformers knows it as a model of another kind"
+    if raw.get("auto_map"):
+        return f"model_type {kind[:80]!r} is code that comes with the model (auto_map), and such code is never run"
+    return (
+        f"model_type {kind[:80]!r} is not a causal language model that transformers {transformers.__version__} knows; "
+        "update transformers?"
+    )
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds the model of a config."""
+    if text_config(config) is config or config.model_type not in WRAPPERS:
+        return AutoModelForCausalLM
+    return WRAPPER_CLASS
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text decoder: a part of a config that describes a vision or audio tower as well."""
+    found = config.get_text_config(decoder=True)
+    assert isinstance(found, PretrainedConfig)
+    return found
+
+
 def _computing(config: PretrainedConfig) -> PretrainedConfig:
     """The config with the outputs that every model is run for here: those that a file asks for change no weight."""
-    for key, value in OUTPUTS.items():
-        setattr(config, key, value)
+    for each in (config, text_config(config)):
+        for key, value in OUTPUTS.items():
+            setattr(each, key, value)
     return config
 
 
@@ -96,12 +136,25 @@ def with_older_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: see `config_from_dict`.
     """
-    if not isinstance(raw.get("rope_parameters"), Mapping):
+    said = text_values(raw)
+    if not isinstance(said.get("rope_parameters"), Mapping):
         return dict(raw)
     # With the defaults of transformers 5 in it. transformers 4 keeps there what the file says.
-    rope = getattr(config_from_dict(raw), "rope_parameters", None)
-    older = older_rope_keys(str(raw["model_type"]), rope or {})
-    return {**older, **raw, **older}
+    text = text_config(config_from_dict(raw))
+    older = older_rope_keys(text.model_type, getattr(text, "rope_parameters", None) or {})
+    both = {**older, **said, **older}
+    return both if said is raw else {**raw, "text_config": both}
+
+
+def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json's content that says a dtype, also in its parts that say one."""
+    keys = ("dtype", "torch_dtype")
+    parts = {
+        name: {key: dtype if key in keys and value else value for key, value in part.items()}
+        for name, part in raw.items()
+        if name.endswith("_config") and isinstance(part, Mapping)
+    }
+    return {key: value for key, value in raw.items() if key != "dtype"} | parts | {"torch_dtype": dtype}
 
 
 def _floats(value: Any) -> Any:

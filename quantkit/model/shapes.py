@@ -6,35 +6,57 @@ these families that leaves something open, `streaming.build` asks transformers i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from quantkit.checkpoint.header import Spec
 from quantkit.model.architectures import family_of
 from quantkit.model.family import Family, Part, Site, evaluate
 from quantkit.model.unsupported import unsupported
 
 Shape = tuple[int, ...]
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls the list of decoder layers, and what the model in memory calls it.
+
+    others: tensors outside the layers that the model in memory calls otherwise -> that name
+    """
+
+    layers: str
+    in_memory: str
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def of_module(self, name: str) -> list[str]:
+        """Every name that a module has: readers of a config go by one or the other."""
+        if name.startswith(f"{self.layers}."):
+            return list(dict.fromkeys((name, self.in_memory + name.removeprefix(self.layers))))
+        weight = f"{name}.weight"
+        return list(dict.fromkeys((name, self.others.get(weight, weight).removesuffix(".weight"))))
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The tensors of a model, without the model.
+    """The tensors of a model, by their names in its checkpoint, without the model.
 
-    config: its values as attributes
+    config: the values of its config, or of its text decoder's, as attributes
     family: the row of its architecture, or what is taken of a family without one
-    layers_name: the name of the list of decoder layers, for example "model.layers"
+    names: of the list of decoder layers, for example "model.layers"
     layer_tensors: every stored tensor of each layer, by its name within the layer, and its shape
     layer_linears: which modules of each layer are linears, in the model's order: (out_features, in_features)
     outside_tensors: the stored tensors outside the layers, by full name; a tied head has none
     input_name, head_name: the modules of the input embedding, and of the output embedding if there is one
     tied: whether the head shares the embedding's weight, which is then stored once
     embeddings, norms: the full names of the modules of these kinds
+    copied: the tensors that are no part of the text decoder: towers, projectors, heads that predict later tokens
     """
 
     config: Any
     family: Family
-    layers_name: str
+    names: Names
     layer_tensors: tuple[Mapping[str, Shape], ...]
     layer_linears: tuple[Mapping[str, tuple[int, int]], ...]
     outside_tensors: Mapping[str, Shape]
@@ -43,6 +65,12 @@ class Shapes:
     tied: bool
     embeddings: frozenset[str]
     norms: frozenset[str]
+    copied: Mapping[str, Spec]
+
+    @property
+    def layers_name(self) -> str:
+        """The name of the list of decoder layers in the checkpoint."""
+        return self.names.layers
 
     def layer_name(self, index: int) -> str:
         """The full name of a layer, for example "model.layers.3"."""
@@ -57,6 +85,17 @@ class Shapes:
         if not self.family.layers:
             return []
         return [self.family.sites(kind) for kind in self.family.types(self.config, len(self.layer_linears))]
+
+    def copied_parts(self) -> list[str]:
+        """What is copied, in words: "model.visual", "mtp"."""
+        front = self.layers_name.partition(".")[0]
+        names = (name.split(".") for name in self.copied)
+        return list(dict.fromkeys(".".join(parts[: 2 if parts[0] == front else 1]) for parts in names))
+
+    def copied_modules(self) -> list[str]:
+        """The modules of what is copied that may be linears: those with a matrix as their weight."""
+        ends = ((name.removesuffix(".weight"), shape) for name, (_, shape) in self.copied.items())
+        return [name for name, shape in ends if len(shape) == 2 and name not in self.copied]
 
     def outside(self) -> dict[str, Shape]:
         """The stored tensors outside the decoder layers, by full name, with their shapes."""
@@ -80,6 +119,12 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+
+def text_values(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json's content says of the text decoder: a part of it where there is a tower beside."""
+    text = raw.get("text_config")
+    return text if isinstance(text, Mapping) else raw
 
 
 def shapes_of(raw: Mapping[str, Any]) -> Shapes | None:
@@ -108,7 +153,7 @@ def shapes_of(raw: Mapping[str, Any]) -> Shapes | None:
     return Shapes(
         config=config,
         family=family,
-        layers_name="model.layers",
+        names=Names("model.layers", "model.layers"),
         layer_tensors=tuple(kinds[kind][0] for kind in types),
         layer_linears=tuple(kinds[kind][1] for kind in types),
         outside_tensors={**table, "model.norm.weight": (config.hidden_size,), **head},
@@ -117,6 +162,7 @@ def shapes_of(raw: Mapping[str, Any]) -> Shapes | None:
         tied=config.tie_word_embeddings,
         embeddings=frozenset({"model.embed_tokens"}),
         norms=frozenset({"model.norm", *norms}),
+        copied={},
     )
 
 

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from quantkit.checkpoint.header import Spec
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
+from quantkit.dtypes import SERVED
 from quantkit.errors import ModelError
 from quantkit.hardware.matmul import fast_linears
 from quantkit.model.architectures import family_of
-from quantkit.model.config import load_config, one_line
-from quantkit.model.shapes import Shapes
+from quantkit.model.config import auto_class, load_config, one_line, text_config
+from quantkit.model.names import names_of
+from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
 
 ALIGNMENT = 256  # bytes: where tensors that share memory begin, as a GPU copies best
 
@@ -37,11 +40,26 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 @dataclass(frozen=True)
 class Architecture(Shapes):
-    """A model without weights: every module of it on the meta device, and where its decoder layers are."""
+    """A model without weights: every module of it on the meta device, and where its decoder layers are.
+
+    model: with all that is around the text decoder, such as a vision tower
+    decoder_name: the part of it that takes token ids and runs the layers
+    """
 
     config: PretrainedConfig
     model: PreTrainedModel
+    decoder_name: str
     layers: nn.ModuleList
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The part of the model that takes token ids and runs the layers."""
+        return self.model.get_submodule(self.decoder_name)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether there is more around the text decoder than a head."""
+        return self.config is not self.model.config
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ class StreamedModel(Architecture):
     """An architecture with its weights on disk.
 
     extra_outputs: how many values its layers return beside the hidden states; None: they return no tuple
-    ignored: tensors of the checkpoint that the architecture has no place for
+    ignored: tensors of the checkpoint that say nothing which is not known without them, and are left out
     calls: what each layer is called with, by (micro-batch, seqlen); filled when first needed
     """
 
@@ -60,28 +78,40 @@ class StreamedModel(Architecture):
     calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
 
 
-def build(config: PretrainedConfig) -> Architecture:
+def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Architecture:
     """The architecture that a config describes; costs no memory.
+
+    checkpoint: what its tensors are called in it; None: as in those that such models are published in
 
     Raises:
         ModelError: transformers cannot build it, or its decoder layers are not lists of modules with linears.
     """
     config = copy.deepcopy(config)
-    config.use_cache = False
-    # Constants such as Gemma's embedding scale are rounded to the config's dtype when they are built: keep them exact.
-    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
+    for each in (config, text_config(config)):
+        each.use_cache = False
+        # Constants such as Gemma's embedding scale are rounded to the config's dtype when they are built: keep them.
+        setattr(each, "dtype" if hasattr(each, "dtype") else "torch_dtype", torch.float32)
     try:
         with init_empty_weights(include_buffers=False):
             try:
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                model = auto_class(config).from_config(config, attn_implementation="sdpa")
             except ValueError:  # no sdpa for this architecture
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+                model = auto_class(config).from_config(config, attn_implementation="eager")
     except Exception as error:  # a constructor raises whatever its arithmetic comes to
         raise ModelError(f"config.json: no {config.model_type} can be built from it ({one_line(error)})") from error
     assert isinstance(model, PreTrainedModel)
     model.eval().requires_grad_(False)
-    layers_name, layers = _find_layers(model, config)
-    return Architecture(**vars(_shapes(model, config, layers_name, layers)), model=model, layers=layers)
+    text = text_config(model.config)
+    layers_name, layers = _find_layers(model, text)
+    inner = model.base_model_prefix if text is model.config else ""
+    if not hasattr(model, inner):  # as in a wrapper, or where transformers 4.51 names another than gemma3_text has
+        inner = layers_name.rpartition(".")[0]
+    there = checkpoint.entries if checkpoint else ()
+    names = names_of(model, layers_name, layers[0].state_dict(keep_vars=True).keys(), there)
+    shapes = _shapes(model, text, names)
+    if checkpoint is not None:
+        shapes = replace(shapes, copied=_copied(shapes, checkpoint))
+    return Architecture(**vars(shapes), model=model, decoder_name=inner, layers=layers)
 
 
 def open_model(directory: Path) -> StreamedModel:
@@ -91,8 +121,9 @@ def open_model(directory: Path) -> StreamedModel:
         ModelError: see `load_config` and `build`; a damaged checkpoint; a parameter that is missing or has another
             shape.
     """
-    architecture = build(load_config(directory))
+    config = load_config(directory)
     checkpoint = open_checkpoint(directory)
+    architecture = build(config, checkpoint)
     ignored = _compare(architecture, checkpoint)
     _require_tied(architecture, checkpoint)
     untried = StreamedModel(
@@ -102,8 +133,16 @@ def open_model(directory: Path) -> StreamedModel:
 
 
 def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name; config: of the text decoder, whose model may be a part of the model."""
     count = getattr(config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    kinds = {
+        f"{n}." if n else "": m.config.model_type for n, m in model.named_modules() if isinstance(m, PreTrainedModel)
+    }
+    lists = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == count and _innermost(kinds, n) == config.model_type
+    ]
     if not lists:
         raise ModelError(f"{config.model_type}: no list of {count} decoder layers found in the model")
     name, layers = lists[0]
@@ -119,22 +158,47 @@ def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
     return name, layers
 
 
+def _innermost(kinds: Mapping[str, str], name: str) -> str:
+    """The model_type of the innermost model that a module is in; kinds: by the beginnings of names."""
+    return kinds[max((front for front in kinds if name.startswith(front)), key=len)]
+
+
 def _is_stacked(module: nn.Module) -> bool:
     """Whether it holds weights of several linears in one tensor, as transformers does for experts."""
     return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
 
 
-def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, layers: nn.ModuleList) -> Shapes:
+def _shapes(model: PreTrainedModel, config: PretrainedConfig, names: Names) -> Shapes:
+    """The shapes of the text decoder by the checkpoint's names, and of all around it as what is copied."""
+    layers_name, stored_names = names.in_memory, {other: name for name, other in names.others.items()}
     modules = dict(model.named_modules())
+    layers = modules[layers_name]
+    assert isinstance(layers, nn.ModuleList)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     head_name = next((name for name, module in modules.items() if module is head), None)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    stored = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     left_out = {f"{head_name}.weight"} if tied and head_name else set()
+    towers = _around(model, config, layers_name, head_name)
+    outside: dict[str, Shape] = {}
+    copied: dict[str, Spec] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith(f"{layers_name}.") or name in left_out:
+            continue
+        if name.startswith(towers):
+            copied[stored_names.get(name, name)] = (SERVED, tuple(tensor.shape))
+        else:
+            outside[stored_names.get(name, name)] = tuple(tensor.shape)
+
+    def stored(module: str) -> str:
+        """What the checkpoint calls a module, by what it calls its weight."""
+        if module.startswith(f"{layers_name}."):
+            return names.layers + module.removeprefix(layers_name)
+        return stored_names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
     return Shapes(
         config=config,
         family=family_of(config.model_type),
-        layers_name=layers_name,
+        names=names,
         layer_tensors=tuple(
             {n: tuple(t.shape) for n, t in layer.state_dict(keep_vars=True).items()} for layer in layers
         ),
@@ -142,15 +206,34 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, 
             {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
             for layer in layers
         ),
-        outside_tensors={
-            n: shape for n, shape in stored.items() if not n.startswith(f"{layers_name}.") and n not in left_out
-        },
-        input_name=next(name for name, module in modules.items() if module is embedding),
-        head_name=head_name,
+        outside_tensors=outside,
+        input_name=stored(next(name for name, module in modules.items() if module is embedding)),
+        head_name=head_name and stored(head_name),
         tied=tied,
-        embeddings=frozenset(name for name, module in modules.items() if isinstance(module, nn.Embedding)),
-        norms=frozenset(name for name, module in modules.items() if "norm" in type(module).__name__.lower()),
+        embeddings=frozenset(stored(name) for name, module in modules.items() if isinstance(module, nn.Embedding)),
+        norms=frozenset(stored(name) for name, module in modules.items() if "norm" in type(module).__name__.lower()),
+        copied=copied,
     )
+
+
+def _around(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, head: str | None) -> tuple[str, ...]:
+    """The beginnings of the names of all that is around a text decoder: towers, projectors."""
+    if config is model.config:
+        return ()
+    decoder = layers_name.rpartition(".")[0]
+    names = (name for name in model.state_dict(keep_vars=True) if not name.startswith((f"{decoder}.", f"{head}.")))
+    return tuple(names)
+
+
+def _copied(shapes: Shapes, checkpoint: Checkpoint) -> dict[str, Spec]:
+    """The tensors of a checkpoint that are no part of the text decoder, and are copied as they are."""
+    count = len(shapes.layer_tensors)
+    apart = (*(f"{shapes.layer_name(index)}." for index in range(count)), f"{shapes.head_name}.")
+    return {
+        name: (entry.dtype, entry.shape)
+        for name, entry in checkpoint.entries.items()
+        if name not in shapes.outside_tensors and not name.startswith(apart) and not name.endswith(DERIVED)
+    }
 
 
 def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -167,7 +250,7 @@ def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, .
             raise ModelError(
                 f"{checkpoint.directory}: tensor {name} has shape {shape_there}, config.json asks for {list(shape)}"
             )
-    return tuple(sorted(set(checkpoint.entries) - set(needed)))
+    return tuple(sorted(checkpoint.entries.keys() - needed.keys() - architecture.copied.keys()))
 
 
 def _require_tied(architecture: Architecture, checkpoint: Checkpoint) -> None:
@@ -254,7 +337,7 @@ def embedding_names(model: StreamedModel) -> list[str]:
 @contextmanager
 def outside_loaded(model: StreamedModel, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within this context the tensors (full names) are the model's parameters outside the layers; then dropped."""
-    assign(model.model, tensors)
+    assign(model.model, {model.names.others.get(name, name): tensor for name, tensor in tensors.items()})
     if model.tied:
         embedding = model.model.get_input_embeddings()
         head = model.model.get_output_embeddings()
@@ -298,14 +381,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _decoder(model: StreamedModel) -> nn.Module:
-    decoder = getattr(model.model, model.model.base_model_prefix, None)
-    if decoder is None:  # transformers 4.51 names another for gemma3_text than it has
-        decoder = model.model.get_submodule(model.layers_name.rpartition(".")[0])
-    assert isinstance(decoder, nn.Module)
-    return decoder
-
-
 def _placeholder(model: StreamedModel, batch: int, seqlen: int, like: Tensor) -> Tensor:
     width = next(iter(model.before_layers().values()))[1]
     return torch.zeros(batch, seqlen, width, device=like.device, dtype=like.dtype)
@@ -329,7 +404,7 @@ def _extra_outputs(model: StreamedModel) -> int | None:
     narrow = {n: t.float() for n, t in read_outside(model, _narrow(model)).items()}
     try:
         with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
-            _decoder(model)(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
+            model.decoder(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
         args, kwargs = _map_tensors(calls[0], lambda t: t.to("meta"))
         layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
         with torch.no_grad():
@@ -394,7 +469,7 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
         return forward
 
     with _layers_replaced(model, record), suppress(_Stop):
-        _decoder(model)(input_ids=input_ids, use_cache=False)
+        model.decoder(input_ids=input_ids, use_cache=False)
     if len(calls) != len(model.layers):
         raise _cannot_stream(model, f"{len(calls)} of its {len(model.layers)} layers ran")
     recorded = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)

@@ -4,7 +4,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-TOWERS = ("vision_config", "audio_config")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -15,9 +14,6 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     """What a model is that keeps it from being quantized here: "is an encoder-decoder; ..."; None if nothing does."""
     if values.get("is_encoder_decoder"):
         return "is an encoder-decoder; only decoders are supported"
-    for key in TOWERS:
-        if values.get(key):
-            return f"has a {key.removesuffix('_config')} tower; only text decoders are supported"
     if reason := too_large(values):
         return reason
     for key, count in _items(values):

@@ -18,6 +18,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.dtypes import as_served
 from quantkit.errors import ModelError
 from quantkit.formats import Format
+from quantkit.model.shapes import text_values
 from quantkit.model.streaming import (
     StreamedModel,
     embedding_names,
@@ -138,7 +139,7 @@ def open_quantized(directory: Path, original: StreamedModel) -> QuantizedCheckpo
 
 def _refuse_another_model(directory: Path, raw: Mapping[str, Any], original: StreamedModel) -> None:
     for key in SAME:
-        expected, found = getattr(original.config, key, None), raw.get(key)
+        expected, found = getattr(original.config, key, None), text_values(raw).get(key)
         if found is not None and expected is not None and found != expected:
             raise ModelError(
                 f"{directory}: config.json: {key} is {found!r:.60}, that of {original.directory} is {expected!r:.60}; "
@@ -150,7 +151,7 @@ def _refuse_unknown(found: QuantizedCheckpoint, original: StreamedModel) -> None
     """Every tensor must be one that is computed with, or one that changes nothing; and none may be missing."""
     packed = {f"{linear.name}.weight": packed_names(found.format, linear) for linear in found.linears}
     names = list(parameters(original))
-    needed = {n for name in names for n in packed.get(name, [name])}
+    needed = {n for name in names for n in packed.get(name, [name])} | original.copied.keys()
     there = set(found.checkpoint.entries)
     if missing := sorted(needed - there):
         raise ModelError(f"{found.checkpoint.directory}: {len(missing)} tensors missing ({shorten(missing)})")

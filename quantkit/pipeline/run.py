@@ -43,6 +43,7 @@ from quantkit.pipeline.resume import continued
 from quantkit.pipeline.runtime import Progress
 from quantkit.pipeline.shards import (
     copy_outside,
+    copy_through,
     pack_layer,
     quantized_outside,
     read,
@@ -126,9 +127,9 @@ def _run_and_widen(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, 
 
     For those all shards are run once more, as an engine has them in bfloat16.
     """
-    job = replace(job, served=SERVED if job.plan.format.block_bytes is None else None)
+    job = replace(job, served=_served(job))
     outcome, peak = _run(job, sites, journal, progress)
-    if peak.value <= LARGEST_FLOAT16:
+    if peak.value <= LARGEST_FLOAT16 or job.served == WIDER:
         return outcome
     reached = f"numbers reach {peak.value:,.0f} in {peak.where}, and float16 ends at {LARGEST_FLOAT16:,.0f}"
     if job.served is None:
@@ -141,6 +142,15 @@ def _run_and_widen(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, 
         wider = replace(job, served=WIDER, calibration=None)
         measured = _run(wider, sites, journal, progress)[0].measured
     return replace(outcome, served=WIDER, measured=measured, fallbacks=(*outcome.fallbacks, note))
+
+
+def _served(job: Job) -> str | None:
+    """The dtype to begin with. A tower stored in bfloat16 keeps it: nothing that it computes is seen here."""
+    if job.plan.format.block_bytes is not None:
+        return None
+    model = job.runtime.model
+    towers = {dtype for dtype, _ in model.copied.values()} if model.wrapped else set()
+    return WIDER if WIDER in towers else SERVED
 
 
 def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: Progress) -> tuple[Outcome, Peak]:
@@ -159,6 +169,7 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
     shards = {shard.unit: shard for shard in plan.shards}
     reused = len(shards.keys() & journal.finished.keys())
     copy_outside(job, journal, shards["embeddings"])
+    copy_through(job, journal)
     for name in model.outside():  # what cannot be stored is told now, not after the last layer
         to_stored(name, read_outside(model, [name])[name])
     streams = open_run(job, reference, gram_samples)
@@ -301,8 +312,11 @@ def _quantize_head(job: Job, journal: Journal, shard: ShardPlan, head: LinearPla
 
 
 def _fallbacks(job: Job, journal: Journal, streams: Streams) -> tuple[str, ...]:
-    ignored = job.runtime.model.ignored
-    fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in ignored]
+    model = job.runtime.model
+    fallbacks = [f"tensor {name} has no place in the architecture and was left out" for name in model.ignored]
+    if model.copied:
+        parts = ", ".join(model.copied_parts())
+        fallbacks.append(f"{len(model.copied)} tensors beside the text decoder are copied as they are: {parts}")
     kept = [linear for linear in job.plan.linears if linear.role.sixteen_bit and linear.scheme is None]
     if kept:
         kinds = ", ".join(sorted({linear.local.rpartition(".")[2] for linear in kept}))

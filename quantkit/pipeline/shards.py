@@ -8,14 +8,14 @@ from torch import Tensor
 
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
-from quantkit.checkpoint.writer import write_shard
+from quantkit.checkpoint.writer import write_pieces, write_shard
 from quantkit.dtypes import as_served, dtype_name, to_stored
 from quantkit.errors import OutputError
 from quantkit.model.streaming import read_outside
 from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import LayerResult
-from quantkit.plan import ShardPlan
+from quantkit.plan import COPIED, ShardPlan
 from quantkit.quantized import dequantized
 
 
@@ -27,6 +27,17 @@ def copy_outside(job: Job, journal: Journal, shard: ShardPlan) -> None:
         stored = {name: to_stored(name, tensor) for name, tensor in tensors.items()}
         write(journal, shard, lambda: stored, [])
     runtime.ranks.wait()  # the others read it
+
+
+def copy_through(job: Job, journal: Journal) -> None:
+    """Write the shard of what is no part of the text decoder byte for byte, if there is one that is not finished."""
+    runtime = job.runtime
+    shard = next((shard for shard in job.plan.shards if shard.unit == COPIED), None)
+    if shard is not None and shard.unit not in journal.finished and runtime.ranks.first:
+        specs = {name: (spec.dtype, spec.shape) for name, spec in shard.tensors.items()}
+        sha256 = write_pieces(journal.folder / shard.file, specs, runtime.model.checkpoint.pieces)
+        journal.append(Unit(shard.unit, shard.file, sha256, {"linears": []}))
+    runtime.ranks.wait()
 
 
 def written_outside(job: Job, shard: ShardPlan, names: list[str]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.header import spec_bytes
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.dtypes import ITEMSIZE
 from quantkit.errors import EngineError, InputError, SchemeError
@@ -158,8 +159,8 @@ def fit_checkpoint(
     raw = read_config(out)
     plain = read_object(out / "config.json", "expected the folder of a checkpoint")
     settings = settings_file(out, plain)
-    model = shapes_in(raw)
     checkpoint = open_checkpoint(out)
+    model = shapes_in(raw, checkpoint)
     quantization = quantization_of(raw)
     format_name, linears = _stored_linears(model, checkpoint, quantization)
     stored = Stored(
@@ -188,8 +189,10 @@ def fit_stored(
     return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
 
 
-def shapes_in(raw: Mapping[str, Any]) -> Shapes:
+def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Shapes:
     """What a config.json's content says of a model's tensors; how it is quantized is ignored.
+
+    checkpoint: its tensors, where they are there
 
     Raises:
         ModelError: see `model.config.config_from_dict` and `model.streaming.build`.
@@ -201,7 +204,7 @@ def shapes_in(raw: Mapping[str, Any]) -> Shapes:
     from quantkit.model.config import config_from_dict  # takes seconds, and is seldom needed
     from quantkit.model.streaming import build
 
-    return build(config_from_dict(plain))
+    return build(config_from_dict(plain), checkpoint)
 
 
 # ---------------------------------------------------------------- serving
@@ -296,7 +299,8 @@ def _kinds(model: Shapes, stored: Stored) -> dict[str, str]:
 
 def _bytes_16bit(model: Shapes) -> int:
     layers = [model.layer_shapes(index) for index in range(len(model.layer_tensors))]
-    return ITEMSIZE[STORED] * sum(_count(shape) for shapes in (model.outside(), *layers) for shape in shapes.values())
+    numbers = sum(_count(shape) for shapes in (model.outside(), *layers) for shape in shapes.values())
+    return ITEMSIZE[STORED] * numbers + sum(map(spec_bytes, model.copied.values()))
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text decoders with a vision tower beside them: the decoder is quantized, all else stays as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from quantkit.model.config import auto_class, config_from_dict
+from quantkit.model.streaming import open_model
+from quantkit.pipeline.measure import open_quantized
+from tests.running import done, run_words
+from tests.tiny import SIZES, random_ids, stream_logits
+
+TEXT = SIZES | {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "depth": 2,  # as others call them
+    "num_heads": 2,
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what differs in the decoder, and in the tower
+    "gemma3": (WINDOWS, {}),
+    "qwen3_5": (DELTA_NET, {}),
+    "mistral3": ({}, {}),
+    "qwen3_vl": (ROPE, {"deepstack_visual_indexes": [0, 1]}),
+    "qwen2_5_vl": (ROPE, {"fullatt_block_indexes": [1]}),
+    "muse_glimmer": ({}, {}),
+}
+
+
+def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **top: Any) -> Path:
+    """A random model, every parameter away from its initial value, with a head that predicts later tokens."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    make: Any = CONFIG_MAPPING[kind]
+    usual, (text, vision) = make(), TOWERS[kind]
+    config = make(
+        text_config={"model_type": usual.text_config.model_type, **TEXT, **text},
+        vision_config={"model_type": usual.vision_config.model_type, **VISION, **vision},
+        **top,
+    )
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    later = {"mtp.layers.0.mlp.up_proj.weight": torch.randn(32, 64), "mtp.norm.weight": torch.randn(64)}
+    save_file(load_file(file) | {name: tensor.to(dtype) for name, tensor in later.items()}, file, {"format": "pt"})
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "any"}')
+    return folder
+
+
+def load_whole(folder: Path) -> PreTrainedModel:
+    keyword = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # renamed in transformers 4.56
+    config = config_from_dict(json.loads((folder / "config.json").read_text()))
+    model = auto_class(config).from_pretrained(folder, **{keyword: torch.float32}).eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_streamed_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path)
+    ids = random_ids(5)
+    with torch.no_grad():
+        expected = load_whole(tmp_path)(input_ids=ids).logits
+    torch.testing.assert_close(stream_logits(open_model(tmp_path), ids), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "fmt"), [("rtn", "gptq"), ("gptq", "compressed-tensors"), ("awq", "awq")])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_the_decoder_is_quantized_and_all_else_is_as_it_was(
+    kind: str, method: str, fmt: str, ids: Path, tmp_path: Path
+) -> None:
+    model, out = saved(kind, tmp_path / "model", torch.bfloat16), tmp_path / "out"
+    done(*run_words(method, model, out, ids, "--format", fmt))
+    result = json.loads((out / "quantkit.json").read_text())
+    opened = open_model(model)
+    assert len(result["layers"]) == sum(map(len, opened.layer_linears)) - 2 * 2 * (kind == "qwen3_5")
+    before, after = stored(model), stored(out)
+    assert opened.copied.keys() >= {"mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight"}
+    for name in opened.copied:
+        assert after[name].dtype == before[name].dtype == torch.bfloat16
+        assert torch.equal(after[name].view(torch.int16), before[name].view(torch.int16))
+    written = json.loads((out / "config.json").read_text())
+    assert written["text_config"]["num_hidden_layers"] == 4
+    assert written["torch_dtype"] == "bfloat16"
+    assert (out / "preprocessor_config.json").is_file()
+    verify = ["verify", str(out), "--eval", str(ids), "--device", "cpu", "--max-ppl-increase", "900%", "--json"]
+    measured = json.loads(done(*verify).stdout)["verification"]["kl_divergence"]
+    assert measured == result["verification"]["kl_divergence"]
+
+
+def test_transformers_computes_from_the_files_what_was_measured(ids: Path, tmp_path: Path) -> None:
+    for kind in ("gemma3", "qwen3_5"):
+        model, out = saved(kind, tmp_path / kind), tmp_path / f"{kind}-out"
+        done(*run_words("gptq", model, out, ids, "--format", "compressed-tensors"))
+        tokens, original = random_ids(2), open_model(model)
+        with torch.no_grad():
+            expected = load_whole(out)(input_ids=tokens).logits
+        found = stream_logits(original, tokens, quantized=open_quantized(out, original))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_other_commands_read_the_result(ids: Path, tmp_path: Path) -> None:
+    model, out = saved("qwen3_5", tmp_path / "model", torch.bfloat16), tmp_path / "out"
+    done(*run_words("rtn", model, out, ids))
+    shown = json.loads(done("inspect", str(out), "--json").stdout)
+    assert shown["format"] == "awq"
+    needed = json.loads(done("fit", str(out), "--budget", "1GiB", "--context", "16", "--json").stdout)
+    planned = json.loads(
+        done("fit", str(model), "--group", "32", "--budget", "1GiB", "--context", "16", "--json").stdout
+    )
+    assert needed["kv_bytes"] == planned["kv_bytes"]
+    copied = sum(tensor.nbytes for name, tensor in stored(model).items() if name in open_model(model).copied)
+    assert needed["weights"]["total"] > copied
+    again = tmp_path / "again"
+    done("convert", str(out), "--to", "compressed-tensors", "--out", str(again))
+    ignored = json.loads((again / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"mtp.layers.0.mlp.up_proj", "model.visual.blocks.0.attn.qkv", "lm_head"} <= set(ignored)
+    assert stored(again)["mtp.norm.weight"].equal(stored(model)["mtp.norm.weight"])
