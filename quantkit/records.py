@@ -173,14 +173,27 @@ class Converted(Part):
 # ---------------------------------------------------------------- what was measured
 
 
+class Shard(Part):
+    """A kind of linear: [out_features, in_features] whole and on one card (None: it cannot be cut, and why not)."""
+
+    linear: str
+    scheme: str
+    shape: list[int]
+    on_card: list[int] | None
+    why_not: str | None
+    layers: int
+
+
 class Card(Part):
-    """Memory of one card."""
+    """Memory of one card; problems: why a linear cannot be cut over the cards."""
 
     cards: int = 1
     weights_bytes: int
     kv_bytes: int
     kv_bytes_per_token: int
     workspace_bytes: int
+    shards: list[Shard] = []
+    problems: list[str] = []
 
 
 class Cache(Part):
@@ -191,19 +204,78 @@ class Cache(Part):
     window: int | None
 
 
-class Fit(Part):
-    """What `fit` said."""
+class EngineFlag(Part):
+    """Words of a server's command line, and what they cost."""
 
+    words: list[str]
+    note: str
+
+
+class EngineBatch(Part):
+    """A batch that an engine can be told to run, what it takes beside weights and cache, and the context it leaves."""
+
+    batched_tokens: int
+    sequences: int
+    eager: bool
+    measured: bool
+    workspace_bytes: int
+    context: int
+
+
+class EngineUse(Part):
+    """The engine that memory was counted for, and the flags of its server.
+
+    measured: whether what it takes was measured with these flags, and not read; source: where the figures are from;
+    context: the tokens of one sequence that the flags allow; batches: what was chosen from; card: the GPU that was seen
+    """
+
+    name: str
+    version: str
+    measured: bool
+    source: str
+    flags: list[str]
+    costs: list[EngineFlag]
+    context: int
+    batches: list[EngineBatch]
+    card: str | None = None
+
+
+class Fit(Part):
+    """What `fit` said: memory of one card, in bytes.
+
+    weights: by kind and "total"; file_bytes: of a .gguf without its header; workspace: by part and "total", see
+    `serving.engine_memory`; kv_bytes: of one sequence at the context; longest_context: with the flags of `engine`;
+    longest_context_in_memory: without the model's own limit, None: none; tensor_parallel: on one card
+
+    What quantizing needs, where it is still to be done: disk_bytes, ram_bytes, device_bytes, hidden_states_bytes.
+    """
+
+    format: str | None = None
+    weights: dict[str, int] = {}
+    weights_16bit: int = 0
+    file_bytes: int | None = None
     kv: str
+    kv_bytes_per_token: int = 0
+    kv_bytes: int = 0
     kv_layers: list[Cache]
+    workspace: dict[str, int] = {}
+    model: dict[str, int] = {}
     tensor_parallel: Card
     context: int
     total_bytes: int
     budget_bytes: int
     fits: bool
+    margin_bytes: int = 0
     longest_context: int
+    longest_context_in_memory: int | None = None
     max_position_embeddings: int | None = None
+    engine: EngineUse | None = None
     engines: dict[str, str | None] = {}
+    disk_bytes: int | None = None
+    ram_bytes: int | None = None
+    device_bytes: int | None = None
+    hidden_states_bytes: int | None = None
+    quantizing: dict[str, int] = {}
 
 
 class Limits(Part):

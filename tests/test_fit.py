@@ -23,10 +23,12 @@ from quantkit.model.config import config_from_dict
 from quantkit.model.streaming import Architecture, build
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import shipped
+from quantkit.records import Fit
 from quantkit.report.terminal.fit import table
 from quantkit.scheme import Scheme
 from quantkit.serving.engines import LOADERS, engines, heads_of, shard, why_not
-from quantkit.serving.fit import KINDS, fit, fit_checkpoint
+from quantkit.serving.fit import fit, fit_checkpoint
+from quantkit.serving.stored import KINDS
 from tests.running import done
 
 GIB = 2**30
@@ -72,7 +74,7 @@ def plan_of(architecture: Architecture, fmt: str = "awq", scheme: Scheme | None 
 
 
 def fitted(architecture: Architecture, plan: Plan, **options: Any) -> dict[str, Any]:
-    return fit(architecture, plan, **({"budget": 22 * GIB, "context": 8192} | options))
+    return fit(architecture, plan, **({"budget": 22 * GIB, "context": 8192} | options)).content()
 
 
 # ---------------------------------------------------------------- known models
@@ -163,7 +165,7 @@ def test_everything_counts_against_the_budget() -> None:
 def test_the_longest_context_is_the_last_that_fits(room: int, kv: str) -> None:
     model = BUILT.setdefault("windowed", tiny(use_sliding_window=True, sliding_window=100, max_window_layers=1))
     plan = plan_of(model)
-    result = fitted(model, plan, budget=max(1, room), context=1, kv=kv)
+    result = fitted(model, plan, budget=max(1, room), context=2**30 - 1, kv=kv)
     longest = result["longest_context_in_memory"]
     if longest:
         assert fitted(model, plan, budget=room, context=longest, kv=kv)["fits"]
@@ -312,7 +314,7 @@ def test_files_that_are_there_equal_their_plan(tmp_path: Path, fmt: str, scheme:
     plan = plan_of(model, fmt, scheme, o_proj=None)
     out = written(tmp_path, model, plan, raw)
     planned = fitted(model, plan, tensor_parallel=2)
-    found = fit_checkpoint(out, budget=22 * GIB, context=8192, tensor_parallel=2)
+    found = fit_checkpoint(out, budget=22 * GIB, context=8192, tensor_parallel=2).content()
     assert found == {key: planned[key] for key in found}
     assert found["weights"]["total"] == sum(e.nbytes for e in open_checkpoint(out).entries.values())
     assert found["file_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -323,14 +325,14 @@ def test_files_that_are_there_equal_their_plan(tmp_path: Path, fmt: str, scheme:
 def test_mixed_precision_is_read_from_the_shapes(tmp_path: Path) -> None:
     model = tiny()
     plan = plan_of(model, "compressed-tensors", Scheme(4, 128, True), down_proj=Scheme(8, 32, True))
-    found = fit_checkpoint(written(tmp_path, model, plan, TINY), budget=GIB, context=128)
+    found = fit_checkpoint(written(tmp_path, model, plan, TINY), budget=GIB, context=128).content()
     schemes = {row["linear"]: row["scheme"] for row in found["tensor_parallel"]["shards"]}
     assert schemes["mlp.down_proj"] == "W8 g32 sym"
     assert schemes["mlp.up_proj"] == "W4 g128 sym"
 
 
 def test_a_16_bit_model_is_a_checkpoint_too() -> None:
-    result = fit_checkpoint(DEMO, budget=GIB, context=128)
+    result = fit_checkpoint(DEMO, budget=GIB, context=128).content()
     assert result["weights"]["total"] == result["weights_16bit"]
     assert result["file_bytes"] == (DEMO / "model.safetensors").stat().st_size
     assert result["weights"]["codes"] == 0
@@ -341,7 +343,7 @@ def test_a_format_that_is_not_known_is_not_called_loadable(tmp_path: Path) -> No
     (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")
     raw = json.loads((DEMO / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     write_json(tmp_path / "config.json", raw)
-    result = fit_checkpoint(tmp_path, budget=GIB, context=128)
+    result = fit_checkpoint(tmp_path, budget=GIB, context=128).content()
     assert all("not known to read fp8" in str(reason) for reason in result["engines"].values())
 
 
@@ -441,7 +443,7 @@ def test_the_document_is_json_and_the_table_comes_from_it() -> None:
     model = recipe_model("deepseek-r1-32b")
     result = json.loads(json.dumps(fitted(model, plan_of(model), tensor_parallel=16)))
     shown = io.StringIO()
-    Console(file=shown, width=200).print(table(result))
+    Console(file=shown, width=200).print(table(Fit.model_validate(result)))
     text = shown.getvalue()
     for expected in (
         "19,328,804,864",

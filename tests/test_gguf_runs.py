@@ -131,13 +131,13 @@ def test_memory_is_that_of_the_file_which_llama_cpp_loads(tmp_path: Path) -> Non
     assert before["weights"]["total"] == sum(tensors.values()) == run["tensor_bytes"]
     assert before["weights"]["blocks"] == sum(size for name, size in tensors.items() if name.endswith("_proj.weight"))
     beside = fit_checkpoint(out, budget=before["budget_bytes"], context=before["context"])
-    assert beside["weights"]["total"] < before["weights"]["total"]
+    assert beside.weights["total"] < before["weights"]["total"]
     again = verify_files(VerifyRequest(out=out, command="verify", offline=True), QUIET).content()["verification"]
     assert again["fit"] == before
     assert again["kl_divergence"] == pytest.approx(run["verification"]["kl_divergence"], rel=1e-6)
     sizes: dict[str, Any] = {"budget": before["budget_bytes"], "context": before["context"], "kv": "fp16"}
     unsaid: dict[str, Any] = dict.fromkeys(("bits", "group_size", "symmetric", "format", "recipe"))
-    shown = fit_request(FitRequest(str(out), **unsaid, **sizes, tensor_parallel=1, offline=True))
+    shown = fit_request(FitRequest(str(out), **unsaid, **sizes, tensor_parallel=1, offline=True)).content()
     assert {key: shown[key] for key in ("weights", "total_bytes", "engines")} == {
         key: before[key] for key in ("weights", "total_bytes", "engines")
     }

@@ -127,10 +127,10 @@ def test_fit_counts_the_state_of_a_sequence(tmp_path: Path) -> None:
     per_token = 2 * 2 * 2 * 16
     for context in (1, 1000):
         result = fit(model, plan, budget=2**30, context=context)
-        assert result["kv_bytes"] == 2 * state + 2 * per_token * context  # two layers of each kind
-        assert result["kv_bytes_per_token"] == 2 * per_token
-    half = fit(model, plan, budget=2**30, context=1000, tensor_parallel=2)["tensor_parallel"]
-    assert half["kv_bytes"] == 2 * state // 2 + 2 * per_token // 2 * 1000
+        assert result.kv_bytes == 2 * state + 2 * per_token * context  # two layers of each kind
+        assert result.kv_bytes_per_token == 2 * per_token
+    half = fit(model, plan, budget=2**30, context=1000, tensor_parallel=2).tensor_parallel
+    assert half.kv_bytes == 2 * state // 2 + 2 * per_token // 2 * 1000
 
 
 def test_a_linear_that_is_never_run_is_refused(ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,12 @@ ALLOWED: dict[str, str] = {
     "plan": "dtypes errors formats scheme checkpoint recipe records model",
     "quantized": "errors jsonfile formats grids checkpoint records model plan",
     # engines
-    "serving": "dtypes errors hardware jsonfile formats scheme checkpoint model plan quantized",
-    "settings": "errors resources formats methods scheme calibration checkpoint recipe records verdict model",
+    "serving": "dtypes errors hardware jsonfile units formats scheme checkpoint records model plan quantized",
+    "settings": "errors hardware resources formats methods scheme calibration checkpoint recipe records verdict model",
     # streams
     "allocation": (
-        "errors files hardware units formats grids methods scheme stats calibration checkpoint recipe model"
-        " plan serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
+        "errors files hardware units formats grids methods scheme stats calibration checkpoint recipe records"
+        " model plan serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
         " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
@@ -135,7 +135,9 @@ ALLOWED: dict[str, str] = {
         "errors hardware formats methods checkpoint records quantized settings gguf results commands.quantize"
         " commands.verify"
     ),
-    "commands.fit": "errors jsonfile checkpoint recipe model plan quantized serving settings gguf report.pages results",
+    "commands.fit": (
+        "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
+    ),
     "commands.inspect": "errors scheme checkpoint records plan quantized serving gguf results",
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"

@@ -140,10 +140,10 @@ def test_a_large_vocabulary_counts_in_ram(model: Architecture, plan: Plan, on_gp
 def test_fit_tells_what_a_run_will_count(model: Architecture, plan: Plan) -> None:
     told = fit(model, plan, budget=22 * GIB, context=8192)
     cpu = lay_out(model, work(plan, on_gpu=False, itemsize=4, compared=True), Streams([]), CPU, Allowance(place="file"))
-    assert told["ram_bytes"] == cpu.ram_bytes
-    on_gpu(model, plan, told["device_bytes"] / GIB, 64, Streams([(1, 2048)]), compared=True)
+    assert told.ram_bytes == cpu.ram_bytes
+    on_gpu(model, plan, (told.device_bytes or 0) / GIB, 64, Streams([(1, 2048)]), compared=True)
     with pytest.raises(InputError, match="--vram"):
-        on_gpu(model, plan, told["device_bytes"] / GIB - 0.01, 64, Streams([(1, 2048)]), compared=True)
+        on_gpu(model, plan, (told.device_bytes or 0) / GIB - 0.01, 64, Streams([(1, 2048)]), compared=True)
 
 
 def test_what_was_chosen_is_told(model: Architecture, plan: Plan) -> None:

@@ -205,7 +205,7 @@ def test_the_report_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "✓ Fits The longest context that fits is 12,712 tokens."),
+        ({}, "✓ Fits The longest context that fits is 12,667 tokens."),
         ({"budget": 12 * GIB}, "✗ Does not fit No context fits"),
         ({"group_size": 256, "tensor_parallel": 8}, "✗ Cannot be cut over 8 cards self_attn.o_proj: 640 in_features"),
     ],
@@ -214,11 +214,11 @@ def test_the_page_of_fit(options: dict[str, Any], says: str) -> None:
     asked = {"group_size": 128, "budget": 22 * GIB, "tensor_parallel": 1} | options
     said: dict[str, Any] = dict.fromkeys(("symmetric", "format", "recipe"))
     said |= {"bits": 4, "context": 12_288, "kv": "fp16"}
-    fit = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
-    page = render_fit(fit, "<b>", fit["scheme"])
+    _, scheme, fit = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
+    page = render_fit(fit, "<b>", scheme)
     parsed = Page(page)
     assert says in parsed.text
-    for part in ("<b>", f"total {formatting.size(fit['weights']['total'])} {fit['weights']['total']:,}", "To quantize"):
+    for part in ("<b>", f"total {formatting.size(fit.weights['total'])} {fit.weights['total']:,}", "To quantize"):
         assert part in parsed.text
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)

@@ -26,6 +26,7 @@ from quantkit.model.family import Site
 from quantkit.model.shapes import Shapes
 from quantkit.plan import LinearPlan, Plan, decoder_linears, head_linear, linear_bytes, make_plan
 from quantkit.recipe import Recipe
+from quantkit.records import Fit
 from quantkit.scheme import Scheme
 from quantkit.serving.engines import heads_of
 from quantkit.serving.fit import fit
@@ -83,9 +84,9 @@ class Problem:
 
     def size(self, plan: Plan) -> int:
         """The exact bytes of a plan that count against the budget."""
-        return plan.served_bytes if self.budget.weights_only else int(self.fit(plan)["total_bytes"])
+        return plan.served_bytes if self.budget.weights_only else self.fit(plan).total_bytes
 
-    def fit(self, plan: Plan, **changes: Any) -> dict[str, Any]:
+    def fit(self, plan: Plan, **changes: Any) -> Fit:
         """The memory that a plan takes when it is served; see `fit.fit`."""
         return fit(self.shapes, plan, **(dict(self.budget.serve) | changes))
 
@@ -178,16 +179,16 @@ def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
     budget = problem.budget
     halves = not budget.weights_only and budget.serve["kv"] != "fp8"  # whether a smaller cache is an answer
     if not budget.weights_only:
-        longest = problem.fit(plan)["longest_context"]
+        longest = problem.fit(plan).longest_context
         if longest > 0:
             yield f"--context {longest}"
     if halves:
         eight = problem.fit(plan, kv="fp8")
-        if eight["fits"]:
+        if eight.fits:
             halves = False
             yield "--kv fp8"
-        elif eight["longest_context"] > 0:
-            yield f"--kv fp8 --context {eight['longest_context']}"
+        elif eight.longest_context > 0:
+            yield f"--kv fp8 --context {eight.longest_context}"
     menu = "--menu" if budget.engine in (None, "any", "vllm") else "--engine vllm --menu"
     for bits, group in FEWER_BITS:
         entry = Scheme(bits, group, problem.symmetric)
@@ -199,6 +200,6 @@ def _would_fit(problem: Problem, plan: Plan) -> Iterator[str]:
         if size <= budget.nbytes:
             yield f"{menu} {entry_name(entry)},... ({format_bytes(size)})"
             return
-        if halves and problem.fit(fewer, kv="fp8")["fits"]:
+        if halves and problem.fit(fewer, kv="fp8").fits:
             yield f"--kv fp8 {menu} {entry_name(entry)},..."
             return

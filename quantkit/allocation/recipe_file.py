@@ -33,8 +33,8 @@ def document_of(problem: Problem, choice: Choice, table: Table, ratio: float) ->
         "bits_per_weight": plan.bits_per_weight,
         "budget_bytes": problem.budget.nbytes,
         "counted_bytes": problem.size(plan),
-        "longest_context": memory["longest_context"],
-        "engines": memory["engines"],
+        "longest_context": memory.longest_context,
+        "engines": memory.engines,
         "uniform": uniform,
         "parts": [
             {

@@ -72,6 +72,6 @@ def fit(
         if picture and picture.suffix not in (".html", ".htm"):
             raise InputError(f"--picture {picture}: expected a name that ends in .html")
         result = fit_request(request)
-        print_json(result) if json else answer(table(result))
+        print_json(result.content()) if json else answer(table(result.fit))
         if picture:
             fit_page(result, picture)

@@ -274,7 +274,7 @@ def _fit(conversion: Conversion, recorded: Result | None) -> Fit:
         context=before.context if before else None,
         kv=before.kv if before else None,
     )
-    return Fit.model_validate(fit_checkpoint(conversion.out, **serving))
+    return fit_checkpoint(conversion.out, **serving)
 
 
 # ---------------------------------------------------------------- what was measured

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantkit.checkpoint.writer import write_text
 from quantkit.errors import OutputError
@@ -13,6 +13,7 @@ from quantkit.model.shapes import Shapes, shapes_of, text_values
 from quantkit.plan import OUTSIDE, make_plan
 from quantkit.quantized import quantization_of, read_config
 from quantkit.recipe import BudgetSpec, explained, resolver, shipped
+from quantkit.records import Fit
 from quantkit.results.document import RESULT, read_result
 from quantkit.serving.fit import fit, fit_checkpoint, fit_stored, shapes_in
 from quantkit.settings.defaults import (
@@ -48,8 +49,20 @@ class FitRequest:
     scheme: str | None = None
 
 
-def fit_request(request: FitRequest) -> dict[str, Any]:
-    """The document of `fit.fit`, with "name" and "scheme" added; no weights are read.
+class Named(NamedTuple):
+    """What `fit` said, of what, and how that is quantized."""
+
+    name: str
+    scheme: str
+    fit: Fit
+
+    def content(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"name": self.name, "scheme": self.scheme} | self.fit.content()
+
+
+def fit_request(request: FitRequest) -> Named:
+    """Memory, context and engines of a model, a plan for it, or a folder; no weights are read.
 
     Raises:
         QuantkitError: a model, scheme, format or recipe that cannot be.
@@ -57,10 +70,10 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     folder = Path(request.model)
     raw = read_config(folder) if (folder / "config.json").is_file() else {}
     if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
-        return {"name": folder.resolve().name, "scheme": "as stored"} | _fit_gguf(request, folder)
+        return Named(folder.resolve().name, "as stored", _fit_gguf(request, folder))
     if quantization_of(raw):
         result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**text_values(raw)))))
-        return {"name": folder.resolve().name, "scheme": "as stored"} | result
+        return Named(folder.resolve().name, "as stored", result)
     model = _shapes(request)
     recipe = choose_recipe(request.recipe, request.model)
     method = usual_method(request.format)
@@ -71,7 +84,7 @@ def fit_request(request: FitRequest) -> dict[str, Any]:
     with explained(recipe):
         plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
     result = fit(model, plan, **_asked(request, positions(model.config), recipe.budget))
-    return {"name": request.model, "scheme": f"{scheme}, stored as {fmt.name}"} | result
+    return Named(request.model, f"{scheme}, stored as {fmt.name}", result)
 
 
 def _asked(request: FitRequest, limit: int | None, recipe: BudgetSpec | None = None) -> dict[str, Any]:
@@ -79,7 +92,7 @@ def _asked(request: FitRequest, limit: int | None, recipe: BudgetSpec | None = N
     return serving | {"tensor_parallel": request.tensor_parallel, "engine": request.engine}
 
 
-def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
+def _fit_gguf(request: FitRequest, folder: Path) -> Fit:
     """What llama.cpp loads of a folder of ours: the .gguf, not the safetensors that a run leaves beside it."""
     from quantkit.gguf.reading import find_gguf, open_gguf_model  # imports torch
     from quantkit.model.config import load_config
@@ -95,11 +108,11 @@ def _fit_gguf(request: FitRequest, folder: Path) -> dict[str, Any]:
     return fit_stored(model, open_gguf_model(path, model).stored(), **_asked(request, positions(model.config)))
 
 
-def fit_page(result: dict[str, Any], path: Path) -> None:
+def fit_page(result: Named, path: Path) -> None:
     """Write the picture of memory against context as one HTML page."""
     from quantkit.report.pages.fit import render_fit  # templates, which the table needs not
 
-    write_text(path, render_fit(result, result["name"], result["scheme"]))
+    write_text(path, render_fit(result.fit, result.name, result.scheme))
 
 
 def _shapes(request: FitRequest) -> Shapes:

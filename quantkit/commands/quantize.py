@@ -58,7 +58,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     request, unused = _without_calibration(request, recipe)
     asked = _resolve(request, recipe)
     model, plan = asked.model, asked.plan
-    memory = Fit.model_validate(fit(model, plan, engine=request.engine, **serving(request, recipe, model)))
+    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
     methods = methods_of(plan, request.method)
     calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
     runtime = Runtime(model, request.device, asked.out, ranks=ranks)

@@ -107,7 +107,7 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
             "calibration": (tokens := record_of(calibrated)) and tokens.content(),
             "evaluation": (tokens := record_of(evaluated)) and tokens.content(),
             **serve,
-            "weights_16bit": fit(model, settings[0].job.plan, **serve)["weights_16bit"],
+            "weights_16bit": fit(model, settings[0].job.plan, **serve).weights_16bit,
             "perplexity_fp16": rows[0]["perplexity_fp16"],
             "settings": [*_with_front(rows), *refused],
             "shared_seconds": shared,
@@ -160,10 +160,10 @@ def settings_of(
                     "why_not": None,
                     "total_bytes": plan.served_bytes,
                     "bits_per_weight": plan.bits_per_weight,
-                    "fits": memory["fits"],
-                    "memory_bytes": memory["total_bytes"],
-                    "longest_context": memory["longest_context"],
-                    "engines": memory["engines"],
+                    "fits": memory.fits,
+                    "memory_bytes": memory.total_bytes,
+                    "longest_context": memory.longest_context,
+                    "engines": memory.engines,
                 }
                 runtime = Runtime(model, run.device, out)
                 job = Job(runtime, plan, method, run.options, calibrated, evaluated, inputs="original")

@@ -281,11 +281,11 @@ def _memory(
     else:
         now = fit_checkpoint(request.out, **serving)
     if before is None:
-        return Fit.model_validate(now)
+        return now
     # The run knew what a config does not tell: that the zero points of an AWQ file are all in the middle.
-    content = before.content()
-    same = all(now[key] == content.get(key) for key in ("weights", "total_bytes", "budget_bytes", "context", "kv"))
-    return before if same else before.having(**now)
+    keys = ("weights", "total_bytes", "budget_bytes", "context", "kv")
+    same = all(getattr(now, key) == getattr(before, key) for key in keys)
+    return before if same else before.having(**{name: getattr(now, name) for name in now.model_fields_set})
 
 
 # ---------------------------------------------------------------- what is said of it

@@ -19,7 +19,7 @@ from quantkit.plan import OUTSIDE, LinearPlan, decoder_linears, head_linear
 from quantkit.quantized import parameters
 from quantkit.records import Result
 from quantkit.scheme import NAMED
-from quantkit.serving.fit import Stored
+from quantkit.serving.stored import Stored
 
 
 @dataclass(frozen=True)

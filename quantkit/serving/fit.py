@@ -1,116 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Will it fit? Bytes before compute: weights, KV cache and workspace against the memory of one card.
 
-The weights are exact. The KV cache is exact for one sequence: 2 (key and value) x key/value heads x head width x bytes,
-for each layer and token; a layer with a sliding window stops growing at it. The workspace is a model of an engine that
-prefills in chunks and serves one sequence:
-
-    activations   PREFILL_TOKENS x (HIDDEN_COPIES x hidden + widest output + widest input of a layer) in 16 bit: the
-                  peak lies in the MLP, where gate and up [chunk, 2 x intermediate] and their product [chunk,
-                  intermediate] live beside a few hidden states. 2048 is vLLM's DEFAULT_MAX_NUM_BATCHED_TOKENS
-                  (vllm/config/scheduler.py); an engine that prefills in larger chunks takes proportionally more.
-    logits        one sequence x vocabulary in float32, for sampling
-    engine        ENGINE_BYTES for the CUDA context, the libraries' workspaces, and captured graphs: vLLM reports 0.16
-                  to 0.33 GiB outside PyTorch (vllm pull requests 12126 and 14447, issue 15815) and 0.13 to 0.36 GiB of
-                  graphs at small batch sizes
-    communication COMMUNICATION_BYTES of NCCL buffers where there are several cards
-
-With tensor parallel each card has its part of every linear and of the vocabulary, and all of the norms; the budget is
-the memory of one card.
-
-What quantizing itself needs is counted by `needs`.
+The weights are exact (`stored`), so is the KV cache of one sequence (`cache`). The workspace is that of the engine that
+is to load the checkpoint, with flags that reach the context (`engine_memory`). What quantizing itself needs is in
+`needs`. The budget is the memory of one card.
 """
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.header import spec_bytes
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
-from quantkit.dtypes import ITEMSIZE
-from quantkit.errors import EngineError, InputError, SchemeError
+from quantkit.errors import EngineError, InputError
 from quantkit.formats.reading import quant_methods
+from quantkit.hardware.card import Card
 from quantkit.jsonfile import read_object
-from quantkit.model.family import evaluate
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.plan import DISK_MARGIN, OUTSIDE, STORED, LinearPlan, Plan, decoder_linears
+from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, Plan, decoder_linears
 from quantkit.quantized import quantization_of, read_config, settings_file, stored_linears
-from quantkit.serving.engines import (
-    SIXTEEN_BIT,
-    Heads,
-    config_refusals,
-    engines,
-    heads_of,
-    kept_heads,
-    require_engine,
-    shard,
-)
+from quantkit.records import Cache as CacheRecord
+from quantkit.records import Card as CardRecord
+from quantkit.records import EngineBatch, EngineFlag, EngineUse, Fit
+from quantkit.serving.cache import FARTHEST, KV_BYTES, bytes_per_token, cache_bytes, caches
+from quantkit.serving.engine_memory import MEMORY, Choice, Load, choices, choose
+from quantkit.serving.engines import SIXTEEN_BIT, config_refusals, engines, heads_of, require_engine
+from quantkit.serving.flags import Flag, Served, flags_of, words
 from quantkit.serving.needs import HIDDEN_COPIES, Work, needs
+from quantkit.serving.stored import (
+    KINDS,
+    Stored,
+    bytes_in_16_bit,
+    card_weights,
+    heads_on_card,
+    kinds_of,
+    shard_rows,
+    shards_of,
+)
 
-MIB = 2**20
-KV_BYTES = {"fp16": 2, "fp8": 1}
-
-PREFILL_TOKENS = 2048
 CALIBRATION_SEQLEN = 2048  # of a run's defaults
 CALIBRATION_TOKENS = 128 * CALIBRATION_SEQLEN
-ENGINE_BYTES = 512 * MIB
-COMMUNICATION_BYTES = 256 * MIB
-
-FARTHEST = 2**30  # tokens; what fits this many has no limit
-
-KINDS = {
-    "embeddings": "embeddings",
-    "lm_head": "lm_head",
-    "codes": "codes",
-    "blocks": "blocks of codes and scales",
-    "scales": "scales",
-    "zeros": "zero points",
-    "indices": "indices, shapes",
-    "linears_16bit": "linears kept in 16 bit",
-    "norms": "norms",
-    "biases": "biases",
-    "other": "other",
-}
-_KIND_OF_KEY = {
-    **dict.fromkeys(("qweight", "weight_packed"), "codes"),
-    **dict.fromkeys(("scales", "weight_scale"), "scales"),
-    **dict.fromkeys(("qzeros", "weight_zero_point"), "zeros"),
-    **dict.fromkeys(("g_idx", "weight_g_idx", "weight_shape"), "indices"),
-    "bias": "biases",
-}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint, planned or there: the bytes of its tensors by name, of its files, and what its linears are.
-
-    head: the lm_head, if it is quantized; refusals: engine -> why it does not read this config
-    """
-
-    tensors: Mapping[str, int]
-    file_bytes: int
-    linears: tuple[LinearPlan, ...]
-    format: str
-    act_order: bool = False
-    head: tuple[LinearPlan, ...] = ()
-    refusals: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Layers that keep keys and values alike: their number, bytes per token of one, and the window (None: none).
-
-    A state that does not grow with the context, as of linear attention, is kept as a window of one token.
-    """
-
-    layers: int
-    bytes_per_token: int
-    window: int | None
-
-    def bytes_at(self, context: int) -> int:
-        return self.layers * self.bytes_per_token * (context if self.window is None else min(context, self.window))
 
 
 def fit(
@@ -122,19 +51,17 @@ def fit(
     kv: str = "fp16",
     tensor_parallel: int = 1,
     engine: str | None = None,
-) -> dict[str, Any]:
-    """Memory of a checkpoint that does not exist yet, as a JSON-able document.
+    card: Card | None = None,
+) -> Fit:
+    """Memory of a checkpoint that does not exist yet.
 
-    budget: bytes of one card; context: tokens of one sequence; kv: "fp16" or "fp8"; tensor_parallel: number of cards;
-    engine: one that must load it
-
-    weights: bytes by kind and "total"; weights_16bit; file_bytes (of a .gguf: without its header); kv_bytes,
-    kv_bytes_per_token (while no window is full), kv_layers; workspace: bytes by part and "total"; tensor_parallel:
-    {cards, weights_bytes, kv_bytes, kv_bytes_per_token, workspace_bytes: on one card, shards, problems}; total_bytes
-    (on one card), budget_bytes, fits, margin_bytes; longest_context that fits and the model allows,
-    longest_context_in_memory (None: no limit), max_position_embeddings; context, kv; disk_bytes, ram_bytes,
-    device_bytes, hidden_states_bytes, quantizing: see `_quantizing`; engines: name -> None or why not; model: the
-    constants of the workspace.
+    Args:
+        budget: bytes of one card
+        context: tokens of one sequence
+        kv: "fp16" or "fp8"
+        tensor_parallel: number of cards
+        engine: one that must load it, and whose memory is counted; None: the first of the table that loads it
+        card: the GPU that it is for, where it is known
 
     Raises:
         InputError: a context, number of cards, or kind of cache that makes no sense.
@@ -142,13 +69,20 @@ def fit(
     """
     head = tuple(linear for linear in plan.quantized if linear.layer == OUTSIDE)
     stored = Stored(plan.loaded, plan.served_bytes, plan.linears, plan.format.name, head=head)
-    result = _serving(model, stored, budget, context, kv, tensor_parallel, engine)
-    return result | _quantizing(model, plan)
+    asked = _Asked(budget, context, kv, tensor_parallel, engine, card)
+    return _serving(model, stored, asked).having(**_quantizing(model, plan))
 
 
 def fit_checkpoint(
-    out: Path, *, budget: int, context: int, kv: str = "fp16", tensor_parallel: int = 1, engine: str | None = None
-) -> dict[str, Any]:
+    out: Path,
+    *,
+    budget: int,
+    context: int,
+    kv: str = "fp16",
+    tensor_parallel: int = 1,
+    engine: str | None = None,
+    card: Card | None = None,
+) -> Fit:
     """The same for a checkpoint that is there, from its config.json and the headers of its files; see `fit`.
 
     It may be of ours, or another AWQ, GPTQ, compressed-tensors or 16-bit one. What quantizing needs is left out.
@@ -172,7 +106,7 @@ def fit_checkpoint(
         refusals=config_refusals(plain.get("quantization_config") or {}, settings.name if settings else None),
         head=tuple(linear for linear in linears if linear.layer == OUTSIDE and linear.scheme is not None),
     )
-    return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
+    return _serving(model, stored, _Asked(budget, context, kv, tensor_parallel, engine, card))
 
 
 def fit_stored(
@@ -184,9 +118,10 @@ def fit_stored(
     kv: str,
     tensor_parallel: int = 1,
     engine: str | None = None,
-) -> dict[str, Any]:
+    card: Card | None = None,
+) -> Fit:
     """The same for tensors that are described otherwise than by safetensors; see `fit`."""
-    return _serving(model, stored, budget, context, kv, tensor_parallel, engine)
+    return _serving(model, stored, _Asked(budget, context, kv, tensor_parallel, engine, card))
 
 
 def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Shapes:
@@ -210,239 +145,147 @@ def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> S
 # ---------------------------------------------------------------- serving
 
 
-def _serving(
-    model: Shapes, stored: Stored, budget: int, context: int, kv: str, cards: int, engine: str | None
-) -> dict[str, Any]:
-    if kv not in KV_BYTES:
-        raise InputError(f"--kv: expected {' or '.join(KV_BYTES)}, got {kv!r}")
-    for option, value in (("--context", context), ("--tensor-parallel", cards), ("--budget", budget)):
-        if value < 1:
-            raise InputError(f"{option}: expected at least 1, got {value}")
+@dataclass(frozen=True)
+class _Asked:
+    """What the user asks of `fit`."""
+
+    budget: int
+    context: int
+    kv: str
+    cards: int
+    engine: str | None
+    card: Card | None
+
+    def check(self) -> None:
+        if self.kv not in KV_BYTES:
+            raise InputError(f"--kv: expected {' or '.join(KV_BYTES)}, got {self.kv!r}")
+        options = (("--context", self.context), ("--tensor-parallel", self.cards), ("--budget", self.budget))
+        for option, value in options:
+            if value < 1:
+                raise InputError(f"{option}: expected at least 1, got {value}")
+
+
+def _serving(model: Shapes, stored: Stored, asked: _Asked) -> Fit:
+    asked.check()
+    cards, context = asked.cards, asked.context
     heads = heads_of(model.config)
-    linears = (*stored.linears, *stored.head)
-    if engine is not None and engine in stored.refusals:
-        raise EngineError(stored.refusals[engine])
-    if engine is not None:
-        require_engine(engine, stored.format, linears, heads, cards=cards, act_order=stored.act_order)
-    kinds = _kinds(model, stored)
-    weights = {kind: sum(stored.tensors[n] for n, k in kinds.items() if k == kind) for kind in KINDS}
-    whole = _caches(model, heads.key_value, KV_BYTES[kv], 1)
-    shards, problems = _shards(stored.linears, heads, cards)
-    here = _caches(model, _kept_heads(heads, cards), KV_BYTES[kv], cards)
-    workspace = _workspace(model, stored.linears, cards)
-    card_weights = _card_weights(stored, kinds, shards, cards)
-
-    fixed = card_weights + workspace["total"]
-    total = fixed + _cache_bytes(here, context)
-    room = _longest(here, budget - fixed)
+    loads = _engines(model, stored, asked)
+    load = load_of(model, stored, asked.kv, cards, asked.card)
+    weights = {kind: sum(stored.tensors[n] for n, k in load.kinds.items() if k == kind) for kind in KINDS}
+    whole, here = caches(model, heads.key_value, KV_BYTES[asked.kv], 1), load.caches
+    shards, problems = shards_of(stored.linears, heads, cards)
+    engine = asked.engine or _usual_engine(stored.format, loads)
+    found = choices(engine, load, asked.budget)
+    choice = choose(found, context)
     allowed = getattr(model.config, "max_position_embeddings", None)
-    return {
-        "format": stored.format,
-        "weights": weights | {"total": sum(stored.tensors.values())},
-        "weights_16bit": _bytes_16bit(model),
-        "file_bytes": stored.file_bytes,
-        "kv": kv,
-        "kv_bytes_per_token": _bytes_per_token(whole),
-        "kv_bytes": _cache_bytes(whole, context),
-        "kv_layers": [vars(cache) for cache in here],
-        "workspace": workspace,
-        "model": {
-            "prefill_tokens": PREFILL_TOKENS,
+    longest = _within(choice.room, allowed)
+    total = load.weights + choice.workspace["total"] + cache_bytes(here, context)
+    return Fit(
+        format=stored.format,
+        weights=weights | {"total": sum(stored.tensors.values())},
+        weights_16bit=bytes_in_16_bit(model),
+        file_bytes=stored.file_bytes,
+        kv=asked.kv,
+        kv_bytes_per_token=bytes_per_token(whole),
+        kv_bytes=cache_bytes(whole, context),
+        kv_layers=[CacheRecord(**vars(cache)) for cache in here],
+        workspace=dict(choice.workspace),
+        model={
+            "prefill_tokens": choice.batch.tokens,
             "hidden_copies": HIDDEN_COPIES,
-            "sequences": 1,
-            "engine_bytes": ENGINE_BYTES,
-            "communication_bytes": COMMUNICATION_BYTES if cards > 1 else 0,
+            "sequences": choice.batch.sequences,
+            "engine_bytes": choice.workspace["engine"],
+            "communication_bytes": choice.workspace["communication"],
         },
-        "tensor_parallel": {
-            "cards": cards,
-            "weights_bytes": card_weights,
-            "kv_bytes_per_token": _bytes_per_token(here),
-            "kv_bytes": _cache_bytes(here, context),
-            "workspace_bytes": workspace["total"],
-            "shards": _shard_rows(stored.linears, shards),
-            "problems": problems,
-        },
-        "context": context,
-        "total_bytes": total,
-        "budget_bytes": budget,
-        "fits": total <= budget,
-        "margin_bytes": budget - total,
-        "longest_context": min((n for n in (room, allowed) if n is not None), default=FARTHEST),
-        "longest_context_in_memory": room,
-        "max_position_embeddings": allowed,
-        "engines": {
-            **engines(stored.format, linears, heads, cards=cards, act_order=stored.act_order),
-            **stored.refusals,
-        },
-    }
-
-
-def _kinds(model: Shapes, stored: Stored) -> dict[str, str]:
-    """Tensor name -> a key of KINDS."""
-    linears = {linear.name: linear.scheme for linear in stored.linears}
-    head = model.head_name
-
-    def kind(name: str) -> str:
-        owner, _, key = name.rpartition(".")
-        if owner == head:
-            return "lm_head"
-        if owner in model.embeddings:
-            return "embeddings"
-        if key in _KIND_OF_KEY:
-            return _KIND_OF_KEY[key]
-        if owner in linears:
-            return "linears_16bit" if linears[owner] is None else "blocks"
-        return "norms" if owner in model.norms else "other"
-
-    return {name: kind(name) for name in stored.tensors}
-
-
-def _bytes_16bit(model: Shapes) -> int:
-    layers = [model.layer_shapes(index) for index in range(len(model.layer_tensors))]
-    numbers = sum(_count(shape) for shapes in (model.outside(), *layers) for shape in shapes.values())
-    return ITEMSIZE[STORED] * numbers + sum(map(spec_bytes, model.copied.values()))
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-# ---------------------------------------------------------------- KV cache
-
-
-def _caches(model: Shapes, heads: int, itemsize: int, cards: int) -> list[Cache]:
-    """What layers keep of a sequence on one of `cards` cards, alike ones together; heads: of keys and values there."""
-    family, config, count = model.family, model.config, len(model.layer_tensors)
-    types = family.types(config, count)
-    numbers = {kind: evaluate(family.per_token(kind), config, num_key_value_heads=heads) for kind in set(types)}
-    states = {kind: -(-evaluate(family.state(kind), config) // cards) for kind in set(types)}
-    growing = [(numbers[kind] * itemsize, window) for kind, window in zip(types, _windows(config, count), strict=True)]
-    kept = [part for part in [*growing, *((states[kind], 1) for kind in types)] if part[0]]
-    return [Cache(kept.count(alike), *alike) for alike in dict.fromkeys(kept)]
-
-
-def _windows(config: Any, layers: int) -> list[int | None]:
-    """The sliding window of each layer, None where all of the context is kept."""
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return [None] * layers
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    first = getattr(config, "max_window_layers", 0)  # older transformers: Qwen2's first layers see everything
-    return [None if index < first else window for index in range(layers)]
-
-
-def _cache_bytes(caches: Sequence[Cache], context: int) -> int:
-    return sum(cache.bytes_at(context) for cache in caches)
-
-
-def _bytes_per_token(caches: Sequence[Cache]) -> int:
-    """What each further token takes, while no window is full."""
-    return _cache_bytes(caches, 2) - _cache_bytes(caches, 1)
-
-
-def _longest(caches: Sequence[Cache], room: int) -> int | None:
-    """The longest context whose cache takes at most `room` bytes; None if there is no limit."""
-    longest = bisect_right(range(1, FARTHEST + 1), room, key=lambda context: _cache_bytes(caches, context))
-    return None if longest == FARTHEST else longest
-
-
-# ---------------------------------------------------------------- workspace and cards
-
-
-def _workspace(model: Shapes, linears: Sequence[LinearPlan], cards: int) -> dict[str, int]:
-    config = model.config
-    width = HIDDEN_COPIES * config.hidden_size + (_widest_output(linears) + _widest_input(linears)) // cards
-    parts = {
-        "activations": PREFILL_TOKENS * width * ITEMSIZE[STORED],
-        "logits": config.vocab_size * 4,
-        "engine": ENGINE_BYTES,
-        "communication": COMMUNICATION_BYTES if cards > 1 else 0,
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def _widest_input(linears: Sequence[LinearPlan]) -> int:
-    return max(linear.in_features for linear in linears)
-
-
-def _widest_output(linears: Sequence[LinearPlan]) -> int:
-    """Of linears that engines run as one, the sum."""
-    widths: dict[tuple[int, str], int] = {}
-    for linear in linears:
-        key = (linear.layer, linear.role.fused or linear.local)
-        widths[key] = widths.get(key, 0) + linear.out_features
-    return max(widths.values())
-
-
-def _kept_heads(heads: Heads, cards: int) -> int:
-    try:
-        return kept_heads(heads, cards)
-    except SchemeError:  # told as a problem; the next larger whole number of heads
-        return -(-heads.key_value // cards)
-
-
-Shards = dict[str, tuple[int, int] | str]
-
-
-def _shards(linears: Sequence[LinearPlan], heads: Heads, cards: int) -> tuple[Shards, list[str]]:
-    """Full name -> (out_features, in_features) on one card, or why it cannot be cut; and each such reason once."""
-    parts: Shards = {}
-    problems: dict[str, None] = {}
-    for linear in linears:
-        try:
-            parts[linear.name] = shard(linear, heads, cards)
-        except SchemeError as error:
-            parts[linear.name] = str(error)
-            problems[f"{linear.local}: {error}"] = None
-    return parts, list(problems)
-
-
-def _shard_rows(linears: Sequence[LinearPlan], shards: Shards) -> list[dict[str, Any]]:
-    """One row for each kind of linear: its shape, the shape on one card (None if it cannot be cut), and why not."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for linear in linears:
-        part = shards[linear.name]
-        whole = [linear.out_features, linear.in_features]
-        scheme = str(linear.scheme) if linear.scheme else "16 bit"
-        cut = None if isinstance(part, str) else list(part)
-        row = {"linear": linear.local, "scheme": scheme, "shape": whole, "on_card": cut}
-        row["why_not"] = part if isinstance(part, str) else None
-        rows.setdefault((linear.local, scheme, *whole), row | {"layers": 0})["layers"] += 1
-    return list(rows.values())
-
-
-def _card_weights(stored: Stored, kinds: Mapping[str, str], shards: Shards, cards: int) -> int:
-    """The bytes of the weights on one card. What cannot be cut evenly is counted as if it could, rounded up."""
-    if cards == 1:
-        return sum(stored.tensors.values())
-    linears = {linear.name: linear for linear in stored.linears}
-    return sum(
-        _on_card(name, size, kinds[name], linears.get(name.rpartition(".")[0]), shards, cards)
-        for name, size in stored.tensors.items()
+        tensor_parallel=CardRecord(
+            cards=cards,
+            weights_bytes=load.weights,
+            kv_bytes_per_token=bytes_per_token(here),
+            kv_bytes=cache_bytes(here, context),
+            workspace_bytes=choice.workspace["total"],
+            shards=shard_rows(stored.linears, shards),
+            problems=problems,
+        ),
+        context=context,
+        total_bytes=total,
+        budget_bytes=asked.budget,
+        fits=total <= asked.budget,
+        margin_bytes=asked.budget - total,
+        longest_context=longest,
+        longest_context_in_memory=choice.room,
+        max_position_embeddings=allowed,
+        engine=_use(engine, load, asked, found, choice),
+        engines=loads,
     )
 
 
-def _on_card(name: str, size: int, kind: str, linear: LinearPlan | None, shards: Shards, cards: int) -> int:
-    if kind in ("embeddings", "lm_head"):  # cut by rows of the vocabulary
-        return -(-size // cards)
-    if linear is None or name.endswith("weight_shape"):
-        return size
-    by_input = linear.role.by_input
-    if kind == "indices":  # one for each input column
-        return -(-size // cards) if by_input else size
-    whole_rows = linear.scheme is not None and linear.scheme.groups(linear.in_features) == 1
-    if by_input and (kind == "biases" or (whole_rows and kind in ("scales", "zeros"))):
-        return size
-    part = shards[linear.name]
-    if isinstance(part, str):
-        return -(-size // cards)
-    share, whole = (part[1], linear.in_features) if by_input else (part[0], linear.out_features)
-    return -(-size * share // whole)
+def load_of(model: Shapes, stored: Stored, kv: str, cards: int = 1, card: Card | None = None) -> Load:
+    """A checkpoint as an engine has it on one of several cards."""
+    heads = heads_of(model.config)
+    kinds = kinds_of(model, stored)
+    shards, _ = shards_of(stored.linears, heads, cards)
+    here = caches(model, heads_on_card(heads, cards), KV_BYTES[kv], cards)
+    return Load(model, stored, kinds, here, card_weights(stored, kinds, shards, cards), cards, card)
+
+
+def _usual_engine(format_name: str, loads: Mapping[str, str | None]) -> str:
+    """The engine that memory is counted for where none is named: llama.cpp for its files, else the first that loads."""
+    if format_name == "gguf":
+        return "llama.cpp"
+    return next((name for name in MEMORY if loads[name] is None), "vllm")
+
+
+def _within(room: int | None, allowed: int | None) -> int:
+    """Tokens that both memory and the model allow; None: no limit."""
+    return min((n for n in (room, allowed) if n is not None), default=FARTHEST)
+
+
+def _engines(model: Shapes, stored: Stored, asked: _Asked) -> dict[str, str | None]:
+    """Engine -> None if it loads the checkpoint, else why not.
+
+    Raises:
+        EngineError: the one that was asked for does not.
+    """
+    heads, linears, engine = heads_of(model.config), (*stored.linears, *stored.head), asked.engine
+    if engine is not None and engine in stored.refusals:
+        raise EngineError(stored.refusals[engine])
+    if engine is not None:
+        require_engine(engine, stored.format, linears, heads, cards=asked.cards, act_order=stored.act_order)
+    found = engines(stored.format, linears, heads, cards=asked.cards, act_order=stored.act_order)
+    return {**found, **stored.refusals}
+
+
+def _use(engine: str, load: Load, asked: _Asked, found: list[Choice], choice: Choice) -> EngineUse:
+    """The engine and its flags; the context is the longest that they reach."""
+    row, allowed = MEMORY[engine], getattr(load.model.config, "max_position_embeddings", None)
+    longest = _within(choice.room, allowed)
+    context = asked.context if longest == FARTHEST else longest
+    kept = cache_bytes(load.caches, context)
+    served = Served(context, asked.budget, asked.kv, asked.cards, asked.card, choice.workspace, kept)
+    flags: list[Flag] = flags_of(engine, choice.batch, served)
+    plain = not load.model.copied and all(cache.window is None for cache in load.caches)
+    alike = load.cards == 1 and plain
+    return EngineUse(
+        name=engine,
+        version=row.version,
+        measured=choice.batch.measured and alike,
+        source=row.source,
+        flags=words(flags),
+        costs=[EngineFlag(words=list(flag.words), note=flag.note) for flag in flags],
+        context=context,
+        batches=[
+            EngineBatch(
+                batched_tokens=each.batch.tokens,
+                sequences=each.batch.sequences,
+                eager=each.batch.eager,
+                measured=each.batch.measured and alike,
+                workspace_bytes=each.workspace["total"],
+                context=_within(each.room, allowed),
+            )
+            for each in found
+        ],
+        card=asked.card.name if asked.card else None,
+    )
 
 
 # ---------------------------------------------------------------- quantizing

@@ -11,6 +11,7 @@ from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
 from quantkit.formats.gguf import BLOCK
+from quantkit.hardware.card import visible_card
 from quantkit.methods.table import METHODS
 from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
 from quantkit.scheme import NAMED, Scheme
@@ -134,7 +135,7 @@ def choose_serving(
     context: int | None = None,
     kv: str | None = None,
 ) -> dict[str, Any]:
-    """The keywords of `fit.fit`: bytes of the card, tokens of context that must fit, type of the KV cache.
+    """The keywords of `fit.fit`: bytes of a card, tokens of context that must fit, type of the KV cache, the GPU here.
 
     As asked, or as the recipe says, or 22 GiB, 8k tokens (all that a smaller model allows) and fp16. limit: `positions`
 
@@ -146,6 +147,7 @@ def choose_serving(
         "budget": budget or said.memory_bytes or DEFAULT_BUDGET,
         "context": choose_context(context or said.context_tokens, limit),
         "kv": kv or said.kv or "fp16",
+        "card": visible_card(),
     }
 
 

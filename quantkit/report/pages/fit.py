@@ -5,28 +5,29 @@ from collections.abc import Mapping
 
 from quantkit.records import Fit
 from quantkit.report import formatting
-from quantkit.report.pages.parts import Result, Table, memory
+from quantkit.report.pages.parts import Table, memory
 from quantkit.report.rendering import template
 
 
-def render_fit(fit: Result, model: str, subtitle: str) -> str:
-    """One self-contained page: memory against context, from the document of `fit.fit`."""
-    chart, parts, longest = memory(Fit.model_validate(fit))
-    cards, problems = fit["tensor_parallel"]["cards"], fit["tensor_parallel"]["problems"]
-    verdict = f"Cannot be cut over {cards} cards" if problems else "Fits" if fit["fits"] else "Does not fit"
-    engines = [[engine, reason or "loads it"] for engine, reason in fit["engines"].items()]
+def render_fit(fit: Fit, model: str, subtitle: str) -> str:
+    """One self-contained page: memory against context."""
+    chart, parts, longest = memory(fit)
+    cards, problems = fit.tensor_parallel.cards, fit.tensor_parallel.problems
+    verdict = f"Cannot be cut over {cards} cards" if problems else "Fits" if fit.fits else "Does not fit"
+    engines = [[engine, reason or "loads it"] for engine, reason in fit.engines.items()]
     return template("fit.html.j2", escape=True).render(
         model=formatting.short_name(model),
         subtitle=subtitle,
-        good=fit["fits"] and not problems,
+        good=fit.fits and not problems,
         verdict=verdict,
         problems=problems,
         longest=longest,
         chart=chart,
         parts=parts,
-        weights=_sizes("kind", fit["weights"]),
-        workspace=_sizes("part", fit["workspace"]),
-        workspace_note=_workspace_note(fit["model"]),
+        weights=_sizes("kind", fit.weights),
+        workspace=_sizes("part", fit.workspace),
+        workspace_note=_workspace_note(fit),
+        flags=" ".join(fit.engine.flags) if fit.engine else "",
         needs=_needs(fit),
         engines=Table(["", ""], engines, figures=False),
     )
@@ -37,25 +38,28 @@ def _sizes(name: str, sizes: Mapping[str, int]) -> Table:
     return Table([name, "size", "bytes"], rows)
 
 
-def _workspace_note(model: Result) -> str:
-    """What the workspace is counted for: the constants of `fit`."""
+def _workspace_note(fit: Fit) -> str:
+    """What the workspace is counted for."""
+    if fit.engine is None:
+        return ""
+    engine, model = fit.engine, fit.model
     return (
-        f"Counted for a prefill of {model['prefill_tokens']:,} tokens at once and {model['sequences']} sequence. "
-        "What an engine takes for itself (context, libraries, graphs) is an allowance, not a measurement."
+        f"Counted for {engine.name} {engine.version}, a batch of {model['prefill_tokens']:,} tokens and "
+        f"{model['sequences']} sequences; {engine.source}."
     )
 
 
-def _needs(fit: Result) -> Table | None:
+def _needs(fit: Fit) -> Table | None:
     """What quantizing will need; None for what is quantized already."""
-    if "ram_bytes" not in fit:
+    if fit.ram_bytes is None:
         return None
-    hidden = formatting.size(fit["hidden_states_bytes"])
+    hidden = formatting.size(fit.hidden_states_bytes)
     rows = [
-        ("RAM", f"{formatting.size(fit['ram_bytes'])} at most, on a CPU"),
-        ("GPU memory", f"{formatting.size(fit['device_bytes'])} at most, with --device cuda"),
+        ("RAM", f"{formatting.size(fit.ram_bytes)} at most, on a CPU"),
+        ("GPU memory", f"{formatting.size(fit.device_bytes)} at most, with --device cuda"),
         (
             "disk",
-            f"{formatting.size(fit['disk_bytes'])}, and {hidden} of hidden states a stream if RAM does not hold them",
+            f"{formatting.size(fit.disk_bytes)}, and {hidden} of hidden states a stream if not in RAM",
         ),
     ]
     return Table(["", ""], rows, figures=False)
