@@ -296,11 +296,19 @@ class LayerError(Part):
     relative_error: Figure
 
 
+class StrangeLinear(Part):
+    """A linear whose weights are not the original's: their relative error, and what rounding to its bits explains."""
+
+    name: str
+    error: Figure
+    expected: Figure
+
+
 class Measured(Part):
     """What was measured against FP16.
 
     tokens: those that were predicted; dtype: of the computation; torch_dtype: what config.json has it served in;
-    largest_activation: the largest absolute number within the model
+    largest_activation: the largest absolute number within the model; vocabulary: how many tokens it predicts among
     """
 
     perplexity: Figure
@@ -313,6 +321,8 @@ class Measured(Part):
     dtype: str | None = None
     torch_dtype: str | None = None
     largest_activation: Figure = None
+    vocabulary: int | None = None
+    strange_linears: list[StrangeLinear] = []
     layer_errors: list[LayerError]
 
     @property

@@ -56,7 +56,7 @@ def quantkit(*words: str) -> Answer:
 def done(*words: str) -> Answer:
     """The same; it must succeed."""
     answer = quantkit(*words)
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 0, answer.stderr + answer.stdout
     return answer
 
 

@@ -64,7 +64,9 @@ ALLOWED: dict[str, str] = {
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
     "gguf": "dtypes errors formats grids methods scheme checkpoint records model plan quantized serving",
     "pipeline.activations": "errors hardware",
-    "pipeline.compare": "dtypes hardware calibration model pipeline.activations pipeline.metrics pipeline.runtime",
+    "pipeline.compare": (
+        "dtypes hardware grids methods calibration model plan pipeline.activations pipeline.metrics pipeline.runtime"
+    ),
     "pipeline.fisher": (
         "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
     ),
@@ -113,7 +115,7 @@ ALLOWED: dict[str, str] = {
     "report.formatting": "text units records",
     "report.pages": "text records report.formatting report.rendering",
     "report.rendering": "text",
-    "report.terminal": "text units records plan serving hub",
+    "report.terminal": "text units records plan serving settings hub",
     "results": "dtypes errors jsonfile formats checkpoint records model report.card report.pages",
     # commands
     "__init__": "",

@@ -250,7 +250,7 @@ def test_peak_memory_does_not_grow_with_depth(tmp_path: Path, ids: Path) -> None
         made = run_process(
             command(*run_words("gptq", model, tmp_path / f"out-{layers}", ids, "--max-kl", "99", "--refine", "0"))
         )
-        assert made.returncode == 0, made.stderr
+        assert made.returncode in (0, 3), made.stderr  # a random model predicts nothing
         peaks.append(json.loads((tmp_path / f"out-{layers}" / "quantkit.json").read_text())["peak_rss_bytes"])
     assert peaks[1] < 1.1 * peaks[0], peaks
 

@@ -228,3 +228,29 @@ def test_what_is_no_percentage_is_refused(text: str) -> None:
 def test_limits_that_limit_nothing_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(InputError, match="0 or more"):
         asked_limits(limits.get("max_ppl_increase"), limits.get("max_kl"))
+
+
+def test_the_limit_on_kl_goes_with_that_on_perplexity() -> None:
+    assert choose_limits() == DEFAULT_LIMITS == Limits(max_ppl_increase=0.05, max_kl=0.2)
+    assert choose_limits(Limits(max_ppl_increase=0.1)).max_kl == 0.38
+    assert choose_limits(Limits(max_ppl_increase=0.001)).max_kl == 0.2  # none too tight for any model
+    recorded = choose_limits(Limits(max_ppl_increase=0.1))
+    assert choose_limits(Limits(max_ppl_increase=0.05), recorded).max_kl == 0.2  # not the one of another limit
+    assert choose_limits(Limits(), recorded) == recorded
+
+
+@pytest.mark.parametrize(("kl", "top1"), [(0.0004, 0.99), (0.03, 0.92), (0.0579, 0.88), (0.109, 0.83)])
+def test_what_sound_four_bit_runs_measure_passes(kl: float, top1: float) -> None:
+    assert objections({**GOOD, "kl_divergence": kl, "top1_agreement": top1}, DEFAULT_LIMITS) == []
+
+
+@pytest.mark.parametrize(("kl", "top1"), [(0.44, 0.68), (0.05, 0.61), (0.05, 0.34), (0.67, 0.9)])
+def test_what_broken_linears_measure_fails_at_any_perplexity(kl: float, top1: float) -> None:
+    assert objections({**GOOD, "kl_divergence": kl, "top1_agreement": top1}, DEFAULT_LIMITS)
+
+
+def test_an_original_that_predicts_nothing_never_passes() -> None:
+    guesses = {**GOOD, "perplexity": 116514.0, "perplexity_fp16": 116514.0, "vocabulary": 4096}
+    (reason,) = objections(guesses, DEFAULT_LIMITS)
+    assert "worse than guessing among its 4,096 tokens" in reason
+    assert objections({**guesses, "perplexity": 4700.0, "perplexity_fp16": 4700.0}, DEFAULT_LIMITS) == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the quantized model is from the original: after each layer, and by the logits at the end."""
+"""How far the quantized model is from the original: by its weights, after each layer, and by the logits at the end."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +10,20 @@ from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
 from quantkit.dtypes import dtype_name
+from quantkit.grids.registry import dequantize
 from quantkit.hardware.ranks import ALONE, Ranks
+from quantkit.methods import rtn
 from quantkit.model.streaming import logits, outside_loaded
 from quantkit.pipeline.activations import Peak, Stream
 from quantkit.pipeline.metrics import Comparison
 from quantkit.pipeline.runtime import Runtime
+from quantkit.plan import LinearPlan
+
+# Sound roundings, GPTQ's included, have up to 3.3 times the error of rounding to nearest; integers of another weight or
+# in another order 0.97 and more, whatever the bits (docs/verdict.md).
+USUAL_ERROR = 0.1
+TIMES_NEAREST = 10
+LARGEST_ERROR = 0.7
 
 
 def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) -> float:
@@ -27,6 +36,54 @@ def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) ->
     sums = ranks.gather(torch.tensor(parts, dtype=torch.float64))
     error, energy = (math.fsum(column) for column in sums.T.tolist())
     return error / energy if energy > 0 else 0.0
+
+
+def weight_error(original: Tensor, weight: Tensor) -> float:
+    """The share of a weight's energy [out, in] that the original, scaled by rows and columns, does not account for.
+
+    Folds scale columns, and the rows of what feeds another linear, so scales of either kind are no error.
+    """
+    w, q = original.float(), weight.float()
+    rows, columns = w.new_ones(len(w), 1), w.new_ones(1, w.shape[1])
+    for _ in range(3):
+        scaled = w * rows
+        columns = (scaled * q).sum(0, keepdim=True) / scaled.square().sum(0, keepdim=True).clamp(min=1e-30)
+        scaled = w * columns
+        rows = (scaled * q).sum(1, keepdim=True) / scaled.square().sum(1, keepdim=True).clamp(min=1e-30)
+    energy, found = w.square().sum(1), q.square().sum(1)
+    explained = (scaled * q).sum(1).square() / (scaled.square().sum(1) * found).clamp(min=1e-30)
+    return float(((1 - explained) * energy).sum() / energy.sum().clamp(min=1e-30))
+
+
+def strange_linears(
+    original: Mapping[str, Tensor], quantized: Mapping[str, Tensor], linears: Mapping[str, LinearPlan]
+) -> list[dict[str, Any]]:
+    """The linears of a layer whose weights cannot be a rounding of the original's; see `records.StrangeLinear`.
+
+    original, quantized: the layer's tensors; linears: those of the layer; all by their local names
+    """
+    strange = []
+    for name, linear in linears.items():
+        w, q = (tensors.get(f"{name}.weight") for tensors in (original, quantized))
+        if linear.scheme is None or w is None or q is None:
+            continue
+        if _relative(q, w) <= USUAL_ERROR or (error := weight_error(w, q)) <= USUAL_ERROR:
+            continue
+        nearest = dequantize(rtn.quantize(w.float(), linear.scheme, search=False))
+        expected = _relative(nearest, w)
+        if not error <= min(TIMES_NEAREST * expected, LARGEST_ERROR):
+            strange.append({"name": linear.name, "error": error, "expected": expected})
+    return strange
+
+
+def few_strange(strange: list[dict[str, Any]], linears: int) -> dict[str, Any]:
+    """What a verification says of strange linears. If most are, the model was rotated: only its outputs can tell."""
+    return {"strange_linears": strange} if 0 < len(strange) <= linears / 2 else {}
+
+
+def _relative(weight: Tensor, original: Tensor) -> float:
+    w = original.to(weight.device).float()
+    return float((weight.float() - w).square().sum() / w.square().sum().clamp(min=1e-30))
 
 
 def largest(streams: Sequence[Stream], ranks: Ranks = ALONE) -> Peak:

@@ -26,7 +26,7 @@ from quantkit.model.streaming import (
     outside_loaded,
     read_outside,
 )
-from quantkit.pipeline.compare import compare_logits, largest, relative_error
+from quantkit.pipeline.compare import compare_logits, few_strange, largest, relative_error, strange_linears
 from quantkit.pipeline.forward import embed_original, embed_tokens, ending_names, open_streams
 from quantkit.pipeline.runtime import Progress, Runtime
 from quantkit.pipeline.walk import walk
@@ -189,17 +189,20 @@ def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progr
     embed_original(runtime, evaluation, original)
     with outside_loaded(model, runtime.loaded(quantized.read(embedding_names(model)))):
         embed_tokens(runtime, evaluation, stream)
-    layer_errors = []
+    layer_errors: list[dict[str, Any]] = []
+    strange: list[dict[str, Any]] = []
     with walk(runtime, progress) as layers:
         for layer in layers:
             progress.stage("run the original")
             layer.advance(original)
-            layer.forget_original()
             progress.stage("run the quantized")
             names = [f"{layer.name}.{name}" for name in model.layer_shapes(layer.index)]
             stored = quantized.read(names, runtime.device)
-            layer.load({name.removeprefix(f"{layer.name}."): tensor for name, tensor in stored.items()})
-            del stored
+            local = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in stored.items()}
+            strange += strange_linears(layer.weights, local, _linears_of(quantized, layer.index))
+            layer.forget_original()
+            layer.load(local)
+            del stored, local
             layer.advance(stream)
             error = relative_error(original, stream)
             layer_errors.append({"layer": layer.index, "relative_error": error})
@@ -211,6 +214,12 @@ def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progr
     peak = largest([original, stream])
     return figures | {
         "layer_errors": layer_errors,
+        "vocabulary": model.config.vocab_size,
+        **few_strange(strange, len(quantized.linears)),
         "largest_activation": peak.value,
         "torch_dtype": quantized.served,
     }
+
+
+def _linears_of(quantized: Measurable, index: int) -> dict[str, LinearPlan]:
+    return {linear.local: linear for linear in quantized.linears if linear.layer == index}

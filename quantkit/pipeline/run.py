@@ -33,7 +33,7 @@ from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import assign, move_buffers, read_outside
 from quantkit.pipeline.activations import Peak, Stream
-from quantkit.pipeline.compare import compare_logits, largest, relative_error
+from quantkit.pipeline.compare import compare_logits, few_strange, largest, relative_error, strange_linears
 from quantkit.pipeline.forward import Layer, ending_names
 from quantkit.pipeline.head import head_stats, quantize_head
 from quantkit.pipeline.job import Job
@@ -175,7 +175,7 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
     streams = open_run(job, reference, gram_samples)
     progress.start(len(model.layers), tokens, streams.places)
     embed_run(job, streams, shards["embeddings"])
-    layer_errors = _through_layers(job, sites, journal, streams, progress)
+    through = _through_layers(job, sites, journal, streams, progress)
 
     if plan.head is not None and plan.head.scheme is not None and "head" not in journal.finished:
         progress.ending("quantize lm_head")
@@ -189,7 +189,7 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
         stored = quantized_outside(job, source)
         (measured,) = compare_logits(runtime, job.evaluation, streams.original, [streams.quantized], source, stored)
         peak = largest([streams.original, streams.quantized], runtime.ranks)
-        measured |= {"layer_errors": layer_errors, "largest_activation": peak.value, "torch_dtype": job.served}
+        measured |= through | {"largest_activation": peak.value, "torch_dtype": job.served}
     units = tuple(unit for unit in journal.finished.values() if unit.unit in shards)
     peaks = runtime.ranks.gather(torch.tensor([[peak_rss_bytes(), peak_device_bytes(runtime.device)]])).tolist()
     most = tuple((rss, device) for rss, device in peaks)
@@ -199,17 +199,18 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
 
 def _through_layers(
     job: Job, sites: Sequence[Sequence[Site]], journal: Journal, streams: Streams, progress: Progress
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Quantize all layers, or take those that are finished, and bring the streams behind the last one.
 
     Returns:
-        The relative error of each layer's output, where both models are evaluated.
+        What a verification says of the layers, where both models are evaluated: see `records.Measured`.
     """
     runtime = job.runtime
     shards = {shard.unit: shard for shard in job.plan.shards}
     finished = set(journal.finished)  # when the run began
     unfinished = [linear.layer for linear in job.plan.quantized if linear.unit not in finished]
-    layer_errors = []
+    layer_errors: list[dict[str, Any]] = []
+    strange: list[dict[str, Any]] = []
     with walk(runtime, progress, sites=sites) as layers, writer() as writing:
         for layer in layers:
             if streams.original:
@@ -233,10 +234,13 @@ def _through_layers(
                 if runtime.ranks.first:
                     writing.submit(partial(write, journal, shard, copied(stored), records))
                 del result
+            unpacked = unpack_layer(job, layer, stored)
+            if streams.quantized:
+                strange += strange_linears(layer.weights, unpacked, job.plan.layer(layer.index))
             layer.forget_original()
 
-            layer.load(unpack_layer(job, layer, stored))
-            del stored
+            layer.load(unpacked)
+            del stored, unpacked
             progress.stage("run the quantized")
             if streams.quantized:
                 layer.advance(streams.quantized)
@@ -251,7 +255,8 @@ def _through_layers(
                 layer_errors.append({"layer": layer.index, "relative_error": error})
             loss = max((record["loss"] for record in records), default=0.0)
             progress.finished(layer.index, loss, shard.unit in finished)
-    return layer_errors
+    vocabulary = {"vocabulary": runtime.model.config.vocab_size}
+    return {"layer_errors": layer_errors} | vocabulary | few_strange(strange, len(job.plan.quantized))
 
 
 def _quantize(job: Job, layer: Layer, streams: Streams, *, more: bool) -> tuple[LayerResult, Mapping[Shortcut, Known]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from quantkit.hub.push import PushResult
 from quantkit.records import Foreign, RecipeRow, Result, Verification
+from quantkit.settings.advice import next_step
 from quantkit.units import format_bytes, format_seconds
 
 
@@ -28,7 +29,7 @@ def summary(result: Result, out: Path) -> Group:
     lines: list[Any] = [table]
     lines += [Text(f"note: {note}", style="yellow") for note in result.fallbacks]
     if result.verification:
-        lines += _verdict_lines(result.verification)
+        lines += [*_verdict_lines(result.verification), *_next_step(result, out)]
     lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
 
@@ -146,7 +147,7 @@ def verify_summary(result: Result | Foreign, out: Path) -> Group:
     table.add_row("evaluated on", f"{evaluated.source}, {evaluated.samples} x {evaluated.seqlen} tokens")
     lines: list[Any] = [table]
     lines += [Text(f"note: {note}", style="yellow") for note in evaluated.notes]
-    lines += _verdict_lines(measured)
+    lines += [*_verdict_lines(measured), *_next_step(result, out)]
     if isinstance(result, Result):
         lines.append(Text(f"report: {out}/report.html"))
     return Group(*lines)
@@ -200,6 +201,11 @@ def _verdict_lines(measured: Verification) -> list[Text]:
     passed = measured.verdict == "pass"
     shown = Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red")
     return [shown, *(Text(f"  {reason}") for reason in measured.reasons)]
+
+
+def _next_step(result: Result | Foreign, out: Path) -> list[Text]:
+    # A command that is cut into lines cannot be copied.
+    return [Text(f"  {line}", "yellow", no_wrap=True, overflow="ignore") for line in next_step(result, str(out))]
 
 
 def push_document(result: PushResult) -> dict[str, Any]:
