@@ -7,6 +7,7 @@ what is copied as it is.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from quantkit.checkpoint.writer import shard_bytes, shard_name
@@ -148,9 +149,16 @@ class Plan:
         weights = sum(linear.out_features * linear.in_features for linear in self.quantized)
         return 8 * sum(linear_bytes(self.format, linear) for linear in self.quantized) / weights
 
-    def layer(self, index: int) -> dict[str, LinearPlan]:
+    @cached_property
+    def _layers(self) -> dict[int, dict[str, LinearPlan]]:
+        found: dict[int, dict[str, LinearPlan]] = {}
+        for linear in self.linears:
+            found.setdefault(linear.layer, {})[linear.local] = linear
+        return found
+
+    def layer(self, index: int) -> Mapping[str, LinearPlan]:
         """The linears of a decoder layer, by their name within it."""
-        return {linear.local: linear for linear in self.linears if linear.layer == index}
+        return self._layers.get(index, {})
 
 
 def decoder_linears(model: Shapes) -> tuple[LinearPlan, ...]:
@@ -241,19 +249,16 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
     def plain(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
         return {name: TensorSpec(stored_dtype(name), shape) for name, shape in shapes.items()}
 
+    by_layer: dict[int, list[LinearPlan]] = {}
+    for linear in linears:
+        if linear.scheme is not None:
+            by_layer.setdefault(linear.layer, []).append(linear)
     contents: list[tuple[str, dict[str, TensorSpec]]] = [("embeddings", plain(model.before_layers()))]
     for index in range(len(model.layer_tensors)):
         prefix = model.layer_name(index)
         tensors = plain({f"{prefix}.{n}": shape for n, shape in model.layer_shapes(index).items()})
-        for linear in linears:
-            if linear.layer == index and linear.scheme is not None:
-                tensors = _packed(tensors, linear, fmt)
-        contents.append((f"layer.{index}", tensors))
-    after = plain(model.after_layers())
-    for linear in linears:
-        if linear.layer == OUTSIDE and linear.scheme is not None:
-            after = _packed(after, linear, fmt)
-    if after:
+        contents.append((f"layer.{index}", _packed(tensors, by_layer.get(index, ()), fmt)))
+    if after := _packed(plain(model.after_layers()), by_layer.get(OUTSIDE, ()), fmt):
         contents.append(("head", after))
     if model.copied:
         contents.append((COPIED, {name: TensorSpec(*spec) for name, spec in model.copied.items()}))
@@ -263,12 +268,15 @@ def _shards(model: Shapes, linears: list[LinearPlan], fmt: Format) -> tuple[Shar
     )
 
 
-def _packed(tensors: Mapping[str, TensorSpec], linear: LinearPlan, fmt: Format) -> dict[str, TensorSpec]:
-    """The tensors with a linear's weight replaced by what the format stores for it, at the end."""
-    assert linear.scheme is not None
-    specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
-    kept = {name: spec for name, spec in tensors.items() if name != f"{linear.name}.weight"}
-    return kept | {f"{linear.name}.{key}": spec for key, spec in specs.items()}
+def _packed(tensors: Mapping[str, TensorSpec], linears: Iterable[LinearPlan], fmt: Format) -> dict[str, TensorSpec]:
+    """The tensors with the weights of linears replaced by what the format stores for them, at the end."""
+    found = dict(tensors)
+    for linear in linears:
+        assert linear.scheme is not None
+        found.pop(f"{linear.name}.weight", None)
+        specs = fmt.specs(linear.scheme, linear.out_features, linear.in_features)
+        found |= {f"{linear.name}.{key}": spec for key, spec in specs.items()}
+    return found
 
 
 def resolved(plan: Plan, method: str) -> list[RecipeRow]:

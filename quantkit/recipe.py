@@ -37,7 +37,7 @@ from pydantic import (
 
 from quantkit.errors import InputError, QuantkitError, SchemeError
 from quantkit.files import read_bytes
-from quantkit.formats.names import Fused
+from quantkit.formats.names import Fused, expert_of, fused_name
 from quantkit.patterns import compiled, matches
 from quantkit.records import Limits
 from quantkit.resources import recipes_dir
@@ -405,22 +405,24 @@ def _place(recipe: Recipe, index: int) -> str:
 
 
 def check_fused(schemes: dict[str, Scheme | None], fused: Fused) -> None:
-    """Serving engines run q/k/v as one matrix, and gate/up as another: each must have one scheme.
+    """Serving engines run q/k/v as one matrix, gate/up as another, and all experts of a layer as one kernel: each must
+    have one scheme.
 
     schemes: name -> scheme, of one decoder layer; fused: what engines load several linears into
 
     Raises:
         SchemeError: naming the two that differ.
     """
-    for parts in fused.values():
-        present = [(name, scheme) for name, scheme in schemes.items() if name.rpartition(".")[2] in parts]
-        for name, scheme in present[1:]:
-            if scheme != present[0][1]:
-                told = [str(s) if s else "16 bit" for s in (present[0][1], scheme)]
-                raise SchemeError(
-                    f"{present[0][0]} is {told[0]} but {name} is {told[1]}; engines fuse them, so give both one scheme",
-                    (present[0][0], name),
-                )
+    first: dict[str, str] = {}
+    for name, scheme in schemes.items():
+        expert = expert_of(name)
+        other = first.setdefault(expert[0] if expert else fused_name(name, fused) or name, name)
+        if scheme != schemes[other]:
+            told = [str(s) if s else "16 bit" for s in (schemes[other], scheme)]
+            raise SchemeError(
+                f"{other} is {told[0]} but {name} is {told[1]}; engines fuse them, so give both one scheme",
+                (other, name),
+            )
 
 
 @cache

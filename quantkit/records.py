@@ -76,6 +76,9 @@ class Place(Part):
 class Linear(Numbers, Place):
     """A quantized linear: its stored bytes, and its relative output error; `LinearPlan.record` makes it.
 
+    tokens: those that an expert has calibrated on; fallback: what an expert that saw too few has leaned on (see
+    `methods.starved`)
+
     What follows those is of some methods, or of a conversion: what it was before, whether its integers are the same,
     and if not how far its weights are from what they were.
     """
@@ -85,6 +88,8 @@ class Linear(Numbers, Place):
     in_features: int
     bytes: int
     loss: Figure = None
+    tokens: int | None = None
+    fallback: str | None = None
     damp_raised_to: Figure = None
     scale: str | None = None
     scale_gain: Figure = None

@@ -49,7 +49,7 @@ ALLOWED: dict[str, str] = {
     "records": "scheme",
     "verdict": "dtypes errors units records",
     # models
-    "model": "dtypes errors hardware jsonfile text checkpoint",
+    "model": "dtypes errors hardware jsonfile text formats checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe records model",
     "quantized": "errors jsonfile formats grids checkpoint records model plan",
     # engines
@@ -76,15 +76,16 @@ ALLOWED: dict[str, str] = {
     ),
     "pipeline.job": "dtypes hardware methods calibration checkpoint plan pipeline.runtime",
     "pipeline.layer": (
-        "dtypes errors hardware grids methods scheme stats model plan pipeline.activations pipeline.forward"
-        " pipeline.job pipeline.site_inputs"
+        "dtypes errors hardware formats grids methods scheme stats model plan pipeline.activations"
+        " pipeline.forward pipeline.job pipeline.mixtures pipeline.site_inputs"
     ),
     "pipeline.measure": (
         "dtypes errors formats calibration checkpoint model plan quantized pipeline.compare pipeline.forward"
         " pipeline.runtime pipeline.walk"
     ),
-    "pipeline.memory": "errors hardware units model serving pipeline.job pipeline.runtime",
+    "pipeline.memory": "errors hardware units formats model serving pipeline.job pipeline.runtime",
     "pipeline.metrics": "errors",
+    "pipeline.mixtures": "hardware formats methods stats model pipeline.activations pipeline.site_inputs",
     "pipeline.prefetch": "",
     "pipeline.resample": "calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk",
     "pipeline.resume": "errors checkpoint pipeline.job pipeline.tuning",
@@ -96,7 +97,7 @@ ALLOWED: dict[str, str] = {
     ),
     "pipeline.runtime": "dtypes hardware model",
     "pipeline.shards": "dtypes errors checkpoint model plan quantized pipeline.forward pipeline.job pipeline.layer",
-    "pipeline.site_inputs": "hardware stats model pipeline.activations pipeline.forward",
+    "pipeline.site_inputs": "hardware formats stats model pipeline.activations pipeline.forward",
     "pipeline.streams": (
         "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards pipeline.tuning"
     ),

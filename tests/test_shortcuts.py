@@ -133,7 +133,7 @@ def test_the_original_leaves_the_layer_with_its_last_site(tmp_path: Path) -> Non
         passage = Passage(materialised(model), stream, 2, (), weights, run_to_end=True)
         assert torch.equal(
             next(inputs_of(passage, LINEARS[0])),
-            run_to(model, 0, hidden[:2], LINEARS[0], weights, exact=False),
+            run_to(model, 0, hidden[:2], LINEARS[0], weights, exact=False)[0],
         )
         assert torch.equal(stream.states, hidden)
         list(inputs_of(passage, LINEARS[1], last=True))

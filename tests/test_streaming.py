@@ -171,7 +171,7 @@ def test_run_to_shows_the_input_of_a_linear_and_runs_no_further(tmp_path: Path) 
         hidden = embed(model, ids)
         assign(model.layers[0], as_float(read_layer(model, 0)))
         for name in linears:
-            torch.testing.assert_close(run_to(model, 0, hidden, name), seen[name])
+            torch.testing.assert_close(run_to(model, 0, hidden, name)[0], seen[name])
             assert not model.layers[0].get_submodule(name)._forward_pre_hooks
 
 
@@ -238,7 +238,7 @@ def test_a_model_that_skips_layers_is_refused(tmp_path: Path) -> None:
     ("kind", "changes", "reason"),
     [
         ("gpt2", {}, "Conv1D"),
-        ("rwkv", {"attention_hidden_size": 48}, "dense"),
+        ("rwkv", {"attention_hidden_size": 48}, "stacked weights"),
         ("gemma4_text", {"head_dim": 16}, "cannot be run one layer at a time"),
     ],
 )

@@ -22,6 +22,15 @@ class QuantizedLayer(NamedTuple):
     scheme: Scheme
 
 
+EXPERT = re.compile(r"(.*\bexperts)\.([0-9]+)\.[^.]+")
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The mixture that a linear is in, and the number of its expert: mlp.experts.3.up_proj -> (mlp.experts, 3)."""
+    found = EXPERT.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
 def fused_name(name: str, groups: Fused) -> str | None:
     """The module that serving engines load this one into: `...self_attn.q_proj` -> `...self_attn.qkv_proj`."""
     parent, _, leaf = name.rpartition(".")

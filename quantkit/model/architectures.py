@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantkit.model.family import BY_INPUT, EVERY, FUSED, KEYS_AND_VALUES, Family, Gguf, Part, Site, folded_site
+from quantkit.model.family import (
+    BY_INPUT,
+    EVERY,
+    FUSED,
+    KEYS_AND_VALUES,
+    ROUTERS,
+    Family,
+    Gguf,
+    Part,
+    Site,
+    folded_site,
+)
 
 QUERY, KEY, VALUE, OUTPUT = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -189,7 +200,7 @@ FAMILIES: dict[str, Family] = {
             "linear_attention": (_delta_net("in_proj_qkvz", "in_proj_ba"), QWEN_MLP),
             "full_attention": (QWEN_ATTENTION, QWEN_MLP),
         },
-        sixteen_bit=frozenset({"in_proj_ba"}),
+        sixteen_bit=ROUTERS | {"in_proj_ba"},
     ),
     "qwen3_5_text": Family(
         {
@@ -197,7 +208,7 @@ FAMILIES: dict[str, Family] = {
             "full_attention": (QWEN_ATTENTION, QWEN_MLP),
         },
         fused=FUSED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")},
-        sixteen_bit=frozenset({"in_proj_b", "in_proj_a"}),
+        sixteen_bit=ROUTERS | {"in_proj_b", "in_proj_a"},
     ),
     "granitemoehybrid": Family(
         {
@@ -215,7 +226,7 @@ FAMILIES: dict[str, Family] = {
             "mamba": (JAMBA_MAMBA, JAMBA_MLP),
             "attention": (GRANITE_ATTENTION, JAMBA_MLP),
         },
-        sixteen_bit=frozenset({"dt_proj"}),
+        sixteen_bit=ROUTERS | {"dt_proj"},
     ),
     "lfm2": Family(
         {

@@ -21,6 +21,8 @@ BY_INPUT = frozenset(
     {"o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc_out", "fc2", "c_proj", "wo", "w2"}
 )
 
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # what chooses and weighs experts
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -121,6 +123,7 @@ class Family:
     by_input: linears that are cut by their inputs over cards; they read what linears return that are cut by their
     outputs, as all others are
     sixteen_bit: small linears that engines keep in 16 bit
+    experts: what checkpoints call gate, up and down of an expert
     gguf: None where llama.cpp's names are not known
 
     Linears are named here by the last part of their names.
@@ -130,7 +133,8 @@ class Family:
     optional: Mapping[str, Any] | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FUSED)
     by_input: frozenset[str] = BY_INPUT
-    sixteen_bit: frozenset[str] = frozenset()
+    sixteen_bit: frozenset[str] = ROUTERS
+    experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     gguf: Gguf | None = None
 
     def types(self, config: Any, count: int) -> list[str]:

@@ -31,7 +31,7 @@ def names_of(model: PreTrainedModel, layers: str, layer: Collection[str], stored
     """
     state = model.state_dict(keep_vars=True)
     changed, original = _changes(model)
-    first = (name for name in stored if all(int(number) == 0 for number in NUMBER.findall(f"{name}.")))
+    first = (name for name in stored if all(int(number) == 0 for number in NUMBER.findall(f"{name}.")[:1]))
     found: dict[str, str] = {}
     for name in first:
         found.setdefault(_with_prefix(changed(name), model.base_model_prefix, state), name)

@@ -13,7 +13,7 @@ from typing import Any
 from quantkit.checkpoint.header import Spec
 from quantkit.model.architectures import family_of
 from quantkit.model.family import Family, Part, Site, evaluate
-from quantkit.model.unsupported import unsupported
+from quantkit.model.unsupported import mixture, unsupported
 
 Shape = tuple[int, ...]
 DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
@@ -134,7 +134,7 @@ def shapes_of(raw: Mapping[str, Any]) -> Shapes | None:
     window.
     """
     family = family_of(raw.get("model_type"))
-    if family.optional is None or unsupported(raw):
+    if family.optional is None or unsupported(raw) or mixture(raw):
         return None
     values = {**family.optional, **raw}
     if not _is_plain(values, family.optional):

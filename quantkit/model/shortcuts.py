@@ -63,7 +63,9 @@ def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Se
             (
                 Shortcut(name, linear, _num_extra_outputs(returned[name]))
                 for name in _around(linear)
-                if returned.get(name) is not None and _first(returned[name]) is returned[linear]
+                if returned.get(name) is not None
+                and _first(returned[name]) is returned[linear]
+                and returned[linear].shape[:-1] == hidden.shape[:-1]
             ),
             None,
         )

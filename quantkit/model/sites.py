@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import ModelError
+from quantkit.formats.names import expert_of
+from quantkit.model.experts import Experts, experts_of
 from quantkit.model.family import Fold, Site
 from quantkit.model.streaming import (
     StreamedModel,
@@ -25,11 +27,13 @@ from quantkit.model.streaming import (
 def sites_of(model: StreamedModel) -> tuple[tuple[Site, ...], ...]:
     """The sites of each layer: by the family's row, or as watching one layer of each kind shows.
 
+    Layers with experts are watched: a row says nothing of these.
+
     Raises:
         ModelError: a layer whose linears are not those of the family's row.
     """
     found = model.known_sites()
-    if not found:
+    if not found or any(map(experts_of, model.layers)):
         return discover_sites(model)
     for index, (sites, linears) in enumerate(zip(found, model.layer_linears, strict=True)):
         known = {name for site in sites for name in site.linears}
@@ -67,18 +71,30 @@ def _discover(model: StreamedModel, index: int, hidden: Tensor, generator: torch
     layer = model.layers[index]
     assign(layer, {n: t.float() if t.is_floating_point() else t for n, t in read_layer(model, index).items()})
     try:
+        mixtures = experts_of(layer)
         groups, norms = _watch(model, index, hidden)
         expected = run_layer(model, index, hidden)
         sites: list[Site] = []
         for key, names in groups.items():
-            earlier = [name for site in reversed(sites) for name in site.linears]
-            behind = [Fold(norm, tuple(names), plus) for norm in norms.get(_memory(key), ()) for plus in (0, 1)]
-            folds = [*behind, *(Fold(name, tuple(names)) for name in earlier)]
-            good = (fold for fold in folds if _preserves(model, index, fold, hidden, expected, generator))
-            sites.append(Site(tuple(names), next(good, None)))
+            earlier = [name for site in reversed(sites) for name in site.linears if not expert_of(name)]
+            if linears := tuple(name for name in names if name not in mixtures):
+                behind = [Fold(norm, linears, plus) for norm in norms.get(_memory(key), ()) for plus in (0, 1)]
+                folds = [*behind, *(Fold(name, linears) for name in earlier)]
+                good = (fold for fold in folds if _preserves(model, index, fold, hidden, expected, generator))
+                sites.append(Site(linears, next(good, None)))
+            sites += [site for name in names if name in mixtures for site in expert_sites(name, mixtures[name])]
         return tuple(sites)
     finally:
         drop(layer)
+
+
+def expert_sites(block: str, experts: Experts) -> list[Site]:
+    """The sites of a mixture: of each expert gate and up, then down, whose inputs up can absorb a scale of."""
+    found = []
+    for number in range(len(experts)):
+        gate, up, down = (f"{block}.{number}.{name}" for name in experts.names)
+        found += [Site((gate, up)), Site((down,), Fold(up, (down,)))]
+    return found
 
 
 Key = tuple[int, int, int, int]
@@ -95,7 +111,7 @@ def _memory(key: Key) -> Key:
 
 
 def _watch(model: StreamedModel, index: int, hidden: Tensor) -> tuple[dict[Key, list[str]], dict[Key, list[str]]]:
-    """Run a layer: the linears by what they read, in execution order, and the norms by what they return."""
+    """Run a layer: the linears and mixtures by what they read, in execution order, the norms by what they return."""
     groups: dict[Key, list[str]] = {}
     norms: dict[Key, list[str]] = {}
     alive: list[Tensor] = []  # so that no address is used twice
@@ -117,7 +133,7 @@ def _watch(model: StreamedModel, index: int, hidden: Tensor) -> tuple[dict[Key, 
 
     handles = []
     for name, module in model.layers[index].named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | Experts) and not expert_of(name):
             handles.append(module.register_forward_pre_hook(before(name)))
         elif name and "norm" in type(module).__name__.lower():
             handles.append(module.register_forward_hook(after(name)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,8 +27,10 @@ from quantkit.errors import ModelError
 from quantkit.hardware.matmul import fast_linears
 from quantkit.model.architectures import family_of
 from quantkit.model.config import auto_class, load_config, one_line, text_config
+from quantkit.model.experts import Experts, experts_of, unstack_experts, unstacked
 from quantkit.model.names import names_of
 from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
+from quantkit.model.unsupported import mixture
 
 ALIGNMENT = 256  # bytes: where tensors that share memory begin, as a GPU copies best
 
@@ -103,6 +106,9 @@ def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Arc
     model.eval().requires_grad_(False)
     text = text_config(model.config)
     layers_name, layers = _find_layers(model, text)
+    for layer in layers:
+        unstack_experts(layer, family_of(text.model_type).experts)
+    _require_linears(layers_name, layers, text)
     inner = model.base_model_prefix if text is model.config else ""
     if not hasattr(model, inner):  # as in a wrapper, or where transformers 4.51 names another than gemma3_text has
         inner = layers_name.rpartition(".")[0]
@@ -124,6 +130,7 @@ def open_model(directory: Path) -> StreamedModel:
     config = load_config(directory)
     checkpoint = open_checkpoint(directory)
     architecture = build(config, checkpoint)
+    checkpoint = unstacked(checkpoint, _mixtures(architecture))
     ignored = _compare(architecture, checkpoint)
     _require_tied(architecture, checkpoint)
     untried = StreamedModel(
@@ -145,17 +152,33 @@ def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.Mo
     ]
     if not lists:
         raise ModelError(f"{config.model_type}: no list of {count} decoder layers found in the model")
-    name, layers = lists[0]
+    return lists[0]
+
+
+def _mixtures(model: Architecture) -> dict[str, Experts]:
+    """The mixtures of experts of all layers, by their full names."""
+    return {
+        f"{model.layer_name(index)}.{name}": experts
+        for index, layer in enumerate(model.layers)
+        for name, experts in experts_of(layer).items()
+    }
+
+
+def _require_linears(name: str, layers: nn.ModuleList, config: PretrainedConfig) -> None:
+    if (said := mixture(config.to_dict())) and not any(map(experts_of, layers)):
+        raise ModelError(
+            f"config.json: {config.model_type} is a mixture of experts ({said}) that transformers "
+            f"{transformers.__version__} holds in another way than is read here (most are read with transformers 5)"
+        )
     for index, layer in enumerate(layers):
         conv = [n for n, m in layer.named_modules() if type(m).__name__ == "Conv1D"]
         if conv:
             raise ModelError(f"{name}.{index}.{conv[0]}: a Conv1D, which no format stores; only nn.Linear is supported")
         stacked = [n for n, m in layer.named_modules() if not isinstance(m, nn.Conv1d) and _is_stacked(m)]
         if stacked:
-            raise ModelError(f"{name}.{index}.{stacked[0]}: stacked weights; only dense decoders are supported")
+            raise ModelError(f"{name}.{index}.{stacked[0]}: stacked weights of a kind that is not known")
         if not any(isinstance(m, nn.Linear) for m in layer.modules()):
             raise ModelError(f"{name}.{index}: no nn.Linear in it; nothing to quantize")
-    return name, layers
 
 
 def _innermost(kinds: Mapping[str, str], name: str) -> str:
@@ -166,6 +189,13 @@ def _innermost(kinds: Mapping[str, str], name: str) -> str:
 def _is_stacked(module: nn.Module) -> bool:
     """Whether it holds weights of several linears in one tensor, as transformers does for experts."""
     return any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+
+
+def _matrix(module: nn.Module) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear, or of a router, which transformers may have as a bare parameter."""
+    weight = getattr(module, "weight", None)
+    linear = isinstance(module, nn.Linear) or type(module).__name__.lower().endswith("router")
+    return (weight.shape[0], weight.shape[1]) if linear and isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def _shapes(model: PreTrainedModel, config: PretrainedConfig, names: Names) -> Shapes:
@@ -203,8 +233,7 @@ def _shapes(model: PreTrainedModel, config: PretrainedConfig, names: Names) -> S
             {n: tuple(t.shape) for n, t in layer.state_dict(keep_vars=True).items()} for layer in layers
         ),
         layer_linears=tuple(
-            {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-            for layer in layers
+            {n: shape for n, m in layer.named_modules() if (shape := _matrix(m)) is not None} for layer in layers
         ),
         outside_tensors=outside,
         input_name=stored(next(name for name, module in modules.items() if module is embedding)),
@@ -523,29 +552,31 @@ def run_to(
     model: StreamedModel,
     index: int,
     hidden: Tensor,
-    linear: str,
+    name: str,
     weights: Mapping[str, Tensor] | None = None,
     *,
     exact: bool = True,
-) -> Tensor:
-    """Run layer `index` only until `linear` is about to run, and return its input [batch, seqlen, in_features]."""
-    module = model.layers[index].get_submodule(linear)
-    return _input_of(module, lambda: run_layer(model, index, hidden, weights, exact=exact))
+) -> tuple[Tensor, ...]:
+    """Run layer `index` only until a module is about to run, and return what it is called with: for a linear its input
+    [batch, seqlen, in_features].
+    """
+    module = model.layers[index].get_submodule(name)
+    return _inputs_of(module, lambda: run_layer(model, index, hidden, weights, exact=exact))
 
 
 def run_to_head(model: StreamedModel, hidden: Tensor) -> Tensor:
     """What the head reads [batch, seqlen, in_features] for final hidden states; must run inside `outside_loaded`."""
     head = model.model.get_output_embeddings()
     assert head is not None
-    return _input_of(head, lambda: logits(model, hidden))
+    return _inputs_of(head, lambda: logits(model, hidden))[0]
 
 
-def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """What the module is about to read when `run` reaches it, and is stopped."""
+def _inputs_of(module: nn.Module, run: Callable[[], object]) -> tuple[Tensor, ...]:
+    """What the module is about to be called with when `run` reaches it, and is stopped."""
     inputs: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0])
+        inputs.extend(args)
         raise _Stop
 
     handle = module.register_forward_pre_hook(stop)
@@ -554,7 +585,7 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
             run()
     finally:
         handle.remove()
-    return inputs[0]
+    return tuple(inputs)
 
 
 def logits(model: StreamedModel, hidden: Tensor) -> Tensor:

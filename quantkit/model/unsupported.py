@@ -14,12 +14,13 @@ def unsupported(values: Mapping[str, Any]) -> str | None:
     """What a model is that keeps it from being quantized here: "is an encoder-decoder; ..."; None if nothing does."""
     if values.get("is_encoder_decoder"):
         return "is an encoder-decoder; only decoders are supported"
-    if reason := too_large(values):
-        return reason
-    for key, count in _items(values):
-        if key in EXPERTS and count not in (None, 0, 1, []):
-            return f"is a mixture of experts ({key}={count}); only dense decoders are supported"
-    return None
+    return too_large(values)
+
+
+def mixture(values: Mapping[str, Any]) -> str | None:
+    """How a config says that its model is a mixture of experts: "num_experts=8"; None: it is not."""
+    said = ((key, count) for key, count in _items(values) if key in EXPERTS and count not in (None, 0, 1, []))
+    return next((f"{key}={count}" for key, count in said), None)
 
 
 def too_large(values: Mapping[str, Any]) -> str | None:

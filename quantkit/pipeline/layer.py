@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from quantkit.dtypes import to_stored
 from quantkit.errors import NumericsError, SchemeError
+from quantkit.formats.names import expert_of
 from quantkit.grids.registry import dequantize, divide_rows
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.hardware.matmul import fast_bfloat16
 from quantkit.methods.gptq import Factor
 from quantkit.methods.site import QUANTIZE, SiteInput, SiteResult
+from quantkit.methods.starved import round_starved
 from quantkit.methods.table import METHODS
 from quantkit.model.family import Fold, Site
 from quantkit.model.sites import divided, fold_channels
@@ -22,6 +24,7 @@ from quantkit.model.streaming import assign
 from quantkit.pipeline.activations import regrouped
 from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.mixtures import Routed, expert_stats, route
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
 from quantkit.scheme import QuantizedTensor
@@ -69,15 +72,22 @@ def quantize_layer(
     rounded = {f"{name}.weight" for name, linear in linears.items() if linear.scheme is not None}
     rest = {name: tensor for name, tensor in layer.source.items() if name not in rounded}
     layer.load({name: to_stored(f"{layer.name}.{name}", tensor) for name, tensor in rest.items()})
+    routed: Routed | None = None
     for number, site in enumerate(layer.sites):
         if all(linears[name].scheme is None for name in site.linears):
             continue
         method = job.method_of(linears[site.linears[0]])
         name = f"{layer.name}.{site.linears[0]}"
         stats = None if observed is None else observed[number]
+        expert = expert_of(site.linears[0])
+        evidence = None
         if stats is None and calibration is not None and METHODS[method].calibrates:
             layer.progress.stage(f"calibrate {kinds(site)}")
-            stats = _collect(site, calibration, original, last=site is last)
+            if expert is None:
+                stats = _collect(site, calibration, original, last=site is last)
+            else:
+                routed = routed if routed and routed.block == expert[0] else route(calibration, original, expert[0])
+                stats, evidence = expert_stats(routed, site)
             require_finite_stats(stats, name)
         layer.progress.stage(f"quantize {kinds(site)}")
         again = any(used.fold == site.fold for used in result.folds)  # another site has scaled what this one reads
@@ -86,9 +96,15 @@ def quantize_layer(
         if factors is not None:
             inputs = replace(inputs, factor=factors[number])
         try:
-            outcome = QUANTIZE[method](inputs, job.options)
+            if evidence is None:
+                outcome = QUANTIZE[method](inputs, job.options)
+            else:
+                outcome = round_starved(QUANTIZE[method], inputs, job.options, evidence)
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
+        if expert is not None and stats is not None:
+            rows = {local: row | {"tokens": stats.tokens} for local, row in outcome.records.items()}
+            outcome = replace(outcome, records=rows)
         settle = job.plan.format.settle
         outcome = replace(outcome, quantized={local: settle(q) for local, q in outcome.quantized.items()})
         if outcome.scale is not None and channel is not None and site.fold is not None:

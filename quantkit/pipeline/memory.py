@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from quantkit.errors import InputError
+from quantkit.formats.names import expert_of
 from quantkit.hardware.batching import TOKENS_AT_ONCE_GPU
 from quantkit.model.shapes import Shapes
 from quantkit.pipeline.job import Job
@@ -141,7 +142,7 @@ def lay_out(
 def _keepable(work: Work) -> list[tuple[int, int]]:
     """What may be kept for each token, the most first: its width, and the numbers that everything up to it comes to."""
     layers: dict[int, list[int]] = {}
-    for site in sites(work.linears):
+    for site in (site for site in sites(work.linears) if not expert_of(site[0].local)):
         layers.setdefault(site[0].layer, []).extend([site[0].in_features] if len(site) == 1 else [])
     # The original has left the layer at its last site.
     kept = [widths + (widths[:-1] if work.follows_original else []) for widths in layers.values()]

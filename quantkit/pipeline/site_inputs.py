@@ -15,6 +15,7 @@ from typing import cast
 
 from torch import Tensor
 
+from quantkit.formats.names import expert_of
 from quantkit.hardware.batching import samples_per_sum
 from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, watched
@@ -53,7 +54,7 @@ class Passage:
 
 def shortcuts_of(layer: Layer, stream: Stream, widest: int) -> tuple[Shortcut, ...]:
     """The shortcuts of a layer by linears that are a site alone and read at most so many features."""
-    alone = [site.linears[0] for site in layer.sites if len(site.linears) == 1]
+    alone = [site.linears[0] for site in layer.sites if len(site.linears) == 1 and not expert_of(site.linears[0])]
     narrow = [name for name in alone if layer.module.get_parameter(f"{name}.weight").shape[1] <= widest]
     if not narrow:
         return ()
@@ -104,10 +105,15 @@ def inputs_of(passage: Passage, linear: str, *, last: bool = False, returned: bo
                 learned[shortcut] = Known(room[..., : output.shape[-1]], returned=True)
                 learned[shortcut].tensor[batch] = output
             del output
-        yield outputs[linear] if returned else inputs[linear]
+        yield by_sample(outputs[linear] if returned else inputs[linear], hidden.shape[1])
     passage.known |= learned
     if to_end:
         passage.finished, passage.known = passage.samples, {}
+
+
+def by_sample(tensor: Tensor, seqlen: int) -> Tensor:
+    """What a linear reads or returns with its samples apart: some are handed the tokens of all in one row."""
+    return tensor.unflatten(0, (-1, seqlen)) if tensor.dim() == 2 else tensor
 
 
 def forget(passage: Passage, site: Site) -> None:
@@ -135,7 +141,7 @@ def observe(layer: Layer, stream: Stream) -> tuple[SiteStats, ...]:
     sums = [Sums(empty_stats(width, layer.runtime.device), at_once) for width in widths]
 
     def watch(total: Sums) -> Callable[..., None]:
-        return lambda module, args: total.add(args[0])
+        return lambda module, args: total.add(by_sample(args[0], stream.states.shape[1]))
 
     handles = [linear.register_forward_pre_hook(watch(total)) for linear, total in zip(linears, sums, strict=True)]
     try:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: every expert a module of three ordinary linears, as checkpoints name them.
+
+transformers holds all experts of a layer in two stacked parameters. Here each such module is replaced by one with a
+linear for each matrix, so that plans, formats and methods see what they know. It computes the same.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint.reader import Checkpoint, Entry
+from quantkit.errors import ModelError
+
+
+class Expert(nn.Module):
+    """One expert: gate and up, their product as the architecture makes it, and down."""
+
+    def __init__(self, sizes: tuple[int, int], names: tuple[str, str, str], combine: Callable[..., Tensor]) -> None:
+        super().__init__()
+        hidden, inner = sizes
+        self.names, self.combine = names, combine
+        for name, (rows, columns) in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+            self.add_module(name, nn.Linear(columns, rows, bias=False, device="meta"))
+
+    def forward(self, hidden: Tensor, *, whole: bool = True) -> Tensor:
+        """What it makes of tokens [n, hidden]; not whole: only what down reads."""
+        gate, up, down = map(self.get_submodule, self.names)
+        between = self.combine(gate(hidden), up(hidden))
+        return cast(Tensor, down(between)) if whole else between
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, called as transformers calls its stacked ones; names: of gate, up and down."""
+
+    def __init__(self, experts: Iterable[Expert], names: tuple[str, str, str]) -> None:
+        super().__init__(experts)
+        self.names = names
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Tokens [n, hidden], and for each the numbers and the weights [n, k] of its experts -> [n, hidden]."""
+        total = torch.zeros_like(hidden_states)
+        if hidden_states.is_meta:
+            return total
+        for number, (token, place) in enumerate(by_expert(top_k_index, len(self))):
+            if len(token):
+                output = self[number](hidden_states[token]) * top_k_weights[token, place, None]
+                total.index_add_(0, token, output.to(total.dtype))
+        return total
+
+
+def by_expert(top_k_index: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the tokens that are routed to it, in order, and which of a token's choices it is.
+
+    A number behind the last expert stands for none.
+    """
+    flat = top_k_index.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
+    choices = top_k_index.shape[-1]
+    return [(part // choices, part % choices) for part in order[: sum(counts)].split(counts)]
+
+
+def unstack_experts(layer: nn.Module, names: tuple[str, str, str]) -> None:
+    """Replace the stacked experts within a layer, in place; names: of gate, up and down.
+
+    Raises:
+        ModelError: experts of a kind that is not known here.
+    """
+    for name, module in list(layer.named_modules()):
+        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, _unstacked(name, module, names))
+
+
+def _unstacked(name: str, module: Any, names: tuple[str, str, str]) -> Experts:
+    odd = {
+        "biases": module.has_bias,
+        "a norm behind each": getattr(module, "has_post_expert_norm", False),
+        "transposed weights": module.is_transposed,
+        "no gate": not module.has_gate,
+    }
+    if found := [what for what, is_so in odd.items() if is_so]:
+        raise ModelError(f"{name}: experts with {' and '.join(found)}, which cannot be quantized here yet")
+    experts, hidden, inner = module.down_proj.shape
+
+    def combine(gate: Tensor, up: Tensor) -> Tensor:
+        return cast(Tensor, module._apply_gate(torch.cat([gate, up], -1)))
+
+    return Experts((Expert((hidden, inner), names, combine) for _ in range(experts)), names)
+
+
+def experts_of(layer: nn.Module) -> dict[str, Experts]:
+    """The mixtures within a layer, by their names in it."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
+
+
+# ---------------------------------------------------------------- stacked in the file
+
+
+def unstacked(checkpoint: Checkpoint, blocks: Mapping[str, Experts]) -> Checkpoint:
+    """The checkpoint with each expert of a stacked tensor as a tensor of its own: a part of the same bytes.
+
+    blocks: the mixtures by their full names
+
+    Raises:
+        ModelError: a stacked tensor of another shape; more experts than config.json says.
+    """
+    entries = dict(checkpoint.entries)
+    for block, experts in blocks.items():
+        for stack, leaves in (("gate_up_proj", experts.names[:2]), ("down_proj", experts.names[2:])):
+            entry = entries.pop(f"{block}.{stack}", None)
+            if entry is not None:
+                rows, columns = experts.get_parameter(f"0.{leaves[0]}.weight").shape
+                expected = (len(experts), rows * len(leaves), columns)
+                if entry.shape != expected:
+                    raise ModelError(
+                        f"{checkpoint.directory}: tensor {block}.{stack} has shape {list(entry.shape)}, config.json "
+                        f"asks for {list(expected)}"
+                    )
+                parts = _parts(entry, [f"{leaf}.weight" for leaf in leaves])
+                entries |= {f"{block}.{name}": part for name, part in parts.items()}
+        beyond = f"{block}.{len(experts)}."
+        if more := next((name for name in entries if name.startswith(beyond)), None):
+            raise ModelError(
+                f"{checkpoint.directory}: tensor {more} is of expert {len(experts)}, config.json asks for "
+                f"{len(experts)} experts, numbered from 0"
+            )
+    return replace(checkpoint, entries=entries)
+
+
+def _parts(entry: Entry, names: list[str]) -> dict[str, Entry]:
+    """The parts of a stacked tensor [experts, rows, columns] by "number.name": equally many rows each, one after
+    the other.
+    """
+    experts, rows, columns = entry.shape
+    shape, nbytes = (rows // len(names), columns), entry.nbytes // (experts * len(names))
+    order = [f"{number}.{name}" for number in range(experts) for name in names]
+    return {
+        name: replace(entry, shape=shape, nbytes=nbytes, offset=entry.offset + place * nbytes)
+        for place, name in enumerate(order)
+    }

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts: every expert is a linear like others, calibrated on the tokens that are sent to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
+
+from quantkit.model.streaming import open_model
+from tests.running import done, run_words
+from tests.tiny import load_whole, random_ids, save_tiny, stream_logits
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "vocab_size": 96, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8},
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+}
+
+
+def saved(kind: str, folder: Path, **changes: Any) -> Path:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    return save_tiny(folder, kind, **SIZES | MIXTURES[kind] | changes)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_streamed_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path)
+    ids = random_ids(5) % 96
+    with torch.no_grad():
+        expected = load_whole(tmp_path)(ids).logits
+    torch.testing.assert_close(stream_logits(open_model(tmp_path), ids), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_files_hold_what_was_measured(kind: str, method: str, ids: Path, tmp_path: Path) -> None:
+    model, out = saved(kind, tmp_path / "model"), tmp_path / "out"
+    done(*run_words(method, model, out, ids))
+    result = json.loads((out / "quantkit.json").read_text())
+    verify = ["verify", str(out), "--eval", str(ids), "--device", "cpu", "--max-ppl-increase", "900%", "--json"]
+    measured = json.loads(done(*verify).stdout)["verification"]["kl_divergence"]
+    assert measured == result["verification"]["kl_divergence"]
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "quantkit.json").read_text())["layers"]
+    return found
+
+
+def kl(out: Path) -> float:
+    return float(json.loads((out / "quantkit.json").read_text())["verification"]["kl_divergence"])
+
+
+def test_the_router_stays_in_16_bit_and_the_result_says_so(ids: Path, tmp_path: Path) -> None:
+    model, out = saved("qwen2_moe", tmp_path / "model"), tmp_path / "out"
+    done(*run_words("gptq", model, out, ids))
+    result = json.loads((out / "quantkit.json").read_text())
+    assert {row["kind"] for row in result["layers"]}.isdisjoint({"gate", "shared_expert_gate"})
+    assert "4 small linears stay in 16 bit, as in engines: gate, shared_expert_gate" in " ".join(result["fallbacks"])
+    experts = [row for row in result["layers"] if ".experts." in row["name"]]
+    assert len(experts) == 2 * 8 * 3
+    per_layer = 6 * 32 * 2  # the tokens of the calibration set, each sent to two experts
+    for layer in (1, 2):
+        assert sum(r["tokens"] for r in experts if r["layer"] == layer and r["kind"] == "down_proj") == per_layer
+
+
+def test_experts_that_see_few_tokens_or_none_keep_their_function(ids: Path, tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path / "model", num_experts=32)
+    few = tmp_path / "few.safetensors"
+    save_file({"input_ids": random_ids(1, 10) % 96}, few)
+    recipe = tmp_path / "recipe.yaml"  # for the experts alone
+    recipe.write_text('rules: [{match: "*.self_attn.*", keep: 16bit}]')
+    for method in ("rtn", "gptq", "awq"):
+        words = run_words(method, model, tmp_path / method, ids, "--calib", str(few), "--recipe", str(recipe), "--asym")
+        done(*words, "--format", "gptq", "--calib", str(few))
+    for method in ("gptq", "awq"):
+        experts = [row for row in records(tmp_path / method) if ".experts." in row["name"]]
+        assert any(row["tokens"] == 0 for row in experts)
+        assert all(row["fallback"] in ("layer", "nearest") for row in experts)
+        assert kl(tmp_path / method) < 1.05 * kl(tmp_path / "rtn")
