@@ -28,7 +28,7 @@ from quantkit.grids.registry import dequantize
 from quantkit.methods import rtn
 from quantkit.model.streaming import open_model
 from quantkit.pipeline.compare import weight_error
-from quantkit.pipeline.measure import open_quantized
+from quantkit.quantized import open_quantized
 from quantkit.records import Verification
 from quantkit.settings.defaults import find_model
 
@@ -75,7 +75,7 @@ def broken(good: Path, out: Path, linear: str, part: str, change: Callable[[Tens
 def worst_weights(model: Path, out: Path) -> tuple[float, float]:
     """The largest error of a linear's weights, and the largest in errors of rounding to nearest."""
     original = open_model(model)
-    checkpoint = open_quantized(out, original)
+    checkpoint = open_quantized(out)
     errors = []
     for linear in checkpoint.decoder:
         name = f"{linear.name}.weight"

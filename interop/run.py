@@ -42,7 +42,7 @@ from quantkit.commands.inspect import inspect_folder
 from quantkit.commands.quantize import quantize
 from quantkit.errors import QuantkitError
 from quantkit.model.streaming import open_model
-from quantkit.pipeline.measure import open_quantized
+from quantkit.quantized import open_quantized
 from quantkit.settings.request import Request
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -161,7 +161,7 @@ def our_logits(folder: Path, model: Path, ids: Tensor) -> Tensor:
     Not for threads: models are built with `nn.Module` changed for the whole process (accelerate's init_empty_weights).
     """
     original = open_model(model)
-    quantized = open_quantized(folder, original)
+    quantized = open_quantized(folder)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     names = [name for name, _ in loaded.named_parameters()]
     state = {name: tensor.float() for name, tensor in quantized.read(names).items()}

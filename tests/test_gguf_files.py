@@ -24,7 +24,7 @@ from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
 from quantkit.model.streaming import open_model
-from quantkit.pipeline.measure import open_quantized
+from quantkit.quantized import open_quantized
 from quantkit.settings.request import Request
 from tests.gguf_models import (
     DEMO,
@@ -95,7 +95,7 @@ def test_transformers_computes_the_same_from_the_file(tmp_path: Path, kind: str,
     written = open_gguf_model(out / "out.gguf", original)
     assert result["tensor_bytes"] == sum(written.stored().tensors.values())
     weights = written.read(parameter_names(original))
-    stored = open_quantized(out, original).read(parameter_names(original))
+    stored = open_quantized(out).read(parameter_names(original))
     assert all(torch.equal(weights[name], stored[name].float()) for name in weights)
     if changes.get("attention_bias"):
         return  # transformers' reader drops llama's biases

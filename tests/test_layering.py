@@ -51,7 +51,7 @@ ALLOWED: dict[str, str] = {
     # models
     "model": "dtypes errors hardware jsonfile text formats checkpoint",
     "plan": "dtypes errors formats scheme checkpoint recipe records model",
-    "quantized": "errors jsonfile formats grids checkpoint records model plan",
+    "quantized": "dtypes errors jsonfile formats grids scheme checkpoint records model plan",
     # engines
     "serving": "dtypes errors hardware jsonfile units formats scheme checkpoint records model plan quantized",
     "settings": "errors hardware resources formats methods scheme calibration checkpoint recipe records verdict model",
@@ -61,7 +61,7 @@ ALLOWED: dict[str, str] = {
         " model plan serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
         " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
-    "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized",
+    "convert": "dtypes errors hardware formats grids methods scheme checkpoint plan quantized",
     "gguf": "dtypes errors formats grids methods scheme checkpoint records model plan quantized serving",
     "pipeline.activations": "errors hardware",
     "pipeline.compare": (
@@ -79,10 +79,7 @@ ALLOWED: dict[str, str] = {
         "dtypes errors hardware formats grids methods scheme stats model plan pipeline.activations"
         " pipeline.forward pipeline.job pipeline.mixtures pipeline.site_inputs"
     ),
-    "pipeline.measure": (
-        "dtypes errors formats calibration checkpoint model plan quantized pipeline.compare pipeline.forward"
-        " pipeline.runtime pipeline.walk"
-    ),
+    "pipeline.measure": "calibration model plan pipeline.compare pipeline.forward pipeline.runtime pipeline.walk",
     "pipeline.memory": "errors hardware units formats model serving pipeline.job pipeline.runtime",
     "pipeline.metrics": "errors",
     "pipeline.mixtures": "hardware formats methods stats model pipeline.activations pipeline.site_inputs",
@@ -127,7 +124,7 @@ ALLOWED: dict[str, str] = {
         " commands.inspect commands.quantize commands.sweep commands.verify"
     ),
     "commands.allocate": (
-        "errors units methods calibration checkpoint recipe records model serving settings allocation"
+        "errors units methods calibration checkpoint recipe records model quantized settings allocation"
         " pipeline.job pipeline.memory pipeline.runtime report.terminal results commands.quantize"
     ),
     "commands.convert": (
@@ -141,7 +138,7 @@ ALLOWED: dict[str, str] = {
     "commands.fit": (
         "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
     ),
-    "commands.inspect": "errors scheme checkpoint records plan quantized serving gguf results",
+    "commands.inspect": "errors scheme records plan quantized gguf results",
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"
         " serving settings gguf pipeline.job pipeline.memory pipeline.run pipeline.runtime report.terminal"
@@ -156,7 +153,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.memory pipeline.runtime pipeline.sweep report.pages report.terminal results"
     ),
     "commands.verify": (
-        "errors hardware scheme calibration checkpoint records verdict model serving settings gguf"
+        "errors hardware scheme calibration checkpoint records verdict model quantized serving settings gguf"
         " pipeline.measure pipeline.memory pipeline.runtime report.terminal results"
     ),
 }

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from quantkit.model.config import auto_class, config_from_dict
 from quantkit.model.streaming import open_model
-from quantkit.pipeline.measure import open_quantized
+from quantkit.quantized import open_quantized
 from tests.running import done, run_words
 from tests.tiny import SIZES, random_ids, stream_logits
 
@@ -124,7 +124,7 @@ def test_transformers_computes_from_the_files_what_was_measured(ids: Path, tmp_p
         tokens, original = random_ids(2), open_model(model)
         with torch.no_grad():
             expected = load_whole(out)(input_ids=tokens).logits
-        found = stream_logits(original, tokens, quantized=open_quantized(out, original))
+        found = stream_logits(original, tokens, quantized=open_quantized(out))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

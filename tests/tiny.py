@@ -19,7 +19,7 @@ from quantkit.model.streaming import (
     read_outside,
     run_layer,
 )
-from quantkit.pipeline.measure import QuantizedCheckpoint
+from quantkit.quantized import QuantizedCheckpoint
 
 SIZES = {
     "hidden_size": 48,  # its square root is no bfloat16

@@ -29,11 +29,11 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.runtime import Runtime
+from quantkit.quantized import shapes_in
 from quantkit.recipe import Recipe
 from quantkit.records import Result, Verification
 from quantkit.report.terminal.progress import display
 from quantkit.results.folder import require_another
-from quantkit.serving.fit import shapes_in
 from quantkit.settings.defaults import choose_recipe, find_model
 from quantkit.settings.request import Request, limits_of, serving
 from quantkit.settings.tokens import tokens_of

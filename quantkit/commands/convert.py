@@ -22,14 +22,15 @@ from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
 from quantkit.commands.verify import measured_like, verify_files
-from quantkit.convert.plan import Conversion, make_conversion, open_source, write_unit
+from quantkit.convert.plan import Conversion, make_conversion
+from quantkit.convert.write import write_unit
 from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, QuantkitError
 from quantkit.formats import FORMATS
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
 from quantkit.model.config import with_dtype, with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
-from quantkit.quantized import quantization_of, writer
+from quantkit.quantized import architecture_in, open_quantized, writer
 from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification, WeightError
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
@@ -87,7 +88,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[Result, Path]:
         raise InputError(f"--to: expected {', '.join(TARGETS)}, got {request.to!r}")
     folder = request.folder
     recorded = result_of(folder)
-    source = open_source(folder)
+    source = open_quantized(folder, architecture_in)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
     require_another(out, folder, request.against)
     conversion = make_conversion(source, FORMATS.get(request.to), out, requantize=request.requantize)
@@ -121,7 +122,7 @@ def _require_engine(engine: str, conversion: Conversion) -> None:
         engine,
         conversion.format.name if conversion.format else SIXTEEN_BIT,
         linears,
-        heads_of(conversion.source.architecture.config),
+        heads_of(conversion.source.model.config),
         act_order=bool(conversion.quantization_config.get("desc_act")),
     )
 
@@ -147,7 +148,7 @@ def _announce(console: Console, request: ConvertRequest, conversion: Conversion)
         lines.append("each weight becomes the float16 number nearest to what it stands for")
     else:
         lines.append(f"{len(rounded)} of {len(conversion.targets)} linears are rounded again: {rounded[0].obstacle}")
-    lines += [f"left out, as it changes nothing: {name}" for name in source.left_out]
+    lines += [f"left out, as it changes nothing: {name}" for name in conversion.left_out]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -169,7 +170,7 @@ def _finish(
     tensors = {name: (shard.file, spec.nbytes) for shard in conversion.shards for name, spec in shard.tensors.items()}
     total = sum(size for _, size in tensors.values())
     weight_map = {name: file for name, (file, _) in tensors.items()}
-    directory = source.checkpoint.directory
+    directory = source.directory
     files |= write_beside(out, directory, weight_map, total, _config(conversion, recorded), conversion.format)
     result = _result(request, conversion, recorded, hashes, units)
     result = result.having(tensor_bytes=total, seconds=time.monotonic() - began, files=file_records(out, files))
@@ -209,7 +210,7 @@ def _result(
         command=request.command,
         model=recorded.model if recorded else request.against or str(folder),
         base_model=(recorded and recorded.base_model) or BaseModelFacts(id=None, license=None),
-        method=recorded.method if recorded else quantization_of(source.raw)["quant_method"],
+        method=recorded.method if recorded else source.quantization["quant_method"],
         format=conversion.format.name if conversion.format else FP16,
         scheme=_main_scheme(quantized),
         options=recorded.options if recorded else {},
@@ -261,15 +262,15 @@ def _notes(conversion: Conversion, made_by: str) -> list[str]:
     rounded = [target for target in conversion.targets if target.obstacle is not None]
     if rounded:
         notes.append(f"{len(rounded)} linears were rounded again ({rounded[0].linear.name}: {rounded[0].obstacle})")
-    notes += left_out(source.checkpoint.directory)
-    return notes + [f"tensor {name} changes nothing and was left out" for name in source.left_out]
+    notes += left_out(source.directory)
+    return notes + [f"tensor {name} changes nothing and was left out" for name in conversion.left_out]
 
 
 def _fit(conversion: Conversion, recorded: Result | None) -> Fit:
     """Memory and engines of the new files, for what the source was judged with."""
     before = recorded.verification.fit if recorded and recorded.verification else None
     serving = choose_serving(
-        positions(conversion.source.architecture.config),
+        positions(conversion.source.model.config),
         budget=before.budget_bytes if before else None,
         context=before.context if before else None,
         kv=before.kv if before else None,

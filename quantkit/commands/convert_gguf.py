@@ -132,7 +132,7 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
             journal.append(Unit("gguf", path.name, done.sha256, record))
         unit = journal.finished["gguf"]
         copy_companions(folder, out, NOTES)
-    written = open_gguf_model(out / unit.file, source.architecture)
+    written = open_gguf_model(out / unit.file, source.model)
     equal, rounded = unit.record["equal"], unit.record["rounded"]
     errors = list(rounded.values())
     before = recorded.verification if recorded else None
@@ -140,8 +140,8 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         layers=_layers(recorded, written, unit.record["types"]),
         converted=Converted(
             origin=folder.name,
-            from_format=source.format.name if source.format else None,
-            made_by=writer(source.config, recorded),
+            from_format=source.format.name,
+            made_by=writer(source.raw, recorded),
             lossless=not rounded,
             equal=equal,
             rounded=len(rounded),

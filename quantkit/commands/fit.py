@@ -11,11 +11,11 @@ from quantkit.errors import OutputError
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of, text_values
 from quantkit.plan import OUTSIDE, make_plan
-from quantkit.quantized import quantization_of, read_config
+from quantkit.quantized import quantization_of, read_config, shapes_in
 from quantkit.recipe import BudgetSpec, explained, resolver, shipped
 from quantkit.records import Fit
 from quantkit.results.document import RESULT, read_result
-from quantkit.serving.fit import fit, fit_checkpoint, fit_stored, shapes_in
+from quantkit.serving.fit import fit, fit_checkpoint, fit_stored
 from quantkit.settings.defaults import (
     AskedScheme,
     choose_format,

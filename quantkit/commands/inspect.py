@@ -4,14 +4,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import ModelError
 from quantkit.plan import OUTSIDE, LinearPlan
-from quantkit.quantized import packed_names, quantization_of, read_config, stored_linears, writer
+from quantkit.quantized import open_quantized, writer
 from quantkit.records import Foreign, Linear, Result
 from quantkit.results.document import RESULT, read_result
 from quantkit.scheme import NAMED
-from quantkit.serving.fit import shapes_in
 
 
 def inspect_folder(out: Path) -> Result | Foreign:
@@ -20,7 +18,7 @@ def inspect_folder(out: Path) -> Result | Foreign:
     The linears of a .gguf have the names they have there, and the type of their blocks for a method.
 
     Raises:
-        OutputError: see `read_result`. ModelError: see `quantized.stored_linears`.
+        OutputError: see `read_result`. ModelError: see `quantized.open_quantized`.
     """
     if (path := _lone_gguf(out)) is not None:
         return _inspect_gguf(path)
@@ -28,30 +26,19 @@ def inspect_folder(out: Path) -> Result | Foreign:
         raise ModelError(f"{out}: no such folder; expected a quantized checkpoint")
     if (out / RESULT).is_file() or (out / "journal.jsonl").is_file():
         return read_result(out)
-    raw = read_config(out)
-    quantization = quantization_of(raw)
-    if not quantization:
-        raise ModelError(
-            f"{out}: config.json has no quantization_config, and there is no {RESULT}; nothing is quantized"
-        )
-    checkpoint = open_checkpoint(out)
-    fmt, linears = stored_linears(shapes_in(raw), checkpoint, quantization)
-    layers = [
-        linear.record(sum(checkpoint.entries[n].nbytes for n in packed_names(fmt, linear)), method=None, loss=None)
-        for linear in linears
-        if linear.scheme is not None
-    ]
+    opened = open_quantized(out)
+    layers = [linear.record(opened.stored_bytes(linear), method=None, loss=None) for linear in opened.quantized]
     return Foreign(
         out=str(out),
-        model=raw["model_type"],
-        format=fmt.name,
-        made_by=writer(raw),
-        act_order=bool(quantization.get("desc_act")),
+        model=opened.raw["model_type"],
+        format=opened.format.name,
+        made_by=writer(opened.raw),
+        act_order=bool(opened.quantization.get("desc_act")),
         layers=layers,
-        kept=[linear.name for linear in linears if linear.scheme is None],
-        bits_per_weight=_bits_per_weight(layers),
-        total_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
-        tensor_bytes=sum(entry.nbytes for entry in checkpoint.entries.values()),
+        kept=[linear.name for linear in opened.linears if linear.scheme is None],
+        bits_per_weight=opened.bits_per_weight,
+        total_bytes=sum((out / name).stat().st_size for name in opened.files),
+        tensor_bytes=sum(entry.nbytes for entry in opened.checkpoint.entries.values()),
     )
 
 

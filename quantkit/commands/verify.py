@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +25,17 @@ from quantkit.calibration.load import load_eval
 from quantkit.calibration.sources import BUNDLED, DEFAULT_EVAL
 from quantkit.calibration.tokens import TokenSet, as_asked, record_of, require_positions
 from quantkit.checkpoint.journal import JOURNAL, locked
-from quantkit.checkpoint.reader import fingerprint, shorten
+from quantkit.checkpoint.reader import Checkpoint, fingerprint, shorten
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
+from quantkit.model.shapes import Shapes, text_values
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
-from quantkit.pipeline.measure import QuantizedCheckpoint, measure, open_quantized
+from quantkit.pipeline.measure import measure
 from quantkit.pipeline.memory import Allowance, Layout, Streams, keep, lay_out
 from quantkit.pipeline.runtime import Runtime
+from quantkit.quantized import QuantizedCheckpoint, architecture_in, open_quantized, require_complete
 from quantkit.records import Fit, Foreign, Limits, Result, Tokens, Verification
 from quantkit.report.terminal.progress import display
 from quantkit.results.document import RESULT, read_result
@@ -42,6 +45,18 @@ from quantkit.serving.fit import fit_checkpoint, fit_stored
 from quantkit.serving.needs import Work
 from quantkit.settings.defaults import choose_seqlen, choose_serving, find_model, positions
 from quantkit.verdict import asked_limits, choose_limits, verification_of
+
+# What must be the same in both config.json: tensors of equal shape can still be of another model.
+SAME = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 
 NOT_MEASURED: dict[str, Any] = {
     "perplexity": None,
@@ -186,7 +201,27 @@ def _open(out: Path, original: StreamedModel, recorded: Result | None) -> Quanti
     gguf = find_gguf(out, recorded)
     if gguf is not None:
         return open_gguf_model(gguf, original)
-    return replace(open_quantized(out, original), cast=recorded.torch_dtype if recorded else None)
+    opened = open_quantized(out, lambda raw, checkpoint: _same_model(raw, checkpoint, original))
+    require_complete(opened, original.ignored)
+    return replace(opened, cast=recorded.torch_dtype if recorded else None)
+
+
+def _same_model(raw: Mapping[str, Any], checkpoint: Checkpoint, original: StreamedModel) -> Shapes:
+    """The model that a config.json's content describes, if it can be the original.
+
+    What is beside the text decoder must be what the original has there.
+
+    Raises:
+        ModelError: it is another model.
+    """
+    for key in SAME:
+        expected, value = getattr(original.config, key, None), text_values(raw).get(key)
+        if value is not None and expected is not None and value != expected:
+            raise ModelError(
+                f"{checkpoint.directory}: config.json: {key} is {value!r:.60}, that of {original.directory} is "
+                f"{expected!r:.60}; it was made from another model"
+            )
+    return replace(architecture_in(raw, checkpoint), copied=original.copied)
 
 
 def _original(request: VerifyRequest, recorded: Result | None) -> StreamedModel:
@@ -313,7 +348,7 @@ def _foreign(
         command=request.command,
         model=request.against or str(original.directory),
         out=str(request.out),
-        format="gguf" if isinstance(quantized, GGUFModel) else quantized.format.name,
+        format=quantized.format_name,
         schemes=dict(Counter(name_of(linear.scheme) for linear in quantized.decoder)),
         bits_per_weight=quantized.bits_per_weight,
         total_bytes=sum((request.out / name).stat().st_size for name in quantized.files),

@@ -157,6 +157,8 @@ def reads(config: Mapping[str, Any]) -> Resolve:
 AWQ = Format(
     name="awq",
     quant_method="awq",
+    settings_file="quant_config.json",
+    stores_zeros=True,
     reads=reads,
     codes="qweight",
     holds_mixed=False,

@@ -106,6 +106,10 @@ class Format:
     older:       (tensors, scheme, shape) -> the tensors of an older layout as `unpack` reads them
     optional:    keys of tensors that files of other tools may lack, and `unpack` as well
     older_shape: (key, scheme, shape, shape of the tensor today) -> its shape in that layout
+    settings_file: where older tools put the config, if not into config.json
+    version_key: the key of the config that holds the version of the tool of its name that wrote it
+    wide_scales: whether readers take scales that float16 does not hold
+    stores_zeros: whether zero points are stored also where all lie in the middle, and its config says so
     """
 
     name: str
@@ -129,6 +133,10 @@ class Format:
     optional: tuple[str, ...] = ()
     older: Callable[[Mapping[str, Tensor], Scheme, tuple[int, int]], Mapping[str, Tensor]] = no_older
     older_shape: Callable[[str, Scheme, tuple[int, int], tuple[int, ...]], tuple[int, ...]] = as_today
+    settings_file: str = ""
+    version_key: str = ""
+    wide_scales: bool = False
+    stores_zeros: bool = False
 
 
 def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -248,6 +248,8 @@ def closed_up(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, i
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
     quant_method="compressed-tensors",
+    version_key="version",
+    wide_scales=True,
     reads=reads,
     codes="weight_packed",
     older=closed_up,

@@ -204,6 +204,7 @@ def _format(checkpoint_format: str, *, v1: bool) -> Format:
     return Format(
         name=checkpoint_format,
         quant_method="gptq",
+        settings_file="quantize_config.json",
         reads=partial(reads, checkpoint_format=checkpoint_format),
         codes="qweight",
         holds_mixed=True,

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, open_file, require_finite
+from quantkit.checkpoint.reader import Checkpoint, open_file, require_finite
 from quantkit.dtypes import dtype_name, to_stored
-from quantkit.errors import ModelError, OutputError, SchemeError
-from quantkit.formats import Format
+from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, pack_superblocks
 from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, type_of, why_not
-from quantkit.formats.reading import unpack
 from quantkit.gguf.architecture import (
     ROPE_FACTORS,
     check_architecture,
@@ -35,28 +33,16 @@ from quantkit.gguf.file import TensorInfo, Value, file_bytes, open_gguf, write_g
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.grids.registry import dequantize
 from quantkit.methods import rtn
-from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import Architecture, StreamedModel, build
+from quantkit.model.shapes import Shapes
+from quantkit.model.streaming import StreamedModel
 from quantkit.plan import LinearPlan, Plan
-from quantkit.quantized import packed_names, quantization_of, read_config, stored_linears
+from quantkit.quantized import QuantizedCheckpoint, architecture_in, open_quantized, packed_names, require_complete
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time
 QUANTIZATION_VERSION = 2
 NOTES = ("LICENSE*", "NOTICE*")  # files that go with a .gguf; the rest is in it
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to export: its architecture, config.json, tensors and quantized linears by name."""
-
-    directory: Path
-    architecture: Architecture
-    config: Mapping[str, Any]
-    checkpoint: Checkpoint
-    format: Format | None
-    linears: Mapping[str, LinearPlan]
 
 
 @dataclass(frozen=True)
@@ -90,35 +76,27 @@ class Exported:
     rounded: dict[str, float]
 
 
-def open_source(directory: Path) -> Source:
-    """Read config and headers of a quantized checkpoint of any tool.
+def open_source(directory: Path) -> QuantizedCheckpoint:
+    """A quantized checkpoint of any tool whose model has a place in a GGUF file.
 
     Raises:
-        ModelError: not a quantized checkpoint, one that is not supported, or an architecture without a row.
+        ModelError: see `open_quantized`, `require_complete` and `check_architecture`.
     """
-    raw = read_config(directory)
-    quantization = quantization_of(raw)
-    if not quantization:
-        raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
-    checkpoint = open_checkpoint(directory)
-    architecture = build(config_from_dict(raw), checkpoint)
-    check_architecture(architecture)
-    fmt, linears = stored_linears(architecture, checkpoint, quantization)
-    if all(linear.scheme is None for linear in linears):
-        raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")
-    return Source(directory, architecture, raw, checkpoint, fmt, {x.name: x for x in linears if x.scheme is not None})
+    source = open_quantized(directory, architecture_in)
+    check_architecture(source.model)
+    require_complete(source)
+    return source
 
 
-def planned_source(model: StreamedModel, plan: Plan, out: Path) -> Source:
+def planned_source(model: StreamedModel, plan: Plan, out: Path) -> QuantizedCheckpoint:
     """The shards of a run in `out`, which have no config.json of their own."""
     entries = {name: entry for shard in plan.shards for name, entry in open_file(out / shard.file).entries.items()}
     raw = json.loads((model.directory / "config.json").read_text(encoding="utf-8"))
-    linears = {linear.name: linear for linear in plan.quantized}
-    return Source(model.directory, model, raw, Checkpoint(out, entries), plan.format, linears)
+    return QuantizedCheckpoint(model.directory, raw, model, Checkpoint(out, entries), plan.format, plan.quantized)
 
 
 def export(
-    source: Source,
+    source: QuantizedCheckpoint,
     destination: Path,
     type: str | None = None,
     *,
@@ -139,7 +117,7 @@ def export(
     types = types_of(source, type, requantize)
     if not requantize:
         _require_exact(source, types)
-    made = layout(source.architecture, source.config, source.directory, types, outside, name)
+    made = layout(source.model, source.raw, source.directory, types, outside, name)
     exported = Exported(destination, "", made.file_bytes, types, 0, {})
 
     def data() -> Iterator[tuple[str, Iterator[Tensor]]]:
@@ -152,7 +130,7 @@ def export(
 
 
 def layout(
-    architecture: Architecture,
+    architecture: Shapes,
     config: Mapping[str, Any],
     directory: Path,
     types: Mapping[str, str],
@@ -199,18 +177,18 @@ def layout(
     return Layout(metadata, tuple(infos), sources)
 
 
-def _parameters(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def _parameters(architecture: Shapes) -> dict[str, tuple[int, ...]]:
     """Every parameter and its shape: the embedding, the layers in order, what comes after them."""
     found = dict(architecture.before_layers())
-    for index in range(len(architecture.layers)):
+    for index in range(len(architecture.layer_tensors)):
         prefix = architecture.layer_name(index)
         found |= {f"{prefix}.{name}": shape for name, shape in architecture.layer_shapes(index).items()}
     return found | architecture.after_layers()
 
 
-def types_of(source: Source, wanted: str | None, requantize: bool = False) -> dict[str, str]:
+def types_of(source: QuantizedCheckpoint, wanted: str | None, requantize: bool = False) -> dict[str, str]:
     """The type that each quantized linear of a checkpoint gets; see `export`."""
-    return {linear.name: _type_of(linear, wanted, requantize) for linear in source.linears.values()}
+    return {linear.name: _type_of(linear, wanted, requantize) for linear in source.quantized}
 
 
 def _type_of(linear: LinearPlan, wanted: str | None, requantize: bool) -> str:
@@ -235,12 +213,11 @@ def _why_not(linear: LinearPlan, kind: str) -> str | None:
     return why_not(linear.scheme, linear.out_features, linear.in_features, kind)
 
 
-def _require_exact(source: Source, types: Mapping[str, str]) -> None:
+def _require_exact(source: QuantizedCheckpoint, types: Mapping[str, str]) -> None:
     """Before a byte is written: no groups of scattered columns, no scales and no q4_1 whose -zero * scale float16 does
     not hold.
     """
-    assert source.format is not None
-    for linear in source.linears.values():
+    for linear in source.quantized:
         assert linear.scheme is not None
         if linear.scheme.grid in K_TYPES:
             continue
@@ -265,29 +242,25 @@ def _require_exact(source: Source, types: Mapping[str, str]) -> None:
                 )
 
 
-def _require_equal(source: Source, path: Path, names: set[str]) -> None:
+def _require_equal(source: QuantizedCheckpoint, path: Path, names: set[str]) -> None:
     """Read the file back: the weights of linears that lost nothing are those of the checkpoint, bit for bit."""
     written = open_gguf(path)
-    for name in sorted(names):
-        parameter = f"{name}.weight"
-        weight = dequantize(_read_quantized(source, source.linears[name]))
-        order = permutation(source.architecture, parameter, len(weight))
-        stored = written.read(tensor_name(source.architecture, parameter))
+    for linear in sorted(source.quantized, key=lambda linear: linear.name):
+        if linear.name not in names:
+            continue
+        parameter = f"{linear.name}.weight"
+        weight = dequantize(_read_quantized(source, linear))
+        order = permutation(source.model, parameter, len(weight))
+        stored = written.read(tensor_name(source.model, parameter))
         if not torch.equal(stored, weight if order is None else weight[order]):
             raise OutputError(
-                f"{path}: {name}: read back, its weights are not those that were written; is the disk sound?"
+                f"{path}: {linear.name}: read back, its weights are not those that were written; is the disk sound?"
             )
 
 
-def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
-    assert source.format is not None
+def _read_quantized(source: QuantizedCheckpoint, linear: LinearPlan) -> QuantizedTensor:
     assert linear.scheme is not None
-    names = packed_names(source.format, linear)
-    packed = {name.removeprefix(f"{linear.name}."): source.checkpoint.read(name) for name in names}
-    try:
-        found = unpack(source.format, packed, linear.scheme, (linear.out_features, linear.in_features))
-    except ModelError as error:
-        raise ModelError(f"{linear.name}: {error}") from error
+    found = source.read_quantized(linear)
     if linear.scheme.grid in K_TYPES:
         return found
     scales = found.scales.to(torch.float16)
@@ -299,17 +272,17 @@ def _read_quantized(source: Source, linear: LinearPlan) -> QuantizedTensor:
     return replace(found, scales=scales)
 
 
-def _pieces(source: Source, parameter: str, info: TensorInfo, exported: Exported) -> Iterator[Tensor]:
+def _pieces(source: QuantizedCheckpoint, parameter: str, info: TensorInfo, exported: Exported) -> Iterator[Tensor]:
     """The bytes of one tensor of the file."""
-    model = source.architecture
+    model = source.model
     if not parameter:
         factors = rope_factors(model.config)
         assert factors is not None
         yield factors
         return
-    linear = source.linears.get(parameter.removesuffix(".weight"))
+    linear = next((x for x in source.quantized if f"{x.name}.weight" == parameter), None)
     order = permutation(model, parameter, info.shape[0])
-    if linear is None or not parameter.endswith(".weight"):
+    if linear is None:
         for rows in read_rows(source.checkpoint, parameter):
             require_finite(parameter, rows, source.directory)
             yield encode_rows(parameter, rows if order is None else rows[order], info.type)

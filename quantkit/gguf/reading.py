@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import is_plain_name
 from quantkit.errors import ModelError
+from quantkit.formats.gguf import GGUF
 from quantkit.gguf.architecture import permutation, tensor_name
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.shapes import Shapes
@@ -37,6 +38,11 @@ class GGUFModel:
     @property
     def files(self) -> list[str]:
         return [self.file.path.name]
+
+    @property
+    def format_name(self) -> str:
+        """As `--format` says it."""
+        return GGUF.name
 
     @property
     def decoder(self) -> tuple[LinearPlan, ...]:
@@ -69,7 +75,7 @@ class GGUFModel:
         names = {tensor_name(self.model, name): name for name in parameters(self.model)}
         tensors = {names.get(name, name): info.nbytes for name, info in self.file.infos.items()}
         head = tuple(linear for linear in self.linears if linear.layer == OUTSIDE)
-        return Stored(tensors, self.file.path.stat().st_size, self.decoder, "gguf", head=head)
+        return Stored(tensors, self.file.path.stat().st_size, self.decoder, GGUF.name, head=head)
 
 
 def find_gguf(folder: Path, recorded: Result | None) -> Path | None:

@@ -112,7 +112,7 @@ def _round(
     factor: gptq.Factor | None = None,
 ) -> SiteResult:
     gram = stats.gram
-    if factor is None and options.rounding == "gptq":
+    if factor is None and options.compensates:
         factor = gptq.factorize(gram, damp=options.damp, act_order=options.act_order)
     drift = stats.drift if factor is not None else None
     if factor is not None and drift is not None and not stats.projected:

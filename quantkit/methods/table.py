@@ -28,9 +28,14 @@ class Options:
     tune: bool = False
 
     @property
+    def compensates(self) -> bool:
+        """Whether later columns make up for the error of earlier ones."""
+        return self.rounding == "gptq"
+
+    @property
     def needs_original(self) -> bool:
         """Whether the inputs of the original model are wanted beside those of the quantized one."""
-        return self.tune or (self.rounding == "gptq" and self.correct > 0)
+        return self.tune or (self.compensates and self.correct > 0)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def quantize_head(
     stats: of what it reads; None rounds to nearest; fmt: that is to hold it; ranks: that share the rows
     """
     factor, min_zero = None, fmt.min_zero(scheme)
-    if stats is not None and options.rounding == "gptq":
+    if stats is not None and options.compensates:
         factor = gptq.factorize(stats.gram, damp=options.damp, act_order=options.act_order)
     round_rows = round_to_nearest if stats is None else compensate
     parts, lost, energy = [], 0.0, 0.0

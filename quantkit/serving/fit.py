@@ -16,9 +16,9 @@ from quantkit.errors import EngineError, InputError
 from quantkit.formats.reading import quant_methods
 from quantkit.hardware.card import Card
 from quantkit.jsonfile import read_object
-from quantkit.model.shapes import Shapes, shapes_of
+from quantkit.model.shapes import Shapes
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, Plan, decoder_linears
-from quantkit.quantized import quantization_of, read_config, settings_file, stored_linears
+from quantkit.quantized import quantization_of, read_config, settings_file, shapes_in, stored_linears
 from quantkit.records import Cache as CacheRecord
 from quantkit.records import Card as CardRecord
 from quantkit.records import EngineBatch, EngineFlag, EngineUse, Fit
@@ -122,24 +122,6 @@ def fit_stored(
 ) -> Fit:
     """The same for tensors that are described otherwise than by safetensors; see `fit`."""
     return _serving(model, stored, _Asked(budget, context, kv, tensor_parallel, engine, card))
-
-
-def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Shapes:
-    """What a config.json's content says of a model's tensors; how it is quantized is ignored.
-
-    checkpoint: its tensors, where they are there
-
-    Raises:
-        ModelError: see `model.config.config_from_dict` and `model.streaming.build`.
-    """
-    plain = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
-    known = shapes_of(plain)
-    if known is not None:
-        return known
-    from quantkit.model.config import config_from_dict  # takes seconds, and is seldom needed
-    from quantkit.model.streaming import build
-
-    return build(config_from_dict(plain), checkpoint)
 
 
 # ---------------------------------------------------------------- serving
