@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.original import stands_for_floats
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, shorten
 from quantkit.dtypes import as_served
 from quantkit.errors import ModelError, QuantkitError
@@ -223,13 +224,15 @@ def settings_file(directory: Path, raw: Mapping[str, Any]) -> Path | None:
 def quantization_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config.json's content that says how the model is quantized; empty if nothing does.
 
+    FP8 and MXFP4 count as nothing: such weights are read as an original's.
+
     Raises:
         ModelError: it is no object, or of a kind that is not read.
     """
     settings = raw.get("quantization_config") or raw.get("compression_config") or {}
     if not isinstance(settings, dict):
         raise ModelError(f"config.json: quantization_config: expected an object, got {settings!r:.80}")
-    return autoround.translated(settings)
+    return {} if stands_for_floats(settings) else autoround.translated(settings)
 
 
 def writer(raw: Mapping[str, Any], recorded: Result | None = None) -> str:

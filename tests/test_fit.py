@@ -341,10 +341,10 @@ def test_a_16_bit_model_is_a_checkpoint_too() -> None:
 
 def test_a_format_that_is_not_known_is_not_called_loadable(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(DEMO / "model.safetensors")
-    raw = json.loads((DEMO / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    raw = json.loads((DEMO / "config.json").read_text()) | {"quantization_config": {"quant_method": "quanto"}}
     write_json(tmp_path / "config.json", raw)
     result = fit_checkpoint(tmp_path, budget=GIB, context=128).content()
-    assert all("not known to read fp8" in str(reason) for reason in result["engines"].values())
+    assert all("not known to read quanto" in str(reason) for reason in result["engines"].values())
 
 
 def test_files_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -291,12 +291,20 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_tensors_too_many_are_copied_and_within_a_layer_left_out(tmp_path: Path) -> None:
-    more = {name: torch.ones(7) for name in ("extra.weight", "model.layers.3.norm.weight", "model.layers.0.q.bias")}
-    edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update(more))
+def test_tensors_beside_the_decoder_are_copied(tmp_path: Path) -> None:
+    more = {name: torch.ones(7) for name in ("extra.weight", "model.layers.3.norm.weight")}
+    unneeded = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update(more | unneeded))
     model = open_model(tmp_path)
-    assert model.ignored == ("model.layers.0.q.bias",)
-    assert model.copied == dict.fromkeys(("extra.weight", "model.layers.3.norm.weight"), ("float32", (7,)))
+    assert model.ignored == tuple(unneeded)
+    assert model.copied == dict.fromkeys(more, ("float32", (7,)))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.q.bias", "model.embed_tokens.weight_scale", "lm_head.zeros"])
+def test_tensors_within_it_that_have_no_place_are_refused(name: str, tmp_path: Path) -> None:
+    edited(save_tiny(tmp_path, "qwen2"), lambda tensors: tensors.update({name: torch.ones(7)}))
+    with pytest.raises(ModelError, match=f"1 tensors have no place in the model that config.json describes .{name}"):
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -9,6 +9,7 @@ from the process.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -29,6 +30,7 @@ HASHED_WHOLE_BYTES = 2**30
 SAMPLES, SAMPLE_BYTES = 64, 2**20
 PIECE_BYTES = 2**22  # of a tensor that is copied and never held whole
 FINITE_CHUNK = 2**24  # values looked at in one step: keeps the memory of an exact search small
+NUMBERS = "float32"  # what scaled weights are read as: 4 bits times 24, so that nothing is lost
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Entry:
     """Where a tensor lies: nbytes bytes at offset (from the beginning of the file) of a file in the directory.
 
     dtype: a name of `dtypes`
+    scaled: what is really stored, if the tensor is what that stands for. The other fields are then those of its numbers
+    as if they began where the stored weight does.
     """
 
     file: str
@@ -43,6 +47,21 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    scaled: Scaled | None = None
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A weight and its scales as they are stored.
+
+    counts: number of scales for matrices, rows and columns; None: MXFP4, see `scaled.dequantize_mxfp4`
+    block: rows and columns that share a scale
+    """
+
+    weight: Entry
+    scales: Entry
+    counts: tuple[int, int, int] | None = None
+    block: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,11 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         """The names of the files that hold the tensors, sorted."""
-        return sorted({entry.file for entry in self.entries.values()})
+        scales = {entry.scaled.scales.file for entry in self.entries.values() if entry.scaled is not None}
+        return sorted({entry.file for entry in self.entries.values()} | scales)
 
     def read(self, name: str, device: torch.device | str = "cpu", room: Tensor | None = None) -> Tensor:
-        """The tensor, in its stored dtype and shape.
+        """The tensor, in its stored dtype and shape; what scaled weights stand for.
 
         room: bytes in RAM (flat, at least as many, aligned) that it is to lie in
 
@@ -71,6 +91,9 @@ class Checkpoint:
         if entry is None:
             raise ModelError(f"{self.directory}: expected a tensor named {name}, found none; the model is incomplete")
         raw = torch.empty(entry.nbytes, dtype=torch.uint8) if room is None else room[: entry.nbytes]
+        if entry.scaled is not None:
+            tensor = raw.view(torch_dtype(entry.dtype)).view(entry.shape)
+            return tensor.copy_(self._numbers(entry, entry.scaled)).to(device)
         path = self.directory / entry.file
         try:
             with path.open("rb", buffering=0) as file:
@@ -81,6 +104,27 @@ class Checkpoint:
         if read != entry.nbytes:
             raise ModelError(f"{path}: {name} ended after {read} of {entry.nbytes} bytes; the file has changed")
         return raw.view(torch_dtype(entry.dtype)).view(entry.shape).to(device)
+
+    def _numbers(self, entry: Entry, scaled: Scaled) -> Tensor:
+        """What a part of a scaled weight, or all of it, stands for."""
+        from quantkit.checkpoint.scaled import dequantize_mxfp4, dequantize_rows
+
+        weight, size = scaled.weight, ITEMSIZE[entry.dtype]
+        first, count = (entry.offset - weight.offset) // size, entry.nbytes // size
+        unit = weight.shape[-1] if scaled.counts else 2 * math.prod(weight.shape[-3:])  # a row; a matrix
+        begin, end = first // max(unit, 1), -(-(first + count) // max(unit, 1))
+        shape = (unit,) if scaled.counts else weight.shape[-3:]
+        nbytes = math.prod(shape)
+        part = replace(
+            weight, shape=(end - begin, *shape), offset=weight.offset + begin * nbytes, nbytes=(end - begin) * nbytes
+        )
+        stored, scales = (Checkpoint(self.directory, {"": each}).read("") for each in (part, scaled.scales))
+        if scaled.counts is None:
+            numbers = dequantize_mxfp4(stored, scales.reshape(-1, *scales.shape[-2:])[begin:end])
+        else:
+            rows = (1, *weight.shape)[-2]
+            numbers = dequantize_rows(stored, scales.reshape(scaled.counts), begin, rows, scaled.block)
+        return numbers.flatten()[first - begin * unit :][:count].view(entry.shape)
 
     def pieces(self, name: str, values: int | None = None) -> Iterator[Tensor]:
         """The tensor's bytes in order, as flat tensors of its dtype of so many values, or 4 MiB at most; see `read`."""

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from quantkit.checkpoint.original import stands_for_floats
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.older import older_rope_keys
@@ -35,6 +36,7 @@ WRAPPERS, WRAPPER_CLASS = next(
     )
     if hasattr(modeling_auto, names)
 )
+QUANTIZED = ("quantization_config", "compression_config")  # where a config says how its weights are stored
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
 
 
@@ -85,13 +87,19 @@ def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
     if reason := unknown(kind, raw) or too_large(raw):
         raise ModelError(f"config: {reason}")
     try:
-        values = {key: _floats(value) for key, value in raw.items() if key not in ("model_type", "quantization_config")}
+        values = {key: _floats(value) for key, value in raw.items() if key not in ("model_type", *QUANTIZED)}
         config = AutoConfig.for_model(kind, **values)
         text_config(config)
     except Exception as error:  # transformers checks values in many ways, and raises whatever comes
         raise ModelError(f"config: transformers does not accept it ({one_line(error)})") from error
     assert isinstance(config, PretrainedConfig)
     return _computing(config)
+
+
+def scales_config(directory: Path) -> dict[str, Any]:
+    """What config.json says of weights with scales beside them; empty if it says nothing."""
+    raw = read_object(directory / "config.json", "expected the folder of a Hugging Face model")
+    return next((dict(raw[key]) for key in QUANTIZED if isinstance(raw.get(key), dict)), {})
 
 
 def unknown(kind: str, raw: Mapping[str, Any]) -> str | None:
@@ -127,6 +135,8 @@ def _computing(config: PretrainedConfig) -> PretrainedConfig:
     for each in (config, text_config(config)):
         for key, value in OUTPUTS.items():
             setattr(each, key, value)
+        for key in QUANTIZED:  # what is read from the files are the numbers themselves
+            vars(each).pop(key, None)
     return config
 
 
@@ -170,9 +180,9 @@ def one_line(error: Exception) -> str:
 
 
 def _refuse_kinds(directory: Path, kind: str, values: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if values.get(key):
-            method = values[key].get("quant_method") if isinstance(values[key], dict) else None
+    for key in QUANTIZED:
+        if (settings := values.get(key)) and not (isinstance(settings, dict) and stands_for_floats(settings)):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
             raise ModelError(
                 f"{directory}: already quantized ({method or 'an unknown method'}); "
                 "expected the 16-bit model it was made from"

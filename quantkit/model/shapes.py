@@ -16,7 +16,12 @@ from quantkit.model.family import Family, Part, Site, evaluate
 from quantkit.model.unsupported import mixture, unsupported
 
 Shape = tuple[int, ...]
-DERIVED = (".inv_freq", ".masked_bias", ".attn.bias")  # tensors that old checkpoints hold and the model computes
+DERIVED = (
+    ".inv_freq",
+    ".masked_bias",
+    ".attn.bias",
+    ".attention.bias",
+)  # tensors that old checkpoints hold and the model computes
 
 
 @dataclass(frozen=True)

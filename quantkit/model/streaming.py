@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from quantkit.checkpoint.header import Spec
-from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite
+from quantkit.checkpoint.original import as_numbers
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint, require_finite, shorten
 from quantkit.dtypes import SERVED
 from quantkit.errors import ModelError
 from quantkit.hardware.matmul import fast_linears
 from quantkit.model.architectures import family_of
-from quantkit.model.config import auto_class, load_config, one_line, text_config
+from quantkit.model.config import auto_class, load_config, one_line, scales_config, text_config
 from quantkit.model.experts import Experts, experts_of, unstack_experts, unstacked
 from quantkit.model.names import names_of
 from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
@@ -128,7 +129,7 @@ def open_model(directory: Path) -> StreamedModel:
             shape.
     """
     config = load_config(directory)
-    checkpoint = open_checkpoint(directory)
+    checkpoint = as_numbers(open_checkpoint(directory), scales_config(directory))
     architecture = build(config, checkpoint)
     checkpoint = unstacked(checkpoint, _mixtures(architecture))
     ignored = _compare(architecture, checkpoint)
@@ -257,7 +258,9 @@ def _around(model: PreTrainedModel, config: PretrainedConfig, layers_name: str, 
 def _copied(shapes: Shapes, checkpoint: Checkpoint) -> dict[str, Spec]:
     """The tensors of a checkpoint that are no part of the text decoder, and are copied as they are."""
     count = len(shapes.layer_tensors)
-    apart = (*(f"{shapes.layer_name(index)}." for index in range(count)), f"{shapes.head_name}.")
+    own = {name.rpartition(".")[0] for name in shapes.outside_tensors}
+    apart = (*(f"{shapes.layer_name(index)}." for index in range(count)), *(f"{module}." for module in own))
+    apart += (f"{shapes.head_name}.",)
     return {
         name: (entry.dtype, entry.shape)
         for name, entry in checkpoint.entries.items()
@@ -279,7 +282,15 @@ def _compare(architecture: Architecture, checkpoint: Checkpoint) -> tuple[str, .
             raise ModelError(
                 f"{checkpoint.directory}: tensor {name} has shape {shape_there}, config.json asks for {list(shape)}"
             )
-    return tuple(sorted(checkpoint.entries.keys() - needed.keys() - architecture.copied.keys()))
+    others = sorted(checkpoint.entries.keys() - needed.keys() - architecture.copied.keys())
+    tied_head = f"{architecture.head_name}." if architecture.tied else ()
+    unknown = [name for name in others if not name.endswith(DERIVED) and not name.startswith(tied_head)]
+    if unknown:
+        raise ModelError(
+            f"{checkpoint.directory}: {len(unknown)} tensors have no place in the model that config.json describes "
+            f"({shorten(unknown)}); without them the figures would be wrong"
+        )
+    return tuple(others)
 
 
 def _require_tied(architecture: Architecture, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.dtypes import torch_dtype
+from quantkit.dtypes import WIDER, torch_dtype
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.model.streaming import StreamedModel
 
@@ -68,7 +68,8 @@ class Runtime:
         if self.device.type == "cpu":
             return torch.float32
         linear = f"{self.model.layer_name(0)}.{next(iter(self.model.layer_linears[0]))}.weight"
-        return torch_dtype(self.model.checkpoint.entries[linear].dtype)
+        entry = self.model.checkpoint.entries[linear]
+        return torch_dtype(entry.dtype if entry.scaled is None else WIDER)
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the device; floats in the dtype of the run."""
