@@ -291,6 +291,21 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_attention_is_capped_as_the_config_says(kind: str, tmp_path: Path) -> None:
+    """A cap of one half changes all logits. sdpa caps nothing, and transformers before 5.22 runs it all the same."""
+    sizes: dict[str, Any] = {"head_dim": 12, "query_pre_attn_scalar": 1, "sliding_window": 8}
+    folder = save_tiny(tmp_path, kind, attn_logit_softcapping=0.5, **sizes)
+    opened = open_model(folder)
+    assert opened.config._attn_implementation == "eager"
+    whole = load_whole(folder)
+    whole.config._attn_implementation = "eager"
+    ids = random_ids(2)
+    with torch.no_grad():
+        expected = whole(ids).logits
+    assert torch.allclose(stream_logits(opened, ids), expected, atol=1e-4)
+
+
 def test_tensors_beside_the_decoder_are_copied(tmp_path: Path) -> None:
     more = {name: torch.ones(7) for name in ("extra.weight", "model.layers.3.norm.weight")}
     unneeded = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}

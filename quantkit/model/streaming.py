@@ -8,6 +8,7 @@ embeddings, positions, per-layer variants of them) is not rebuilt here: the real
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from quantkit.model.names import names_of
 from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
 from quantkit.model.unsupported import mixture
 
+CAPPED = re.compile("(conf_)?att(entio)?n_logits?_(soft_?)?cap(ping)?")  # keys of configs that cap attention's logits
 ALIGNMENT = 256  # bytes: where tensors that share memory begin, as a GPU copies best
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -98,7 +100,7 @@ def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Arc
     try:
         with init_empty_weights(include_buffers=False):
             try:
-                model = auto_class(config).from_config(config, attn_implementation="sdpa")
+                model = auto_class(config).from_config(config, attn_implementation=_attention(text_config(config)))
             except ValueError:  # no sdpa for this architecture
                 model = auto_class(config).from_config(config, attn_implementation="eager")
     except Exception as error:  # a constructor raises whatever its arithmetic comes to
@@ -119,6 +121,12 @@ def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Arc
     if checkpoint is not None:
         shapes = replace(shapes, copied=_copied(shapes, checkpoint))
     return Architecture(**vars(shapes), model=model, decoder_name=inner, layers=layers)
+
+
+def _attention(config: PretrainedConfig) -> str:
+    """The attention that computes what the config says: sdpa caps no logits, which some transformers do not tell."""
+    caps = [key for key, value in config.to_dict().items() if CAPPED.fullmatch(key) and value]
+    return "eager" if caps else "sdpa"
 
 
 def open_model(directory: Path) -> StreamedModel:
