@@ -121,7 +121,7 @@ ALLOWED: dict[str, str] = {
     "cli": (
         "errors hardware text units methods scheme calibration verdict settings hub report.card"
         " report.terminal results commands.allocate commands.convert commands.convert_gguf commands.fit"
-        " commands.inspect commands.quantize commands.sweep commands.verify"
+        " commands.inspect commands.quantize commands.serve commands.sweep commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
@@ -139,6 +139,7 @@ ALLOWED: dict[str, str] = {
         "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
     ),
     "commands.inspect": "errors scheme records plan quantized gguf results",
+    "commands.process": "errors text",
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"
         " serving settings gguf pipeline.job pipeline.memory pipeline.run pipeline.runtime report.terminal"
@@ -147,6 +148,10 @@ ALLOWED: dict[str, str] = {
     "commands.quantize_result": (
         "errors hardware units formats scheme calibration checkpoint recipe records verdict plan settings"
         " gguf pipeline.job pipeline.memory pipeline.run results"
+    ),
+    "commands.serve": (
+        "errors hardware text units checkpoint records model quantized serving settings results commands.fit"
+        " commands.process"
     ),
     "commands.sweep": (
         "errors hardware units methods calibration checkpoint recipe model plan serving settings pipeline.job"
@@ -167,9 +172,9 @@ LIBRARIES: dict[str, str] = {
     "datasets": "calibration",
     "requests": "",
     "httpx": "",
-    "urllib": "",
-    "socket": "",
-    "subprocess": "calibration",
+    "urllib": "commands.process",
+    "socket": "commands.process",
+    "subprocess": "calibration commands.process",
     "pickle": "",
     "transformers": "gguf calibration model cli",
     "accelerate": "model",

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, sweep, verify
+from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, serve, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
 from quantkit.hardware.launch import launch
 from quantkit.methods.table import METHODS
@@ -35,6 +35,7 @@ for _command in (
     allocate.allocate,
     convert.convert,
     inspect.inspect,
+    serve.serve,
     push.push,
     models.models,
 ):

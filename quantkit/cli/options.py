@@ -60,6 +60,10 @@ class Kernels(StrEnum):
     any = "any"
 
 
+class ServerEngine(StrEnum):
+    vllm, sglang, llamacpp = "vllm", "sglang", "llama.cpp"
+
+
 class Searched(StrEnum):
     gptq, awq = "gptq", "awq"
 

@@ -148,9 +148,9 @@ def choices(engine: str, load: Load, budget: int) -> list[Choice]:
 
 
 def choose(found: Sequence[Choice], context: int) -> Choice:
-    """The first that reaches the context, or the one that reaches farthest."""
+    """The first that reaches the context, or the one that takes least."""
     reaching = [choice for choice in found if choice.reaches(context)]
-    return reaching[0] if reaching else max(found, key=lambda choice: choice.room or 0)
+    return reaching[0] if reaching else min(found, key=lambda choice: choice.workspace["total"])
 
 
 def workspace(row: EngineMemory, load: Load, batch: Batch) -> dict[str, int]:
@@ -217,9 +217,10 @@ def _zero_points(load: Load) -> int:
         scheme = linear.scheme
         if scheme is None or linear.name not in packed:
             continue
-        if machete(load.card) and not scheme.symmetric:
+        used = load.stored.format == "awq" or not scheme.symmetric  # AWQ's configs do not say that all are alike
+        if machete(load.card) and used:
             grown += 2 * scheme.groups(linear.in_features) * linear.out_features - packed[linear.name]
-        if not machete(load.card) and scheme.symmetric:
+        if not machete(load.card) and not used:
             grown -= packed[linear.name]
     return grown
 
