@@ -313,7 +313,8 @@ class Measured(Part):
     """What was measured against FP16.
 
     tokens: those that were predicted; dtype: of the computation; torch_dtype: what config.json has it served in;
-    largest_activation: the largest absolute number within the model; vocabulary: how many tokens it predicts among
+    largest_activation: the largest absolute number within the model; vocabulary: how many tokens it predicts among;
+    differences: in what its config, metadata or tokenizer say something else than the original's, a line each
     """
 
     perplexity: Figure
@@ -328,6 +329,7 @@ class Measured(Part):
     largest_activation: Figure = None
     vocabulary: int | None = None
     strange_linears: list[StrangeLinear] = []
+    differences: list[str] = []
     layer_errors: list[LayerError]
 
     @property

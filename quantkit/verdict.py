@@ -109,7 +109,8 @@ def objections(measured: Mapping[str, Any], limits: Limits, fit: Fit | None = No
         if measured.get(name) is None or not math.isfinite(measured[name])
     ]
     figures = missing or [*_too_far(measured, limits), *_guessing(measured)]
-    return [*_strange_weights(measured), *figures, *_beyond_float16(measured), *_too_large(fit)]
+    others = measured.get("differences") or []
+    return [*others, *_strange_weights(measured), *figures, *_beyond_float16(measured), *_too_large(fit)]
 
 
 def close_to_limits(measured: Measured, limits: Limits) -> list[str]:

@@ -62,7 +62,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "convert": "dtypes errors hardware formats grids methods scheme checkpoint plan quantized",
-    "gguf": "dtypes errors formats grids methods scheme checkpoint records model plan quantized serving",
+    "gguf": "dtypes errors jsonfile formats grids methods scheme checkpoint records model plan quantized serving",
     "pipeline.activations": "errors hardware",
     "pipeline.compare": (
         "dtypes hardware grids methods calibration model plan pipeline.activations pipeline.metrics pipeline.runtime"

@@ -27,11 +27,14 @@ from quantkit.calibration.tokens import TokenSet, as_asked, record_of, require_p
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import Checkpoint, fingerprint, shorten
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
+from quantkit.gguf.metadata import metadata_differences, model_said
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
+from quantkit.model.config_differences import config_differences
 from quantkit.model.shapes import Shapes, text_values
-from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.streaming import Architecture, StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
+from quantkit.model.tokenizer_differences import tokenizer_differences
 from quantkit.pipeline.measure import measure
 from quantkit.pipeline.memory import Allowance, Layout, Streams, keep, lay_out
 from quantkit.pipeline.runtime import Runtime
@@ -157,8 +160,12 @@ def _verify(request: VerifyRequest, recorded: Result | None, console: Console) -
         f"evaluation: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", markup=False, highlight=False
     )
     memory, quantized, measured = None, None, NOT_MEASURED
+    differences: list[str] = []
     try:
         quantized = _open(out, original, recorded)
+        differences = _differences(quantized, original)
+        for difference in differences:
+            console.print(difference, style="bold red", markup=False, highlight=False)
         memory = _memory(request, before.fit if before else None, original, quantized)
         spill = out if os.access(out, os.W_OK) else Path(gettempdir())
         runtime = Runtime(original, request.device, spill)
@@ -167,10 +174,11 @@ def _verify(request: VerifyRequest, recorded: Result | None, console: Console) -
         keep(layout, request.device)
         with display(console, request.device) as progress:
             measured = measure(replace(runtime, memory=layout.memory), quantized, tokens, progress)
+        measured |= {"differences": differences} if differences else {}
     except (ModelError, NumericsError) as error:
-        if not reasons:
+        if not reasons and not differences:
             raise
-        reasons.append(f"it cannot be measured: {error}")
+        reasons += [*differences, f"it cannot be measured: {error}"]
     verification = verification_of(measured, record_of(tokens), limits, memory, reasons)
     if recorded is not None:
         return _write(out, recorded, verification)
@@ -200,10 +208,22 @@ def _open(out: Path, original: StreamedModel, recorded: Result | None) -> Quanti
     """The weights of a folder: the GGUF file of a run that made one, or safetensors, or the only GGUF file."""
     gguf = find_gguf(out, recorded)
     if gguf is not None:
-        return open_gguf_model(gguf, original)
-    opened = open_quantized(out, lambda raw, checkpoint: _same_model(raw, checkpoint, original))
-    require_complete(opened, original.ignored)
-    return replace(opened, cast=recorded.torch_dtype if recorded else None)
+        opened = open_gguf_model(gguf, original)
+        return replace(opened, model=model_said(opened.file, original))
+    checkpoint = open_quantized(out, lambda raw, tensors: _same_model(raw, tensors, original))
+    require_complete(checkpoint, original.ignored)
+    return replace(checkpoint, cast=recorded.torch_dtype if recorded else None)
+
+
+def _differences(quantized: QuantizedCheckpoint | GGUFModel, original: StreamedModel) -> list[str]:
+    """One line for each thing by which engines compute something else of the files than of the original."""
+    if isinstance(quantized, GGUFModel):
+        return metadata_differences(quantized.file, original)
+    assert isinstance(quantized.model, Architecture)
+    return [
+        *config_differences(quantized.model.model.config, original.model.config),
+        *tokenizer_differences(quantized.directory, original.directory),
+    ]
 
 
 def _same_model(raw: Mapping[str, Any], checkpoint: Checkpoint, original: StreamedModel) -> Shapes:

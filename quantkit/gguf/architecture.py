@@ -47,7 +47,7 @@ def check_architecture(model: Shapes) -> None:
             f"gguf: {config.model_type} with a sliding window of {window} tokens: llama.cpp would attend to all "
             f"{positions}; set sliding_window to null if contexts stay below {window}"
         )
-    rotation = _rope(config).get("rope_type", "default")
+    rotation = rope_of(config).get("rope_type", "default")
     if rotation not in ("default", "linear", "yarn", "llama3"):
         raise ModelError(f"gguf: rope_type {rotation!r:.40}: expected default, linear, yarn or llama3")
 
@@ -89,7 +89,7 @@ def _place(model: Shapes, name: str) -> tuple[str, str]:
 def hyperparameters(model: Shapes) -> dict[str, Value]:
     """The keys that llama.cpp builds the model from."""
     names, config = gguf_of(model), model.config
-    rope = _rope(config)
+    rope = rope_of(config)
     theta = rope.get("rope_theta", 10000.0)
     values = {key: evaluate(value, config, rope_theta=theta) for key, value in names.keys.items()}
     keys: dict[str, Value] = {key: float(value) if key in names.reals else value for key, value in values.items()}
@@ -111,7 +111,7 @@ def hyperparameters(model: Shapes) -> dict[str, Value]:
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
     """By how much each rotation is slowed down (float32 [head_dim / 2]), for rope_type llama3; None for the others."""
-    rope = _rope(config)
+    rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -124,8 +124,8 @@ def rope_factors(config: PretrainedConfig) -> Tensor | None:
     return slower.float()
 
 
-def _rope(config: PretrainedConfig) -> Mapping[str, Any]:
-    """transformers 5 has `rope_parameters`; 4 has `rope_theta` and `rope_scaling`."""
+def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The rotary embedding by a config: transformers 5 has `rope_parameters`; 4 has `rope_theta` and `rope_scaling`."""
     found = getattr(config, "rope_parameters", None)
     if isinstance(found, Mapping) and found:
         return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantkit.errors import ModelError
 from quantkit.gguf.file import Value
+from quantkit.model.tokenizer import chat_template_of
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,7 +56,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int, config: Mapping[str, An
     result |= {f"tokenizer.ggml.{SPECIAL[key]}_token_id": value for key, value in ids.items()}
     first, last = _added(tokenizer, said, tokens, ids)
     result |= {"tokenizer.ggml.add_bos_token": first, "tokenizer.ggml.add_eos_token": last}
-    template = _template(directory, said)
+    template = chat_template_of(directory)
     return result | ({"tokenizer.chat_template": template} if template else {})
 
 
@@ -158,13 +159,3 @@ def _added(
 
     found = len(template) > 1
     return found and is_special(template[0], "bos"), found and is_special(template[-1], "eos")
-
-
-def _template(directory: Path, said: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = said.get("chat_template")
-    if isinstance(template, list):
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None

@@ -148,6 +148,14 @@ def open_model(directory: Path) -> StreamedModel:
     return replace(untried, extra_outputs=_extra_outputs(untried))
 
 
+def computing_as(original: StreamedModel, architecture: Architecture) -> StreamedModel:
+    """A model that computes as another architecture says, with tensors of the same names and shapes.
+
+    Its own weights stay the original's, so it is for layers that are given others.
+    """
+    return replace(original, **{**vars(architecture), "calls": {}})
+
+
 def _find_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers and its name; config: of the text decoder, whose model may be a part of the model."""
     count = getattr(config, "num_hidden_layers", None)

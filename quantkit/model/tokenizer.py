@@ -13,7 +13,7 @@ from quantkit.jsonfile import read_object
 from quantkit.text import clean_line
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
-CONFIG = "tokenizer_config.json"
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 CONFIG_TYPES: dict[str, tuple[type, ...]] = {  # of fields whose type transformers does not check
     "tokenizer_class": (str,),
     "model_max_length": (int, float),
@@ -85,3 +85,17 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package that it is in is not installed
         return False
+
+
+def chat_template_of(directory: Path) -> str | None:
+    """The chat template of a model's folder: in a file of its own, or the default one in the tokenizer's config."""
+    path = directory / TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    config = directory / CONFIG
+    content = read_object(config, "copy it anew from the model's source") if config.exists() else {}
+    template = content.get("chat_template")
+    if isinstance(template, list):
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next((each.get("template") for each in named), None)
+    return template if isinstance(template, str) else None

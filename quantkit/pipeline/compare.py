@@ -110,6 +110,7 @@ def compare_logits(
     stored: those of the quantized models as files hold them, one after the other, because what is equal is held once
     """
     model, device = runtime.model, runtime.device
+    theirs = runtime.quantized or model
     outside = {}
     for name, tensor in stored:
         tensor = tensor.to(device, source[name].dtype)
@@ -119,8 +120,8 @@ def compare_logits(
         ids = tokens.input_ids[batch].to(device)
         with outside_loaded(model, source):
             reference = logits(model, original.states[batch].to(device))
-        with outside_loaded(model, outside):
+        with outside_loaded(theirs, outside):
             for stream, comparison in zip(quantized, comparisons, strict=True):
-                comparison.add(reference, logits(model, stream.states[batch].to(device)), ids)
+                comparison.add(reference, logits(theirs, stream.states[batch].to(device)), ids)
     dtype = dtype_name(original.states.dtype)
     return [comparison.result(runtime.ranks.gather) | {"dtype": dtype} for comparison in comparisons]

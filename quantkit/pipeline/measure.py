@@ -5,6 +5,7 @@ The figures are those of a run (`pipeline.run`): the same streams, in the same b
 memory is one layer of each model and the hidden states, whatever the depth.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
+from quantkit.model.shapes import Shapes
 from quantkit.model.streaming import (
+    Architecture,
+    computing_as,
+    drop,
     embedding_names,
     move_buffers,
     outside_loaded,
     read_outside,
 )
 from quantkit.pipeline.compare import compare_logits, few_strange, largest, relative_error, strange_linears
-from quantkit.pipeline.forward import embed_original, embed_tokens, ending_names, open_streams
+from quantkit.pipeline.forward import Layer, embed_original, embed_tokens, ending_names, open_streams
 from quantkit.pipeline.runtime import Progress, Runtime
 from quantkit.pipeline.walk import walk
 from quantkit.plan import LinearPlan
@@ -30,6 +35,11 @@ class Measurable(Protocol):
 
     @property
     def directory(self) -> Path: ...
+    @property
+    def model(self) -> Shapes:
+        """The model that its own config or metadata describes, with modules."""
+        ...
+
     @property
     def linears(self) -> tuple[LinearPlan, ...]: ...
     @property
@@ -46,19 +56,24 @@ class Measurable(Protocol):
 def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progress: Progress) -> dict[str, Any]:
     """The figures of `metrics.Comparison`, and "layer_errors"; see `pipeline.run`.
 
+    The original runs as its config says, and the quantized model as its own files say.
+
     runtime: of the original
 
     Raises:
         ModelError, NumericsError: a damaged file; values that are not finite.
     """
-    model = runtime.model
-    move_buffers(model.model, runtime.device)
+    assert isinstance(quantized.model, Architecture)
+    model, own = runtime.model, computing_as(runtime.model, quantized.model)
+    theirs = replace(runtime, model=own)
+    for each in (model, own):
+        move_buffers(each.model, runtime.device)
     opened = open_streams(runtime, {"original": evaluation, "quantized": evaluation})
     original, stream = opened["original"], opened["quantized"]
     progress.start(len(model.layers), 2 * evaluation.samples * evaluation.seqlen, {"evaluation": original.place})
     embed_original(runtime, evaluation, original)
-    with outside_loaded(model, runtime.loaded(quantized.read(embedding_names(model)))):
-        embed_tokens(runtime, evaluation, stream)
+    with outside_loaded(own, runtime.loaded(quantized.read(embedding_names(own)))):
+        embed_tokens(theirs, evaluation, stream)
     layer_errors: list[dict[str, Any]] = []
     strange: list[dict[str, Any]] = []
     with walk(runtime, progress) as layers:
@@ -71,16 +86,19 @@ def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progr
             local = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in stored.items()}
             strange += strange_linears(layer.weights, local, _linears_of(quantized, layer.index))
             layer.forget_original()
-            layer.load(local)
+            drop(layer.module)
+            copy = Layer(theirs, layer.index, progress)
+            copy.load(local)
             del stored, local
-            layer.advance(stream)
+            copy.advance(stream)
+            drop(copy.module)
             error = relative_error(original, stream)
             layer_errors.append({"layer": layer.index, "relative_error": error})
             progress.finished(layer.index, error, False)
     progress.ending("compare the logits")
     source = runtime.loaded(read_outside(model, ending_names(model)))
     outside = ((name, quantized.read([name])[name]) for name in source)
-    (figures,) = compare_logits(runtime, evaluation, original, [stream], source, outside)
+    (figures,) = compare_logits(replace(runtime, quantized=own), evaluation, original, [stream], source, outside)
     peak = largest([original, stream])
     return figures | {
         "layer_errors": layer_errors,

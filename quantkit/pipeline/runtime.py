@@ -53,6 +53,7 @@ class Runtime:
     """A model and where its layers run.
 
     folder: for files of hidden states that memory cannot hold
+    quantized: the model that the quantized weights run in, where their checkpoint says how it computes; None: as here
     ranks: the processes that share the work; their number changes no byte of the result on a CPU
     """
 
@@ -61,6 +62,7 @@ class Runtime:
     folder: Path
     memory: Memory = Memory()
     ranks: Ranks = ALONE
+    quantized: StreamedModel | None = None
 
     @property
     def dtype(self) -> torch.dtype:
