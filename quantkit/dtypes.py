@@ -39,8 +39,9 @@ ITEMSIZE = {  # bytes of one value
 SERVED = "float16"  # what checkpoints of ours are served in, unless numbers that it does not hold turn up
 WIDER = "bfloat16"  # what is written into config.json then
 LARGEST_FLOAT16 = 65504.0
-# The decay rates of state spaces, a few numbers of each layer: they act once for each token of the context.
-EXACT = ("A_log", "dt_bias")
+# A few numbers of each layer: the decay rates of state spaces, which act once for each token of the context, and what
+# decides between experts.
+EXACT = ("A_log", "dt_bias", "e_score_correction_bias")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

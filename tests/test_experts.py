@@ -7,17 +7,44 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from quantkit.model.streaming import open_model
+from quantkit.formats.names import expert_of
+from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.quantized import open_quantized, parameters
 from tests.running import done, run_words
+from tests.test_hybrids import DELTA_NET
 from tests.tiny import load_whole, random_ids, save_tiny, stream_logits
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "vocab_size": 96, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+SHARED: dict[str, Any] = {"num_experts": 8, "shared_expert_intermediate_size": 64}
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8},
-    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "qwen2_moe": SHARED | {"mlp_only_layers": [0]},
+    "qwen3_next": SHARED | DELTA_NET,
+    "qwen3_5_moe_text": SHARED | DELTA_NET,  # stacked in the file
+    "mixtral": {"num_local_experts": 8},  # under other names than in memory
+    "granitemoe": {"num_local_experts": 8, "intermediate_size": 32},  # both
+    "granitemoeshared": {"num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 64},
+    "olmoe": {"num_experts": 8, "intermediate_size": 32},
+    "glm4_moe": GROUPED | {"first_k_dense_replace": 1},
+    "glm4_moe_lite": GROUPED | LATENT | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "deepseek_v2": GROUPED | LATENT | {"first_k_dense_replace": 1},
+    "deepseek_v3": GROUPED | LATENT | {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "laguna": SHARED | {"num_attention_heads": 8},  # a gate for each head
+    "mellum": {"num_experts": 8},
 }
 
 
@@ -25,6 +52,11 @@ def saved(kind: str, folder: Path, **changes: Any) -> Path:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     return save_tiny(folder, kind, **SIZES | MIXTURES[kind] | changes)
+
+
+def weights_of(out: Path, model: StreamedModel) -> dict[str, Tensor]:
+    """What a checkpoint of ours stands for, by the names that the model is published with."""
+    return open_quantized(out).read([*parameters(model)])
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -36,8 +68,9 @@ def test_streamed_logits_are_those_of_transformers(kind: str, tmp_path: Path) ->
     torch.testing.assert_close(stream_logits(open_model(tmp_path), ids), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize(
+    ("kind", "method"), [(kind, "awq") for kind in MIXTURES] + [("qwen3_moe", "rtn"), ("qwen2_moe", "gptq")]
+)
 def test_the_files_hold_what_was_measured(kind: str, method: str, ids: Path, tmp_path: Path) -> None:
     model, out = saved(kind, tmp_path / "model"), tmp_path / "out"
     done(*run_words(method, model, out, ids))
@@ -45,6 +78,23 @@ def test_the_files_hold_what_was_measured(kind: str, method: str, ids: Path, tmp
     verify = ["verify", str(out), "--eval", str(ids), "--device", "cpu", "--max-ppl-increase", "900%", "--json"]
     measured = json.loads(done(*verify).stdout)["verification"]["kl_divergence"]
     assert measured == result["verification"]["kl_divergence"]
+    for row in result["layers"]:
+        assert row["bits"] == 4
+    experts = sum(expert_of(row["name"]) is not None for row in result["layers"])
+    assert experts >= 2 * 8 * 3
+
+
+def test_transformers_computes_what_was_measured(ids: Path, tmp_path: Path) -> None:
+    model, out, again = saved("qwen3_moe", tmp_path / "model"), tmp_path / "out", tmp_path / "again"
+    done(*run_words("awq", model, out, ids))
+    again.mkdir()
+    save_file(weights_of(out, open_model(model)), again / "model.safetensors")
+    (again / "config.json").write_bytes((model / "config.json").read_bytes())
+    tokens = load_file(ids)["input_ids"]
+    with torch.no_grad():
+        first, second = (load_whole(folder)(tokens).logits.double().log_softmax(-1) for folder in (model, again))
+    divergence = (first.exp() * (first - second)).sum(-1)[:, :-1].mean()
+    assert float(divergence) == pytest.approx(kl(out), rel=1e-3)
 
 
 def records(out: Path) -> list[dict[str, Any]]:

@@ -124,6 +124,23 @@ QWEN_ATTENTION = Part(  # q returns a gate beside the queries, which multiplies 
 )
 QWEN_MLP = Part(sites=(folded_site("post_attention_layernorm", GATE, UP, plus=1), folded_site(UP, DOWN)))
 
+QWEN_3_5 = Family(
+    {
+        "linear_attention": (_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), QWEN_MLP),
+        "full_attention": (QWEN_ATTENTION, QWEN_MLP),
+    },
+    fused=FUSED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")},
+    sixteen_bit=ROUTERS | {"in_proj_b", "in_proj_a"},
+)
+
+W13 = FUSED | {"w13": ("w1", "w3")}
+W132 = ("w1", "w3", "w2")  # gate, up and down of an expert
+GRANITE_EXPERTS: dict[str, Any] = {
+    "sixteen_bit": ROUTERS | {"layer"},  # of the router
+    "experts": W132,
+    "stacked": ("input_linear.weight", "output_linear.weight"),
+}
+
 GRANITE_MAMBA = Part(
     sites=(folded_site("input_layernorm", "mamba.in_proj"), folded_site("mamba.norm", "mamba.out_proj")),
     state=(  # the convolution's last inputs and the state, in 16 bit
@@ -202,13 +219,12 @@ FAMILIES: dict[str, Family] = {
         },
         sixteen_bit=ROUTERS | {"in_proj_ba"},
     ),
-    "qwen3_5_text": Family(
-        {
-            "linear_attention": (_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), QWEN_MLP),
-            "full_attention": (QWEN_ATTENTION, QWEN_MLP),
-        },
-        fused=FUSED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")},
-        sixteen_bit=ROUTERS | {"in_proj_b", "in_proj_a"},
+    "qwen3_5_text": QWEN_3_5,
+    "qwen3_5_moe_text": QWEN_3_5,
+    **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2", "lfm2_moe"), Family({}, fused=W13, experts=W132)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared"),
+        Family({}, fused=W13, by_input=BY_INPUT | {"output_linear"}, **GRANITE_EXPERTS),
     ),
     "granitemoehybrid": Family(
         {
@@ -217,7 +233,9 @@ FAMILIES: dict[str, Family] = {
             "mamba": (GRANITE_MAMBA, GRANITE_MLP),  # as older transformers say it
             "attention": (GRANITE_ATTENTION, GRANITE_MLP),
         },
+        fused=W13,
         by_input=BY_INPUT | {"output_linear"},
+        **GRANITE_EXPERTS,
     ),
     "jamba": Family(
         {
@@ -245,7 +263,7 @@ FAMILIES: dict[str, Family] = {
                 LFM2_MLP,
             ),
         },
-        fused=FUSED | {"w13": ("w1", "w3")},
+        fused=W13,
     ),
 }
 WITHOUT_ROW = Family({})

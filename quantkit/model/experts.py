@@ -101,34 +101,29 @@ def experts_of(layer: nn.Module) -> dict[str, Experts]:
 # ---------------------------------------------------------------- stacked in the file
 
 
-def unstacked(checkpoint: Checkpoint, blocks: Mapping[str, Experts]) -> Checkpoint:
+def unstacked(checkpoint: Checkpoint, blocks: Mapping[str, Experts], stacked: tuple[str, str]) -> Checkpoint:
     """The checkpoint with each expert of a stacked tensor as a tensor of its own: a part of the same bytes.
 
-    blocks: the mixtures by their full names
+    blocks: the mixtures by their full names; stacked: see `Family`
 
     Raises:
-        ModelError: a stacked tensor of another shape; more experts than config.json says.
+        ModelError: a stacked tensor of another shape.
     """
     entries = dict(checkpoint.entries)
     for block, experts in blocks.items():
-        for stack, leaves in (("gate_up_proj", experts.names[:2]), ("down_proj", experts.names[2:])):
-            entry = entries.pop(f"{block}.{stack}", None)
+        parent = block.rpartition(".")[0]
+        for stack, leaves in zip(stacked, (experts.names[:2], experts.names[2:]), strict=True):
+            entry = entries.pop(f"{parent}.{stack}", None)
             if entry is not None:
                 rows, columns = experts.get_parameter(f"0.{leaves[0]}.weight").shape
                 expected = (len(experts), rows * len(leaves), columns)
                 if entry.shape != expected:
                     raise ModelError(
-                        f"{checkpoint.directory}: tensor {block}.{stack} has shape {list(entry.shape)}, config.json "
+                        f"{checkpoint.directory}: tensor {parent}.{stack} has shape {list(entry.shape)}, config.json "
                         f"asks for {list(expected)}"
                     )
                 parts = _parts(entry, [f"{leaf}.weight" for leaf in leaves])
                 entries |= {f"{block}.{name}": part for name, part in parts.items()}
-        beyond = f"{block}.{len(experts)}."
-        if more := next((name for name in entries if name.startswith(beyond)), None):
-            raise ModelError(
-                f"{checkpoint.directory}: tensor {more} is of expert {len(experts)}, config.json asks for "
-                f"{len(experts)} experts, numbered from 0"
-            )
     return replace(checkpoint, entries=entries)
 
 

@@ -124,6 +124,7 @@ class Family:
     outputs, as all others are
     sixteen_bit: small linears that engines keep in 16 bit
     experts: what checkpoints call gate, up and down of an expert
+    stacked: what they call gate and up of all experts, and down of all, where those are one tensor each
     gguf: None where llama.cpp's names are not known
 
     Linears are named here by the last part of their names.
@@ -135,6 +136,7 @@ class Family:
     by_input: frozenset[str] = BY_INPUT
     sixteen_bit: frozenset[str] = ROUTERS
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
     gguf: Gguf | None = None
 
     def types(self, config: Any, count: int) -> list[str]:

@@ -30,7 +30,7 @@ from quantkit.hardware.matmul import fast_linears
 from quantkit.model.architectures import family_of
 from quantkit.model.config import auto_class, load_config, one_line, scales_config, text_config
 from quantkit.model.experts import Experts, experts_of, unstack_experts, unstacked
-from quantkit.model.names import names_of
+from quantkit.model.names import Place, names_of, take_names_within
 from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
 from quantkit.model.unsupported import mixture
 
@@ -112,6 +112,7 @@ def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Arc
     for layer in layers:
         unstack_experts(layer, family_of(text.model_type).experts)
     _require_linears(layers_name, layers, text)
+    take_names_within(model, layers_name)
     inner = model.base_model_prefix if text is model.config else ""
     if not hasattr(model, inner):  # as in a wrapper, or where transformers 4.51 names another than gemma3_text has
         inner = layers_name.rpartition(".")[0]
@@ -139,7 +140,7 @@ def open_model(directory: Path) -> StreamedModel:
     config = load_config(directory)
     checkpoint = as_numbers(open_checkpoint(directory), scales_config(directory))
     architecture = build(config, checkpoint)
-    checkpoint = unstacked(checkpoint, _mixtures(architecture))
+    checkpoint = unstacked(checkpoint, _mixtures(architecture), architecture.family.stacked)
     ignored = _compare(architecture, checkpoint)
     _require_tied(architecture, checkpoint)
     untried = StreamedModel(
@@ -210,8 +211,8 @@ def _is_stacked(module: nn.Module) -> bool:
 
 def _matrix(module: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of a linear, or of a router, which transformers may have as a bare parameter."""
-    weight = getattr(module, "weight", None)
-    linear = isinstance(module, nn.Linear) or type(module).__name__.lower().endswith("router")
+    weight = module._parameters.get("weight")
+    linear = isinstance(module, nn.Linear | Place) or type(module).__name__.lower().endswith("router")
     return (weight.shape[0], weight.shape[1]) if linear and isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 

@@ -57,17 +57,20 @@ def _entering(passage: Passage, block: str) -> tuple[Stream, list[Tensor]]:
     """What enters a mixture, and the numbers of the experts that are chosen there, by micro-batch."""
     layer, stream = passage.layer, passage.stream
     runtime = layer.runtime
-    shape = passage.samples, *stream.states.shape[1:]
     spill = runtime.folder / f".experts-{'original' if passage.weights else 'quantized'}-{runtime.ranks.rank}.tmp"
-    room = open_stream(shape, stream.states.dtype, runtime.device, spill, stream.place, stream.batch)
+    seqlen, room = stream.states.shape[1], None
     choices = []
     for batch in stream.batches(passage.samples):
         known = {shortcut: tensors.of(batch) for shortcut, tensors in passage.known.items()}
         hidden = stream.states[batch].to(runtime.device)
         with taken(layer.module, known):
             entering, chosen, _ = run_to(runtime.model, layer.index, hidden, block, passage.weights, exact=stream.exact)
-        room.states[batch] = entering.view(hidden.shape)
+        if room is None:
+            shape = passage.samples, seqlen, entering.shape[-1]
+            room = open_stream(shape, stream.states.dtype, runtime.device, spill, stream.place, stream.batch)
+        room.states[batch] = entering.view(-1, *room.states.shape[1:])
         choices.append(chosen)
+    assert room is not None
     return room, choices
 
 

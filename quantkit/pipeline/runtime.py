@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.dtypes import WIDER, torch_dtype
+from quantkit.dtypes import WIDER, stored_dtype, torch_dtype
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.model.streaming import StreamedModel
 
@@ -74,8 +74,11 @@ class Runtime:
         return torch_dtype(entry.dtype if entry.scaled is None else WIDER)
 
     def loaded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors on the device; floats in the dtype of the run."""
+        """Tensors on the device; floats in the dtype of the run, but for the few that are stored in float32."""
+        exact = torch_dtype("float32")
         return {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.to(self.device, exact if stored_dtype(name) == "float32" else self.dtype)
+            if tensor.is_floating_point()
+            else tensor.to(self.device)
             for name, tensor in tensors.items()
         }
