@@ -120,12 +120,16 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "cli": (
         "errors hardware text units methods scheme calibration verdict settings hub report.card"
-        " report.terminal results commands.allocate commands.convert commands.convert_gguf commands.fit"
-        " commands.inspect commands.quantize commands.serve commands.sweep commands.verify"
+        " report.terminal results commands.allocate commands.chat commands.convert commands.convert_gguf"
+        " commands.fit commands.inspect commands.quantize commands.serve commands.sweep commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
         " pipeline.job pipeline.memory pipeline.runtime report.terminal results commands.quantize"
+    ),
+    "commands.chat": (
+        "errors jsonfile units calibration checkpoint model quantized settings gguf results commands.process"
+        " commands.serve"
     ),
     "commands.convert": (
         "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"

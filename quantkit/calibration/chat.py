@@ -74,6 +74,15 @@ class ChatTemplate:
         self.faults[reason] += 1
         return plain_text(document), True
 
+    def prompt(self, conversation: Conversation) -> tuple[str, bool]:
+        """Text that ends where the model's answer begins, and whether the tokenizer is to add its special tokens."""
+        if self._tokenizer.chat_template:
+            try:
+                return self._apply(conversation, True), False
+            except TemplateFaultError as fault:
+                self.faults[clean_line(fault)] += 1
+        return f"{plain_text(conversation)}\nassistant:", True
+
     def notes(self) -> tuple[str, ...]:
         """One note for each reason why conversations were joined without the template."""
         return tuple(

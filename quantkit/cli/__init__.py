@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import allocate, convert, fit, inspect, models, push, quantize, serve, sweep, verify
+from quantkit.cli import allocate, chat, convert, fit, inspect, models, push, quantize, serve, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
 from quantkit.hardware.launch import launch
 from quantkit.methods.table import METHODS
@@ -36,6 +36,7 @@ for _command in (
     convert.convert,
     inspect.inspect,
     serve.serve,
+    chat.chat,
     push.push,
     models.models,
 ):

@@ -64,6 +64,10 @@ class ServerEngine(StrEnum):
     vllm, sglang, llamacpp = "vllm", "sglang", "llama.cpp"
 
 
+class ChatEngine(StrEnum):
+    transformers, vllm, sglang, llamacpp = "transformers", "vllm", "sglang", "llama.cpp"
+
+
 class Searched(StrEnum):
     gptq, awq = "gptq", "awq"
 

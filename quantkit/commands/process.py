@@ -2,6 +2,7 @@
 """An engine's server as a process: started, waited for, watched, and ended with all that it has started itself."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,9 +11,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quantkit.errors import EngineError, InputError
 from quantkit.text import clean_line
@@ -81,6 +83,13 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start(program: Program) -> Running:
     """Start it in a session of its own, so that all of it can be ended.
 
@@ -125,6 +134,28 @@ def answers(program: Program) -> bool:
             return bool(answer.status == 200)
     except (OSError, urllib.error.URLError, ValueError):
         return False
+
+
+def ask(url: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The pieces of an answer that an OpenAI server streams.
+
+    Raises:
+        EngineError: what the server says instead.
+    """
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request) as answer:
+            for line in answer:
+                text = line.decode("utf-8", errors="replace").strip()
+                if text.startswith("data: {"):
+                    choices = json.loads(text.removeprefix("data: ")).get("choices") or [{}]
+                    yield choices[0].get("delta") or {}
+    except urllib.error.HTTPError as error:
+        raise EngineError(f"{url}: {clean_line(error.read().decode('utf-8', errors='replace'))}") from error
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{url}: {clean_line(error)}; does the engine still run?") from error
 
 
 def require_alive(running: Running, when: str) -> None:

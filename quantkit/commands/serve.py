@@ -247,15 +247,14 @@ def serve(request: ServeRequest, say: Say) -> None:
         EngineError: the engine is not installed, or ends.
     """
     serving = plan_serving(request)
-    if shutil.which(serving.words[0]) is None:
-        raise EngineError(f"{serving.engine} is not installed here; {INSTALL[serving.engine]}")
+    require_installed(serving)
     card = visible_card()
     if serving.fit and card and serving.fit.budget_bytes > card.memory_bytes:
         size = format_bytes(card.memory_bytes)
         raise InputError(f"--budget {format_bytes(serving.fit.budget_bytes)}: {card.name} has {size}; give less")
     require_port(request.host, request.port)
     folder = Path(tempfile.mkdtemp(prefix="quantkit-serve-"))
-    programs = [_program(request, serving, index, folder) for index in range(request.replicas)]
+    programs = [program_of(request, serving, index, folder) for index in range(request.replicas)]
     for program in programs:
         if program.port != request.port:
             require_port(program.host, program.port)
@@ -278,7 +277,19 @@ def serve(request: ServeRequest, say: Say) -> None:
         stop(servers)
 
 
-def _program(request: ServeRequest, serving: Serving, index: int, folder: Path) -> Program:
+def require_installed(serving: Serving) -> None:
+    """Refuse an engine that is not here.
+
+    Raises:
+        EngineError: with how to get it.
+    """
+    if shutil.which(serving.words[0]) is None:
+        raise EngineError(f"{serving.engine} is not installed here; {INSTALL[serving.engine]}")
+
+
+def program_of(request: ServeRequest, serving: Serving, index: int = 0, folder: Path | None = None) -> Program:
+    """What is started: one of several servers, whose log lies in a folder."""
+    folder = folder or Path(tempfile.mkdtemp(prefix="quantkit-serve-"))
     alone = not request.nginx
     host, port = (request.host, request.port) if alone else ("127.0.0.1", request.port + 1 + index)
     log = request.log if request.log and request.replicas == 1 else folder / f"{serving.engine}-{index}.log"
