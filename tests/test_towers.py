@@ -11,13 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
+from quantkit.formats import FORMATS
 from quantkit.model.config import auto_class, config_from_dict
 from quantkit.model.streaming import open_model
+from quantkit.plan import make_plan
 from quantkit.quantized import open_quantized
-from tests.running import done, run_words
+from quantkit.scheme import Scheme
+from quantkit.serving.fit import fit
+from tests.running import done, quantkit, run_words
 from tests.tiny import SIZES, random_ids, stream_logits
 
 TEXT = SIZES | {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+IMAGES = {
+    "gemma4": {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 2}
+}  # tokens, as its vocabulary has them
+VERDICTS = (0, 3)  # in random attention heads are alike, and their weights may end far from the original's
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,7 +46,17 @@ DELTA_NET = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+GEMMA4 = WINDOWS | {"hidden_size_per_layer_input": 0, "global_head_dim": 32}
+SHARING = {  # embeddings for each layer, and layers that use the keys and values of earlier ones
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 128,
+}
 TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what differs in the decoder, and in the tower
+    "gemma4": (GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}, {}),
+    "gemma4-sharing": (GEMMA4 | SHARING, {}),
     "gemma3": (WINDOWS, {}),
     "qwen3_5": (DELTA_NET, {}),
     "mistral3": ({}, {}),
@@ -48,16 +66,18 @@ TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what differs in 
 }
 
 
-def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **top: Any) -> Path:
+def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random model, every parameter away from its initial value, with a head that predicts later tokens."""
+    text, vision = TOWERS[kind]
+    kind = kind.partition("-")[0]
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     make: Any = CONFIG_MAPPING[kind]
-    usual, (text, vision) = make(), TOWERS[kind]
+    usual = make()
     config = make(
         text_config={"model_type": usual.text_config.model_type, **TEXT, **text},
-        vision_config={"model_type": usual.vision_config.model_type, **VISION, **vision},
-        **top,
+        vision_config={"model_type": getattr(usual.vision_config, "model_type", f"{kind}_vision"), **VISION, **vision},
+        **IMAGES.get(kind, {}),
     )
     torch.manual_seed(0)
     model = auto_class(config).from_config(config)
@@ -99,7 +119,7 @@ def test_the_decoder_is_quantized_and_all_else_is_as_it_was(
     kind: str, method: str, fmt: str, ids: Path, tmp_path: Path
 ) -> None:
     model, out = saved(kind, tmp_path / "model", torch.bfloat16), tmp_path / "out"
-    done(*run_words(method, model, out, ids, "--format", fmt))
+    assert quantkit(*run_words(method, model, out, ids, "--format", fmt)).returncode in VERDICTS
     result = json.loads((out / "quantkit.json").read_text())
     opened = open_model(model)
     assert len(result["layers"]) == sum(map(len, opened.layer_linears)) - 2 * 2 * (kind == "qwen3_5")
@@ -109,11 +129,13 @@ def test_the_decoder_is_quantized_and_all_else_is_as_it_was(
         assert after[name].dtype == before[name].dtype == torch.bfloat16
         assert torch.equal(after[name].view(torch.int16), before[name].view(torch.int16))
     written = json.loads((out / "config.json").read_text())
-    assert written["text_config"]["num_hidden_layers"] == 4
+    assert written["text_config"]["num_hidden_layers"] == len(opened.layers)
     assert written["torch_dtype"] == "bfloat16"
     assert (out / "preprocessor_config.json").is_file()
     verify = ["verify", str(out), "--eval", str(ids), "--device", "cpu", "--max-ppl-increase", "900%", "--json"]
-    measured = json.loads(done(*verify).stdout)["verification"]["kl_divergence"]
+    answer = quantkit(*verify)
+    assert answer.returncode in VERDICTS
+    measured = json.loads(answer.stdout)["verification"]["kl_divergence"]
     assert measured == result["verification"]["kl_divergence"]
 
 
@@ -145,3 +167,13 @@ def test_other_commands_read_the_result(ids: Path, tmp_path: Path) -> None:
     ignored = json.loads((again / "config.json").read_text())["quantization_config"]["ignore"]
     assert {"mtp.layers.0.mlp.up_proj", "model.visual.blocks.0.attn.qkv", "lm_head"} <= set(ignored)
     assert stored(again)["mtp.norm.weight"].equal(stored(model)["mtp.norm.weight"])
+
+
+def test_each_layer_is_asked_what_it_keeps_of_a_token(tmp_path: Path) -> None:
+    """Of six layers the last two use the keys and values of earlier ones; every other one has a window of 8 tokens."""
+    model = open_model(saved("gemma4-sharing", tmp_path))
+    plan = make_plan(model, lambda name, layer: Scheme(4, 32, True), FORMATS["awq"])
+    sliding, full = 2 * 2 * 2 * 16, 2 * 2 * 2 * 32
+    for context in (4, 100):
+        found = fit(model, plan, budget=2**30, context=context).kv_bytes
+        assert found == 2 * sliding * min(context, 8) + 2 * full * context

@@ -70,9 +70,10 @@ def load_config(directory: Path) -> PretrainedConfig:
                 f"{path}: says rope_parameters, which this transformers does not read, and no {unread[0]}; "
                 f"use transformers 5, or add {', '.join(unread)} to it"
             )
+    config = _computing(config)
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, text)
-    return _computing(config)
+    return config
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:
@@ -131,8 +132,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _computing(config: PretrainedConfig) -> PretrainedConfig:
-    """The config with the outputs that every model is run for here: those that a file asks for change no weight."""
+    """The config with the outputs that every model is run for here: those that a file asks for change no weight.
+
+    Where layers differ in their numbers, what is said of all can be read, too; `Shapes.layer_config` knows each.
+    """
     for each in (config, text_config(config)):
+        each.allow_global_per_layer_attribute_access = True
         for key, value in OUTPUTS.items():
             setattr(each, key, value)
         for key in QUANTIZED:  # what is read from the files are the numbers themselves
@@ -141,7 +146,8 @@ def _computing(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def with_older_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json's content that transformers 4 and 5 read alike; one without `rope_parameters` stays as it is.
+    """A config.json's content that transformers 4 and 5 read alike, where both can; one without `rope_parameters` stays
+    as it is.
 
     Raises:
         ModelError: see `config_from_dict`.
@@ -153,7 +159,12 @@ def with_older_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
     text = text_config(config_from_dict(raw))
     older = older_rope_keys(text.model_type, getattr(text, "rope_parameters", None) or {})
     both = {**older, **said, **older}
-    return both if said is raw else {**raw, "text_config": both}
+    made = both if said is raw else {**raw, "text_config": both}
+    try:
+        config_from_dict(made)
+    except ModelError:  # a family that transformers 4 does not have, and that has no such keys
+        return dict(raw)
+    return made
 
 
 def with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -77,9 +77,24 @@ class Shapes:
         """The name of the list of decoder layers in the checkpoint."""
         return self.names.layers
 
+    @property
+    def hidden_width(self) -> int:
+        """Numbers of the hidden state of a token."""
+        return int(self.config.hidden_size)
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of all that a token takes through the layers; see `carried`."""
+        return self.hidden_width
+
     def layer_name(self, index: int) -> str:
         """The full name of a layer, for example "model.layers.3"."""
         return f"{self.layers_name}.{index}"
+
+    def layer_config(self, index: int) -> Any:
+        """The values of the config for one layer: heads and their width may differ from one to the next."""
+        each = getattr(self.config, "per_layer_config", None)
+        return self.config if each is None or isinstance(each, Mapping) else each[index]
 
     def layer_shapes(self, index: int) -> dict[str, Shape]:
         """The tensors of a layer (names local to it) and their shapes."""

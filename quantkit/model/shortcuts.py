@@ -41,7 +41,12 @@ class Known:
 
 
 def find_shortcuts(model: StreamedModel, index: int, hidden: Tensor, linears: Sequence[str]) -> tuple[Shortcut, ...]:
-    """Run layer `index` (materialised) on hidden states, and see which modules hand on what these linears return."""
+    """Run layer `index` (materialised) on states, and see which modules hand on what these linears return.
+
+    Where layers leave something for later ones, every module has to run: there is none.
+    """
+    if model.carried.shared:
+        return ()
     layer = model.layers[index]
     returned: dict[str, Any] = {}
 

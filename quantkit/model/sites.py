@@ -193,7 +193,7 @@ def fold_channels(model: StreamedModel, index: int, fold: Fold | None) -> Tensor
     """For each input column of the readers, the producer's channel that feeds it; None when nothing absorbs a scale."""
     if fold is None:
         return None
-    layer, config = model.layers[index], model.config
+    layer, config = model.layers[index], model.layer_config(index)
     linear, producer = layer.get_submodule(fold.readers[0]), layer.get_submodule(fold.producer)
     if not isinstance(getattr(producer, "weight", None), Tensor):
         return None

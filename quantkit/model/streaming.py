@@ -9,7 +9,8 @@ embeddings, positions, per-layer variants of them) is not rebuilt here: the real
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from quantkit.dtypes import SERVED
 from quantkit.errors import ModelError
 from quantkit.hardware.matmul import fast_linears
 from quantkit.model.architectures import family_of
+from quantkit.model.carried import Carried, Where, filled, is_store, joined, mapped, placed
 from quantkit.model.config import auto_class, load_config, one_line, scales_config, text_config
 from quantkit.model.experts import Experts, experts_of, unstack_experts, unstacked
 from quantkit.model.names import Place, names_of, take_names_within
@@ -74,6 +76,7 @@ class StreamedModel(Architecture):
 
     extra_outputs: how many values its layers return beside the hidden states; None: they return no tuple
     ignored: tensors of the checkpoint that say nothing which is not known without them, and are left out
+    carried: what its tokens carry beside their hidden states
     calls: what each layer is called with, by (micro-batch, seqlen); filled when first needed
     """
 
@@ -81,7 +84,13 @@ class StreamedModel(Architecture):
     checkpoint: Checkpoint
     extra_outputs: int | None
     ignored: tuple[str, ...]
+    carried: Carried = field(default_factory=Carried)
     calls: dict[tuple[int, int], list[Call]] = field(default_factory=dict)
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of all that a token takes through the layers: its hidden state, and what it carries behind it."""
+        return self.hidden_width + self.carried.width
 
 
 def build(config: PretrainedConfig, checkpoint: Checkpoint | None = None) -> Architecture:
@@ -146,7 +155,7 @@ def open_model(directory: Path) -> StreamedModel:
     untried = StreamedModel(
         **vars(architecture), directory=directory, checkpoint=checkpoint, extra_outputs=None, ignored=ignored
     )
-    return replace(untried, extra_outputs=_extra_outputs(untried))
+    return _tried(untried)
 
 
 def computing_as(original: StreamedModel, architecture: Architecture) -> StreamedModel:
@@ -438,37 +447,94 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _placeholder(model: StreamedModel, batch: int, seqlen: int, like: Tensor) -> Tensor:
+def _inputs_of_no_tokens(model: StreamedModel, batch: int, seqlen: int, like: Tensor) -> dict[str, Tensor]:
+    """What a model can be called with where its layers read none of it; like: of which dtype it is, and where."""
+    if model.carried.moving:  # the first embedding alone does not tell such a model all
+        return {"input_ids": torch.zeros(batch, seqlen, device=like.device, dtype=torch.int64)}
     width = next(iter(model.before_layers().values()))[1]
-    return torch.zeros(batch, seqlen, width, device=like.device, dtype=like.dtype)
+    return {"inputs_embeds": torch.zeros(batch, seqlen, width, device=like.device, dtype=like.dtype)}
 
 
-def _extra_outputs(model: StreamedModel) -> int | None:
-    """Ask the first layer, on the meta device, called with what the model calls it with.
+PROBED = 13  # tokens: no size of a tensor that is called with or left beside the number of tokens
+
+
+def _tried(model: StreamedModel) -> StreamedModel:
+    """The model, with what its layers return, and what its tokens carry beside their hidden states.
+
+    The layers run on the meta device, called with what the model calls them with.
 
     Raises:
-        ModelError: the layer cannot be run by itself.
+        ModelError: a layer cannot be run by itself.
     """
-    calls: list[Call] = []
+    tensors = {n: t.float() for n, t in read_outside(model, _narrow(model)).items()}
+    try:
+        first = _calls_of_no_tokens(model, tensors, 1)
+        (output,), _, _ = _run_without_numbers(model, first)
+        model = replace(model, extra_outputs=len(output) - 1 if isinstance(output, tuple) else None)
+        calls = _calls_of_no_tokens(model, tensors, len(model.layers))
+        _, moving, left = _run_without_numbers(model, calls)
+        return replace(model, carried=placed(moving, left, PROBED))
+    except Exception as error:  # the code of any architecture runs here
+        raise _cannot_stream(model, one_line(error)) from error
+
+
+def _calls_of_no_tokens(model: StreamedModel, narrow: Mapping[str, Tensor], count: int) -> list[tuple[Tensor, Call]]:
+    """What the first layers are called with for a few tokens, whose embeddings are zeros and have gradients.
+
+    narrow: the tensors outside the layers that are no embeddings
+    """
+    calls: list[tuple[Tensor, Call]] = []
 
     def record(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            calls.append((args, kwargs))
-            raise _Stop
+            hidden = _hidden(args, kwargs)
+            calls.append((hidden, (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})))
+            if len(calls) == count:
+                raise _Stop
+            return _as_layer_output(model, hidden)
 
         return forward
 
-    narrow = {n: t.float() for n, t in read_outside(model, _narrow(model)).items()}
-    try:
-        with torch.no_grad(), _layers_replaced(model, record), outside_loaded(model, narrow), suppress(_Stop):
-            model.decoder(inputs_embeds=_placeholder(model, 1, 8, torch.zeros(())), use_cache=False)
-        args, kwargs = _map_tensors(calls[0], lambda t: t.to("meta"))
-        layer = copy.deepcopy(model.layers[0]).to(device="meta", dtype=torch.float32)
-        with torch.no_grad():
-            output = layer(*args, **kwargs)
-            return len(output) - 1 if isinstance(output, tuple) else None
-    except Exception as error:  # the code of any architecture runs here
-        raise _cannot_stream(model, one_line(error)) from error
+    tables = {f"{name}.weight" for name in model.embeddings}
+    wide = {name: torch.zeros(()).expand(shape) for name, shape in model.outside().items() if name in tables}
+    with torch.enable_grad(), _layers_replaced(model, record), outside_loaded(model, {**narrow, **wide}):
+        for name in wide:
+            model.model.get_parameter(model.names.others.get(name, name)).requires_grad_(True)
+        with suppress(_Stop):
+            model.decoder(input_ids=torch.zeros(1, PROBED, dtype=torch.int64), use_cache=False)
+    return calls
+
+
+def _run_without_numbers(
+    model: StreamedModel, calls: Sequence[tuple[Tensor, Call]]
+) -> tuple[list[Any], dict[Where, Tensor], dict[Any, tuple[Tensor, ...]]]:
+    """Run layers on the meta device: the first one, and where layers leave something for later ones, all.
+
+    Returns:
+        What they return, which arguments come from the embeddings, and what is left.
+    """
+    moving: dict[Where, Tensor] = {}
+    left: MutableMapping[Any, Any] | None = None
+    outputs = []
+
+    def see(where: Where, value: Any) -> Any:
+        nonlocal left
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                moving[where] = value
+            return value.detach().to("meta")
+        if is_store(value):
+            left = type(value)() if left is None else left
+            return left
+        return value
+
+    for index, (hidden, call) in enumerate(calls):
+        args, kwargs = mapped(call, see, (index,))
+        if index == 0 or left is not None:
+            layer = copy.deepcopy(model.layers[index]).to(device="meta", dtype=torch.float32)
+            with torch.no_grad():
+                outputs.append(layer(hidden.detach().to("meta"), *args, **kwargs))
+    return outputs, moving, dict(left or {})
 
 
 def _as_layer_output(model: StreamedModel, hidden: Tensor) -> Any:
@@ -481,23 +547,13 @@ def _cannot_stream(model: StreamedModel, reason: str) -> ModelError:
 
 
 def _narrow(model: StreamedModel) -> list[str]:
-    """The names outside the layers without the input embedding and the head, which are wide."""
-    wide = [*model.before_layers(), f"{model.head_name}."]
+    """The names outside the layers without the embeddings and the head, which are wide."""
+    wide = [*(f"{name}." for name in model.embeddings), f"{model.head_name}."]
     return [name for name in model.outside() if not name.startswith(tuple(wide))]
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: _map_tensors(v, change) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(v, change) for v in value)
-    return value
-
-
 def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
-    """Token ids [batch, seqlen] -> the hidden states [batch, seqlen, hidden] that enter the first layer.
+    """Token ids [batch, seqlen] -> the states [batch, seqlen, width] that enter the first layer; see `state_width`.
 
     Must run inside `outside_loaded`. Also learns what every layer is called with at this micro-batch and length.
 
@@ -513,7 +569,7 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
             hidden = _hidden(args, kwargs)
             if not first:
                 first.append(hidden)
-            if index != len(calls) or hidden is not first[0]:
+            if index != len(calls) or not _same(hidden, first[0]):
                 raise _cannot_stream(model, f"something happens between its layers before layer {index}")
             call = args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}
             if not _is_plain(call[0]) or not _is_plain(tuple(call[1].values())):
@@ -529,17 +585,34 @@ def embed(model: StreamedModel, input_ids: Tensor) -> Tensor:
         model.decoder(input_ids=input_ids, use_cache=False)
     if len(calls) != len(model.layers):
         raise _cannot_stream(model, f"{len(calls)} of its {len(model.layers)} layers ran")
-    recorded = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), calls)
-    if not _equal(recorded, calls):
+    hidden, behind = first[0], model.carried
+    carried = hidden.new_zeros(*input_ids.shape, behind.width)
+
+    def put(where: Where, value: Any) -> Any:
+        slot = behind.moving.get(where)
+        if slot is None:
+            return value
+        slot.write(carried, value)
+        return slot
+
+    plain: list[Call] = mapped(calls, put) if behind.moving else calls
+    recorded = model.calls.setdefault((input_ids.shape[0], input_ids.shape[1]), plain)
+    if not _equal(recorded, plain):
         raise _cannot_stream(model, "its layers are called with something that depends on the tokens")
-    return first[0]
+    return joined(hidden, carried) if behind.width else hidden
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one, or views of all of it; one that was changed in place since is another."""
+    views = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in (first, second)]
+    return first is second or views[0] == views[1]
 
 
 def _is_plain(value: Any) -> bool:
     """Whether a layer's argument can be kept for later: no cache, nothing that a layer could change for the next."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, Tensor | bool | int | float | str | torch.dtype)
+    return value is None or is_store(value) or isinstance(value, Tensor | bool | int | float | str | torch.dtype)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -559,21 +632,31 @@ def _equal(first: list[Call], second: list[Call]) -> bool:
 def run_layer(
     model: StreamedModel,
     index: int,
-    hidden: Tensor,
+    states: Tensor,
     weights: Mapping[str, Tensor] | None = None,
     *,
     exact: bool = True,
 ) -> Tensor:
-    """The output of layer `index` (materialised) for hidden states [batch, seqlen, hidden].
+    """The states [batch, seqlen, width] behind layer `index` (materialised) for those before it; see `state_width`.
 
     weights: parameters (names local to the layer) to run with instead of the layer's own; exact: see `fast_linears`
     """
-    args, kwargs = model.calls[hidden.shape[0], hidden.shape[1]][index]
+    hidden, carried = hidden_of(model, states), states[..., model.hidden_width :]
+    before = model.carried.opened(carried)
+    after = UserDict(before)
+    args, kwargs = filled(model.calls[states.shape[0], states.shape[1]][index], carried, after)
     with fast_linears(hidden, exact=exact):
         output = torch.func.functional_call(model.layers[index], dict(weights or {}), (hidden, *args), kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
-    return result
+    if after.keys() != before.keys():
+        raise _cannot_stream(model, "its layers share state")
+    return joined(result, model.carried.closed(carried, before, after)) if model.carried.width else result
+
+
+def hidden_of(model: StreamedModel, states: Tensor) -> Tensor:
+    """The hidden states [batch, seqlen, hidden] without what the tokens carry beside them."""
+    return states[..., : model.hidden_width] if model.carried.width else states
 
 
 def run_to(
@@ -616,11 +699,12 @@ def _inputs_of(module: nn.Module, run: Callable[[], object]) -> tuple[Tensor, ..
     return tuple(inputs)
 
 
-def logits(model: StreamedModel, hidden: Tensor) -> Tensor:
-    """The final hidden states [batch, seqlen, hidden] -> logits [batch, seqlen, vocab], by the model's own ending.
+def logits(model: StreamedModel, states: Tensor) -> Tensor:
+    """The states [batch, seqlen, width] behind the last layer -> logits [batch, seqlen, vocab], by the model's ending.
 
-    Must run inside `outside_loaded`; the layers are skipped, and the last one hands over `hidden`.
+    Must run inside `outside_loaded`; the layers are skipped, and the last one hands over the hidden states.
     """
+    hidden = hidden_of(model, states)
 
     def skip(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -630,7 +714,7 @@ def logits(model: StreamedModel, hidden: Tensor) -> Tensor:
 
     batch, seqlen = hidden.shape[:2]
     with _layers_replaced(model, skip), fast_linears(hidden):
-        output = model.model(inputs_embeds=_placeholder(model, batch, seqlen, hidden), use_cache=False)
+        output = model.model(**_inputs_of_no_tokens(model, batch, seqlen, hidden), use_cache=False)
     result = output.logits
     assert isinstance(result, Tensor)
     return result

@@ -13,7 +13,7 @@ from quantkit.dtypes import dtype_name
 from quantkit.grids.registry import dequantize
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods import rtn
-from quantkit.model.streaming import logits, outside_loaded
+from quantkit.model.streaming import StreamedModel, hidden_of, logits, outside_loaded
 from quantkit.pipeline.activations import Peak, Stream
 from quantkit.pipeline.metrics import Comparison
 from quantkit.pipeline.runtime import Runtime
@@ -26,12 +26,12 @@ TIMES_NEAREST = 10
 LARGEST_ERROR = 0.7
 
 
-def relative_error(original: Stream, quantized: Stream, ranks: Ranks = ALONE) -> float:
+def relative_error(model: StreamedModel, original: Stream, quantized: Stream, ranks: Ranks = ALONE) -> float:
     """||quantized - original||^2 / ||original||^2 of the hidden states of all ranks."""
     parts = []
     for batch in original.batches():
-        reference = original.states[batch].float()
-        difference = float((quantized.states[batch].float() - reference).square().sum())
+        reference, found = (hidden_of(model, stream.states[batch]).float() for stream in (original, quantized))
+        difference = float((found - reference).square().sum())
         parts.append((difference, float(reference.square().sum())))
     sums = ranks.gather(torch.tensor(parts, dtype=torch.float64))
     error, energy = (math.fsum(column) for column in sums.T.tolist())

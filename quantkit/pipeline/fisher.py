@@ -68,7 +68,7 @@ def output_directions(runtime: Runtime, tokens: TokenSet, progress: Progress) ->
 def spilled_bytes(runtime: Runtime, tokens: TokenSet) -> int:
     """What `output_directions` takes of the disk while it works: what enters each layer, and what leaves the last."""
     model = runtime.model
-    numbers = _some(tokens).input_ids.numel() * int(model.config.hidden_size)
+    numbers = _some(tokens).input_ids.numel() * model.state_width
     return (len(model.layers) + 1) * numbers * runtime.dtype.itemsize
 
 

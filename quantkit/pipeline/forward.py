@@ -127,7 +127,7 @@ def open_states(runtime: Runtime, tokens: TokenSet, name: str, place: str | None
 
     name: of the stream, for its file; place: where it lives, if not where the runtime says
     """
-    shape = tokens.samples, tokens.seqlen, runtime.model.config.hidden_size
+    shape = tokens.samples, tokens.seqlen, runtime.model.state_width
     spill = runtime.folder / f".{name}-states-{runtime.ranks.rank}-{os.getpid()}.tmp"
     memory = runtime.memory
     return open_stream(shape, runtime.dtype, runtime.device, spill, place or memory.place, memory.batch)
@@ -138,7 +138,7 @@ def open_streams(runtime: Runtime, tokens: Mapping[str, TokenSet]) -> dict[str, 
 
     The place is decided once for their sum, as memory that is not touched yet still counts as free.
     """
-    numbers = sum(each.input_ids.numel() for each in tokens.values()) * runtime.model.config.hidden_size
+    numbers = sum(each.input_ids.numel() for each in tokens.values()) * runtime.model.state_width
     place = runtime.memory.place or choose_place(numbers * runtime.dtype.itemsize, runtime.device)
     return {name: open_states(runtime, each, name, place) for name, each in tokens.items()}
 

@@ -92,7 +92,7 @@ def measure(runtime: Runtime, quantized: Measurable, evaluation: TokenSet, progr
             del stored, local
             copy.advance(stream)
             drop(copy.module)
-            error = relative_error(original, stream)
+            error = relative_error(model, original, stream)
             layer_errors.append({"layer": layer.index, "relative_error": error})
             progress.finished(layer.index, error, False)
     progress.ending("compare the logits")

@@ -118,7 +118,7 @@ def lay_out(
     vram, ram, place = allowance.vram, allowance.ram, allowance.place
     if vram is not None and not work.on_gpu:
         raise InputError(f"--vram: layers run on the {device.type}; use --ram, or --device cuda")
-    states = streams.tokens * model.config.hidden_size * work.itemsize
+    states = streams.tokens * model.state_width * work.itemsize
     device_room = vram or (int(SPARE * torch.cuda.mem_get_info(device)[0]) if work.on_gpu else 0)
     ram_room = ram or int(SPARE * psutil.virtual_memory().available / processes)
     places = [place] if place else (["device"] if work.on_gpu else []) + ["ram", "file"]

@@ -251,7 +251,7 @@ def _through_layers(
                 layer.advance(replace(streams.calibration, states=some))
             del known
             if streams.original and streams.quantized:
-                error = relative_error(streams.original, streams.quantized, runtime.ranks)
+                error = relative_error(runtime.model, streams.original, streams.quantized, runtime.ranks)
                 layer_errors.append({"layer": layer.index, "relative_error": error})
             loss = max((record["loss"] for record in records), default=0.0)
             progress.finished(layer.index, loss, shard.unit in finished)

@@ -67,7 +67,7 @@ def measure_settings(
     if calibration is not None:
         tokens["calibration"] = calibration
     total = sum(each.input_ids.numel() for each in tokens.values())
-    require_disk(runtime.folder, 2 * total * model.config.hidden_size * runtime.dtype.itemsize)
+    require_disk(runtime.folder, 2 * total * model.state_width * runtime.dtype.itemsize)
     streams = {name: open_states(runtime, each, name) for name, each in tokens.items()}
     progress.start(len(model.layers), total, {"all streams": str(runtime.memory.place)})
     outside = read_outside(model, embedding_names(model))

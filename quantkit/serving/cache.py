@@ -12,6 +12,8 @@ from typing import Any
 
 from quantkit.model.family import evaluate
 from quantkit.model.shapes import Shapes
+from quantkit.serving.engines import heads_of
+from quantkit.serving.stored import heads_on_card
 
 KV_BYTES = {"fp16": 2, "fp8": 1}
 FARTHEST = 2**30  # tokens; what fits this many has no limit
@@ -32,15 +34,25 @@ class Cache:
         return self.layers * self.bytes_per_token * (context if self.window is None else min(context, self.window))
 
 
-def caches(model: Shapes, heads: int, itemsize: int, cards: int) -> list[Cache]:
-    """What layers keep of a sequence on one of `cards` cards, alike ones together; heads: of keys and values there."""
+def caches(model: Shapes, itemsize: int, cards: int) -> list[Cache]:
+    """What layers keep of a sequence on one of `cards` cards, alike ones together."""
     family, config, count = model.family, model.config, len(model.layer_tensors)
     types = family.types(config, count)
-    numbers = {kind: evaluate(family.per_token(kind), config, num_key_value_heads=heads) for kind in set(types)}
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)  # the last ones use what earlier ones keep
+    growing = [
+        (_numbers_per_token(model, index, kind, cards) * itemsize if index < own else 0, window)
+        for index, (kind, window) in enumerate(zip(types, _windows(config, count), strict=True))
+    ]
     states = {kind: -(-evaluate(family.state(kind), config) // cards) for kind in set(types)}
-    growing = [(numbers[kind] * itemsize, window) for kind, window in zip(types, _windows(config, count), strict=True)]
     kept = [part for part in [*growing, *((states[kind], 1) for kind in types)] if part[0]]
     return [Cache(kept.count(alike), *alike) for alike in dict.fromkeys(kept)]
+
+
+def _numbers_per_token(model: Shapes, index: int, kind: str, cards: int) -> int:
+    """What a layer of this type keeps of each token on one card."""
+    config = model.layer_config(index)
+    here = heads_on_card(heads_of(config), cards)
+    return int(evaluate(model.family.per_token(kind), config, num_key_value_heads=here))
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:

@@ -32,7 +32,6 @@ from quantkit.serving.stored import (
     Stored,
     bytes_in_16_bit,
     card_weights,
-    heads_on_card,
     kinds_of,
     shard_rows,
     shards_of,
@@ -154,7 +153,7 @@ def _serving(model: Shapes, stored: Stored, asked: _Asked) -> Fit:
     loads = _engines(model, stored, asked)
     load = load_of(model, stored, asked.kv, cards, asked.card)
     weights = {kind: sum(stored.tensors[n] for n, k in load.kinds.items() if k == kind) for kind in KINDS}
-    whole, here = caches(model, heads.key_value, KV_BYTES[asked.kv], 1), load.caches
+    whole, here = caches(model, KV_BYTES[asked.kv], 1), load.caches
     shards, problems = shards_of(stored.linears, heads, cards)
     engine = asked.engine or _usual_engine(stored.format, loads)
     found = choices(engine, load, asked.budget)
@@ -206,7 +205,7 @@ def load_of(model: Shapes, stored: Stored, kv: str, cards: int = 1, card: Card |
     heads = heads_of(model.config)
     kinds = kinds_of(model, stored)
     shards, _ = shards_of(stored.linears, heads, cards)
-    here = caches(model, heads_on_card(heads, cards), KV_BYTES[kv], cards)
+    here = caches(model, KV_BYTES[kv], cards)
     return Load(model, stored, kinds, here, card_weights(stored, kinds, shards, cards), cards, card)
 
 
