@@ -87,10 +87,10 @@ ALLOWED: dict[str, str] = {
     "pipeline.resample": "calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk",
     "pipeline.resume": "errors checkpoint pipeline.job pipeline.tuning",
     "pipeline.run": (
-        "dtypes errors hardware methods stats checkpoint model plan pipeline.activations pipeline.compare"
-        " pipeline.forward pipeline.head pipeline.job pipeline.layer pipeline.prefetch pipeline.resume"
-        " pipeline.runtime pipeline.shards pipeline.site_inputs pipeline.streams pipeline.tuning"
-        " pipeline.walk"
+        "dtypes errors hardware methods stats checkpoint model plan quantized pipeline.activations"
+        " pipeline.compare pipeline.forward pipeline.head pipeline.job pipeline.layer pipeline.prefetch"
+        " pipeline.resume pipeline.runtime pipeline.shards pipeline.site_inputs pipeline.streams"
+        " pipeline.tuning pipeline.walk"
     ),
     "pipeline.runtime": "dtypes hardware model",
     "pipeline.shards": "dtypes errors checkpoint model plan quantized pipeline.forward pipeline.job pipeline.layer",
@@ -99,8 +99,8 @@ ALLOWED: dict[str, str] = {
         "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards pipeline.tuning"
     ),
     "pipeline.sweep": (
-        "dtypes methods stats checkpoint model pipeline.activations pipeline.compare pipeline.forward"
-        " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
+        "dtypes methods stats checkpoint model quantized pipeline.activations pipeline.compare"
+        " pipeline.forward pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
     "pipeline.tuning": (
         "hardware grids methods scheme calibration checkpoint model pipeline.activations pipeline.fisher"

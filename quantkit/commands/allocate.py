@@ -19,6 +19,7 @@ from quantkit.allocation.sensitivity import Measured, measure_choice, measure_me
 from quantkit.allocation.table import Table, choose, corrected, is_probed, probe_entries, scaled, table_of, total
 from quantkit.calibration.tokens import TokenSet, notes_of
 from quantkit.checkpoint.journal import require_folder
+from quantkit.checkpoint.scan import require_finite_weights
 from quantkit.checkpoint.writer import require_writable, write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
@@ -29,7 +30,7 @@ from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.runtime import Runtime
-from quantkit.quantized import shapes_in
+from quantkit.quantized import parameters, shapes_in
 from quantkit.recipe import Recipe
 from quantkit.records import Result, Verification
 from quantkit.report.terminal.progress import display
@@ -122,6 +123,7 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
     if request.quantize:
         _require_run_folder(work, calibrated)
 
+    require_finite_weights(model.checkpoint, parameters(model))
     table = table_of(problem, sensitivities(work, calibrated))
     choice = choose(problem, table)
     if choice is None:

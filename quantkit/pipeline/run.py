@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.journal import Journal, Unit
+from quantkit.checkpoint.scan import require_finite_weights
 from quantkit.checkpoint.writer import require_disk
 from quantkit.dtypes import LARGEST_FLOAT16, SERVED, WIDER, to_stored
 from quantkit.errors import OutputError
@@ -56,6 +57,7 @@ from quantkit.pipeline.streams import Streams, embed_run, open_run, own_samples
 from quantkit.pipeline.tuning import prepare, tune_layer
 from quantkit.pipeline.walk import walk
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, ShardPlan
+from quantkit.quantized import parameters
 from quantkit.stats import SiteStats
 
 
@@ -116,6 +118,8 @@ def run(
                 f"{folder}: finished, but not measured as asked now; `quantkit verify {folder}` measures it with "
                 "other options, --fresh makes it again"
             )
+        if not units:
+            require_finite_weights(job.runtime.model.checkpoint, parameters(job.runtime.model))
         outcome = _run_and_widen(job, sites, journal, progress)
         if job.runtime.ranks.first:
             finish(outcome)

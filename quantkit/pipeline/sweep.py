@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.journal import Journal, Unit
 from quantkit.checkpoint.reader import open_file
+from quantkit.checkpoint.scan import require_finite_weights
 from quantkit.checkpoint.writer import require_disk, write_json, write_shard
 from quantkit.dtypes import to_stored
 from quantkit.methods import gptq
@@ -35,6 +36,7 @@ from quantkit.pipeline.layer import quantize_observed, require_sites
 from quantkit.pipeline.runtime import Progress, Runtime
 from quantkit.pipeline.site_inputs import observe
 from quantkit.pipeline.walk import walk
+from quantkit.quantized import parameters
 from quantkit.stats import SiteStats
 
 
@@ -61,6 +63,8 @@ def measure_settings(
         return list(finished.record["figures"]), float(finished.record["shared_seconds"])
     model, calibration, evaluation = runtime.model, settings[0].job.calibration, settings[0].job.evaluation
     assert evaluation is not None
+    if not journal.finished:
+        require_finite_weights(model.checkpoint, parameters(model))
     move_buffers(model.model, runtime.device)
     numbers = [str(number) for number in range(len(settings))]
     tokens = dict.fromkeys(["original", *numbers], evaluation)
