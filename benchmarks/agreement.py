@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantkit.commands.verify import VerifyRequest, verify_files
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT
 
 FIGURES = ("perplexity", "perplexity_fp16", "kl_divergence", "top1_agreement")
@@ -101,7 +101,7 @@ def main() -> int:
         in_run = {}
         if (out / RESULT).is_file():
             in_run = json.loads((out / RESULT).read_text())["verification"]
-        measured = verify_files(request, Console(quiet=True)).content()["verification"]
+        measured = verify_files(request, Terminal(quiet=True)).content()["verification"]
         expected = independent(said.model, out, load_file(said.ids)["input_ids"].long())
         apart = {
             name: {key: abs(found[key] / expected[key] - 1) for key in FIGURES}

@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from quantkit.commands.quantize import quantize
 from quantkit.hardware.machine import versions
+from quantkit.report.terminal.screen import Terminal
 from quantkit.settings.request import Request
 
 
@@ -34,7 +33,7 @@ def seconds(said: argparse.Namespace, out: Path, *, verify: bool) -> dict[str, f
         verify=verify,
     )
     began = time.process_time()
-    clock = quantize(request, Console(stderr=True))[0].seconds or 0.0
+    clock = quantize(request, Terminal())[0].seconds or 0.0
     return {"clock": clock, "cpu": time.process_time() - began}
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from quantkit.model.streaming import open_model
 from quantkit.pipeline.compare import weight_error
 from quantkit.quantized import open_quantized
 from quantkit.records import Verification
+from quantkit.report.terminal.screen import Terminal
 from quantkit.settings.defaults import find_model
 
 VERDICT_FAIL = 3
@@ -113,7 +113,7 @@ def main() -> None:
                 linear = f"model.layers.1.{kind}"
                 out = broken(Path(folder, "rtn-4"), Path(folder, "broken"), linear, part, change)
                 request = VerifyRequest(out=out, command="verify", against=said.model, offline=True)
-                found = verify_files(request, Console(quiet=True)).verification
+                found = verify_files(request, Terminal(quiet=True)).verification
                 assert found is not None
                 show(f"{kind}: {how}", found, worst_weights(model, out))
 

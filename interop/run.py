@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,11 +42,12 @@ from quantkit.commands.quantize import quantize
 from quantkit.errors import QuantkitError
 from quantkit.model.streaming import open_model
 from quantkit.quantized import open_quantized
+from quantkit.report.terminal.screen import Terminal
 from quantkit.settings.request import Request
 
 CLIENTS = Path(__file__).parent / "clients"
 WORK = HOME / "work"
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 TARGETS = ("awq", "gptq", "gptq_v2", "compressed-tensors", "gguf")  # of `quantkit convert`
 SAMPLES, SEQLEN = 8, 128
 AT_ONCE = 10  # checkpoints that one process of a client reads, where several run at a time

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,12 +16,13 @@ from quantkit.commands.quantize import quantize
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.reading import unpack
 from quantkit.model.family import FUSED
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 from tests.tiny import load_whole
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 W4 = Scheme(4, 32, False)
 
 

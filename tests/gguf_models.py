@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import quantkit
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import QuantizedTensor, Scheme
 from tests.conftest import make_qwen2
 
 DEMO = Path(quantkit.__file__).parent / "demo"
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 INTEGERS = {"q4_0": Scheme(4, 32, True), "q4_1": Scheme(4, 32, False), "q8_0": Scheme(8, 32, True)}
 
 

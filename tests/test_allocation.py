@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -34,16 +33,16 @@ from quantkit.model.streaming import open_model
 from quantkit.pipeline import memory
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.job import Job
-from quantkit.pipeline.runtime import Runtime
+from quantkit.pipeline.runtime import Runtime, Silent
 from quantkit.recipe import Recipe, read_recipe, resolver
 from quantkit.records import Verification
-from quantkit.report.terminal.progress import Display
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import Scheme
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 from tests.result_document import example
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 CPU = torch.device("cpu")
 MENU = "W3g32,W4g32,W8g32,16bit"
 
@@ -174,7 +173,7 @@ def test_a_swap_is_the_model_with_that_part_rounded(model: Path, tokens: Path, t
     swaps = [((1, 3), Scheme(3, 32, True)), ((2, 0), Scheme(4, 32, True))]
     plan = problem.plan(problem.smallest())
     job = Job(Runtime(streamed, CPU, tmp_path), plan, "gptq", Options(refine=0, correct=0.0), calibration)
-    found = measure_menu(job, probe, problem.menu, swaps, Display(QUIET, CPU))
+    found = measure_menu(job, probe, problem.menu, swaps, Silent())
     assert found.kl == 0
     assert set(found.losses[1, 3]) == {None, *problem.menu[1, 3]}
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -367,13 +366,13 @@ def test_the_check_is_what_a_run_leaves(tokens: Path, tmp_path: Path, method: st
     runtime = Runtime(streamed, CPU, tmp_path)
     job = Job(runtime, problem.plan(choice), method, Options(drift_samples=5), calibration)
     parts = [(1, 1), (0, 0), (2, 3), HEAD]
-    checked = measure_choice(job, probe, given.input_ids[:3], parts, Display(QUIET, CPU))
+    checked = measure_choice(job, probe, given.input_ids[:3], parts, Silent())
 
     def ran(choice: Any, name: str, windows: torch.Tensor) -> float:
         elsewhere = replace(runtime, folder=tmp_path / name)
         evaluation = replace(probe, input_ids=windows)
         whole = replace(job, plan=problem.plan(choice), runtime=elsewhere, evaluation=evaluation)
-        outcome = pipeline.run(whole, Display(QUIET, CPU))
+        outcome = pipeline.run(whole, Silent())
         assert outcome is not None
         assert outcome.measured is not None
         return float(outcome.measured["kl_divergence"])
@@ -393,7 +392,7 @@ def test_a_part_back_in_16_bit_costs_nothing(model: Path, tokens: Path, tmp_path
     for part in ((0, 0), (1, 1), (1, 2), (2, 3), HEAD):
         choice: Any = dict.fromkeys(problem.parts, None) | {part: Scheme(3, 32, True)}
         job = Job(Runtime(open_model(model), CPU, tmp_path), problem.plan(choice), method, Options(), calibration)
-        found = measure_choice(job, probe, None, [part], Display(QUIET, CPU))
+        found = measure_choice(job, probe, None, [part], Silent())
         assert found.swapped[part, None] < 1e-3 * found.kl
 
 
@@ -489,9 +488,9 @@ def test_a_repair_is_measured_before_it_is_run_and_starts_nothing_anew(
     request = replace(request, run=replace(request.run, max_kl=1e-9, fresh=True))
     runs: list[Request] = []
 
-    def noted(run: Request, console: Console) -> Any:
+    def noted(run: Request, terminal: Terminal) -> Any:
         runs.append(run)
-        return quantize(run, console)
+        return quantize(run, terminal)
 
     monkeypatch.setattr(allocating, "quantize", noted)
     monkeypatch.setattr(allocating, "choose", lambda problem, table: _other(choose(problem, table), bool(runs)))

@@ -204,7 +204,7 @@ def test_a_quantized_head_keeps_its_integers(tmp_path: Path, bits: int, kind: st
         state = open_gguf_model(path, original).read(parameter_names(original))
         theirs = as_transformers_reads(path, IDS)
         assert torch.allclose(as_the_model_with(state, folder, IDS), theirs, atol=1e-4)
-    QUIET.print(inspect_table(inspect_folder(made)))
+    QUIET.show(inspect_table(inspect_folder(made)))
     stored = open_gguf_model(made / "packed-Q4_0.gguf", open_model(folder)).stored()
     assert [linear.name for linear in stored.head] == ["lm_head"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,12 +22,13 @@ from quantkit.pipeline import head as heads
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.head import quantize_head
 from quantkit.recipe import read_recipe
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import Scheme
 from quantkit.settings.request import Request
 from quantkit.stats import add_inputs, empty_stats
 from tests.conftest import make_qwen2
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 DEFAULT = "default: {bits: 4, group_size: 32, symmetric: true}\n"
 HEAD = DEFAULT + "rules: [{kind: lm_head, bits: 8}]\n"
 

@@ -119,9 +119,10 @@ ALLOWED: dict[str, str] = {
     "__init__": "",
     "__main__": "cli",
     "cli": (
-        "errors hardware text units methods scheme calibration verdict settings hub report.card"
-        " report.terminal results commands.allocate commands.chat commands.convert commands.convert_gguf"
-        " commands.fit commands.inspect commands.quantize commands.serve commands.sweep commands.verify"
+        "errors hardware text units formats methods scheme calibration verdict serving settings hub"
+        " report.card report.terminal results commands.allocate commands.chat commands.convert"
+        " commands.convert_gguf commands.fit commands.inspect commands.quantize commands.serve commands.sweep"
+        " commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
@@ -133,11 +134,11 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.convert": (
         "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"
-        " convert results commands.verify"
+        " convert report.terminal results commands.verify"
     ),
     "commands.convert_gguf": (
-        "errors hardware formats methods checkpoint records quantized settings gguf results commands.quantize"
-        " commands.verify"
+        "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
+        " commands.quantize commands.verify"
     ),
     "commands.fit": (
         "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.commands.quantize import quantize
+from quantkit.report.terminal.screen import Terminal
 from quantkit.settings.request import Request
 
 
@@ -26,7 +26,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, model: Path, **request: Any) -> Count
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "read", spy)
-        quantize(Request(model=str(model), command="quantkit", offline=True, **request), Console(quiet=True))
+        quantize(Request(model=str(model), command="quantkit", offline=True, **request), Terminal(quiet=True))
     return counted
 
 

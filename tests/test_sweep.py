@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 
 from quantkit.commands.quantize import quantize
 from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
 from quantkit.pipeline.forward import Layer
+from quantkit.report.terminal.screen import Terminal
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 FIGURES = ("perplexity", "perplexity_fp16", "kl_divergence", "top1_agreement", "tokens")
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import typer
 from packaging.version import Version
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from quantkit.cli import app
 from quantkit.commands.quantize import quantize
 from quantkit.errors import EngineError, SchemeError
 from quantkit.formats import FORMATS, QuantizedLayer
@@ -28,16 +30,18 @@ from quantkit.model.config import config_from_dict
 from quantkit.model.family import FUSED
 from quantkit.model.streaming import build
 from quantkit.plan import LinearPlan, make_plan
-from quantkit.scheme import QuantizedTensor, Scheme
+from quantkit.report.terminal.screen import Terminal
+from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 from quantkit.serving.engines import LOADERS, heads_of, reasons, require_engine, why_not
 from quantkit.serving.fit import fit_checkpoint
+from quantkit.serving.versions import VERSIONS
 from quantkit.settings.request import Request
 from tests.conftest import TINY, make_qwen2
 from tests.foreign import foreign, tensors
 from tests.running import quantkit
 from tests.tiny import load_whole
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 W4 = Scheme(4, 32, False)
 LARGE = {"hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8}
 KEEP = "rules:\n  - {layers: '1', kind: down_proj, keep: 16bit}\n  - {layers: '1', kind: q_proj, keep: 16bit}\n"
@@ -275,12 +279,25 @@ def test_every_reason_is_a_line() -> None:
     require_engine("llama.cpp", "compressed-tensors", plan_of("compressed-tensors", W4), heads())
 
 
-def test_each_engine_has_a_name_on_the_command_line() -> None:
-    from quantkit.cli.options import Engine, Kernels
-    from quantkit.cli.requests import engine_name
+def test_a_new_format_or_engine_is_an_option_by_itself() -> None:
+    assert LOADERS.keys() == VERSIONS.keys()
+    help_of = {name: command_help(name) for name in ("gptq", "convert", "allocate")}
+    assert f"[{'|'.join(FORMATS)}]" in help_of["gptq"]
+    assert f"[{'|'.join((*FORMATS, 'fp16'))}]" in help_of["convert"]
+    assert f"[{'|'.join(LOADERS)}]" in help_of["gptq"]
+    assert f"[{'|'.join((*LOADERS, 'any'))}]" in help_of["allocate"]
+    assert all(name in help_of["gptq"] for name in NAMED)
 
-    assert {engine_name(engine) for engine in Engine} == LOADERS.keys()
-    assert {engine_name(engine) for engine in Kernels} == LOADERS.keys() | {"any"}
+
+def test_llama_cpp_may_be_typed_without_its_dot() -> None:
+    command = typer.main.get_command(app).commands["gptq"]  # type: ignore[attr-defined]
+    assert command.make_context("gptq", ["demo", "--for", "llamacpp"]).params["engine"] == "llama.cpp"
+
+
+def command_help(name: str) -> str:
+    done = CliRunner(env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"}).invoke(app, [name, "--help"])
+    assert done.exit_code == 0
+    return done.output
 
 
 @pytest.mark.parametrize(

@@ -348,13 +348,13 @@ def test_a_folder_in_use_is_left_alone(out: Path, journal: bool) -> None:
 def test_nothing_is_left_by_a_verification_that_is_killed(out: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in out.iterdir())
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom quantkit.report.terminal.screen import Terminal\n"
         "from quantkit.pipeline import activations, measure\n"
         "from quantkit.commands.verify import VerifyRequest, verify_files\n"
         "activations.SPARE = 0.0\n"  # hidden states go to files
         "measure.relative_error = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "request = VerifyRequest(out=Path(sys.argv[1]), command='', offline=True)\n"
-        "verify_files(request, Console(quiet=True))\n"
+        "verify_files(request, Terminal(quiet=True))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr

@@ -25,7 +25,6 @@ SCHEME = Scheme(4, 128, True)
 WITHIN = """
 import json, os, resource, sys
 from pathlib import Path
-from rich.console import Console
 from quantkit.commands.verify import VerifyRequest, verify_files
 
 small, large, ids, spare = *map(Path, sys.argv[1:4]), int(sys.argv[4])
@@ -38,7 +37,7 @@ def verify(folder):
     request = VerifyRequest(
         folder / "quantized", "verify", str(folder / "model"), str(ids), max_ppl_increase=100.0, offline=True
     )
-    return verify_files(request, Console(quiet=True)).content()["verification"]
+    return verify_files(request, Terminal(quiet=True)).content()["verification"]
 
 verify(small)
 limit = held() + spare

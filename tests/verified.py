@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,11 +14,12 @@ from quantkit.commands.quantize import quantize
 from quantkit.commands.verify import VerifyRequest, verify_files
 from quantkit.formats import FORMATS
 from quantkit.grids.registry import dequantize
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import QuantizedTensor, Scheme
 from quantkit.settings.request import Request
 from tests.tiny import load_whole
 
-QUIET = Console(quiet=True)
+QUIET = Terminal(quiet=True)
 
 
 def verify(out: Path, **said: Any) -> dict[str, Any]:

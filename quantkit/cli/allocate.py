@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import FAIL, answer, heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import FAIL, answer, command, heed_termination, print_json, quiet_libraries, told
 from quantkit.cli.options import (
     Calib,
+    Calibrated,
     Context,
     Device,
     Eval,
@@ -16,31 +17,30 @@ from quantkit.cli.options import (
     FieldOption,
     FormatOption,
     Fresh,
-    HiddenStates,
     Json,
     Kernels,
-    KvOption,
+    Kv,
     MaxKl,
     MaxPpl,
     Model,
     Offline,
     Ram,
     Samples,
-    Searched,
     Seed,
     Seqlen,
     States,
     Sym,
     Vram,
 )
-from quantkit.cli.requests import engine_name, listed, run_request
+from quantkit.cli.requests import listed, percent, place, size, sources, tokens
+from quantkit.report.terminal.screen import Terminal
 
 
 def allocate(
     model: Model,
     budget: Annotated[str, typer.Option("--budget", help="What weights, KV cache and workspace may take: 22GiB.")],
     context: Context = None,
-    kv: KvOption = None,
+    kv: Kv = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="The budget is for the files of weights alone, in exact bytes.")
     ] = False,
@@ -51,11 +51,8 @@ def allocate(
     also: Annotated[
         str | None, typer.Option("--also", help="What else to choose for, outside the layers: lm_head.")
     ] = None,
-    engine: Annotated[
-        Kernels | None,
-        typer.Option("--for", "--engine", help="The engine whose kernels must run it.  [default: vllm]"),
-    ] = None,
-    method: Annotated[Searched, typer.Option("--method", help="How integers are chosen.")] = Searched.gptq,
+    engine: Kernels = None,
+    method: Calibrated = "gptq",
     sym: Sym = None,
     format: FormatOption = None,
     calib: Calib = None,
@@ -79,7 +76,7 @@ def allocate(
     device: Device = "auto",
     vram: Vram = None,
     ram: Ram = None,
-    states: HiddenStates = States.auto,
+    states: States = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="The recipe.  [default: MODEL-allocated.yaml]")] = None,
     run: Annotated[bool, typer.Option("--run", help="Quantize with it, verify, and repair.")] = False,
     run_out: Annotated[Path | None, typer.Option("--run-out", help="Folder of --run.  [default: outputs/...]")] = None,
@@ -94,19 +91,45 @@ def allocate(
     Costs one pass over the model to measure, and one as a run makes it to check. With L layers, a swap is L / 2 more
     layer runs on the probes in each.
     """
-    said = locals() | {"out": run_out, "engine": None}  # --out is the recipe here, and --for the menu's
     with told(resumes=run):
         from quantkit.commands.allocate import AllocateRequest, allocate
+        from quantkit.hardware.machine import choose_device
         from quantkit.report.terminal.summary import allocate_summary
+        from quantkit.settings.request import Request
 
         quiet_libraries()
         heed_termination()
+        calibration, evaluation = sources(calib, eval, field)
         request = AllocateRequest(
-            run=run_request(method.value, said),
+            run=Request(
+                method=method,
+                model=model,
+                command=command(),
+                symmetric=sym,
+                format=format,
+                calib=calibration,
+                samples=samples,
+                seqlen=seqlen,
+                seed=seed,
+                evaluation=evaluation,
+                eval_samples=eval_samples,
+                budget=size(budget, "--budget"),
+                context=tokens(context, "--context"),
+                kv=kv,
+                device=choose_device(device),
+                max_ppl_increase=percent(max_ppl_increase),
+                max_kl=max_kl,
+                out=run_out,
+                fresh=fresh,
+                offline=offline,
+                place=place(states),
+                vram=size(vram, "--vram"),
+                ram=size(ram, "--ram"),
+            ),
             weights_only=weights_only,
             also=listed(also, "--also") if also else (),
             menu=menu,
-            engine=engine_name(engine),
+            engine=engine,
             probe_samples=probe_samples,
             every=every,
             check=check,
@@ -114,7 +137,7 @@ def allocate(
             out=out,
             table=table,
         )
-        result = allocate(request, screen())
+        result = allocate(request, Terminal())
         answer(allocate_summary(result), json=json)
         if json:
             print_json(result)

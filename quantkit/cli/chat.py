@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantkit.cli.console import heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import heed_termination, print_json, quiet_libraries, told
 from quantkit.cli.options import ChatEngine, Device, Json, Offline
+from quantkit.report.terminal.screen import Terminal
 from quantkit.text import printable_lines
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ def chat(
         str | None,
         typer.Option("--compare", metavar="OUT2|original", help="With --prompt: another that answers, too."),
     ] = None,
-    engine: Annotated[
-        ChatEngine | None, typer.Option("--engine", help="What runs it.  [default: transformers; llama.cpp for .gguf]")
-    ] = None,
+    engine: ChatEngine = None,
     engine_python: Annotated[
         Path | None, typer.Option("--engine-python", help="The python of the environment that has the engine.")
     ] = None,
@@ -57,18 +56,14 @@ def chat(
         request = command.ChatRequest(
             model=model,
             device=choose_device(device),
-            engine=engine.value if engine else None,
+            engine=engine,
             python=engine_python,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             offline=offline,
         )
-        shown = screen()
-
-        def say(line: str) -> None:
-            shown.print(line, highlight=False, markup=False, soft_wrap=True)
-
+        say = Terminal().say
         if prompt is not None and compare:
             asked = [*command.opening(system), {"role": "user", "content": prompt}]
             _compare(request, compare, asked, say, json)

@@ -76,11 +76,6 @@ class Commands(TyperGroup):
         return sys.exit(code) if standalone_mode else code
 
 
-def screen(*, quiet: bool = False) -> Screen:
-    """Where everything but answers goes."""
-    return Screen(stderr=True, quiet=quiet)
-
-
 def answer(shown: RenderableType, *, json: bool = False, quiet: bool = False) -> None:
     """Print a command's answer on stdout; json: on stderr, since stdout holds the document."""
     Screen(stderr=json, quiet=quiet).print(shown)

@@ -15,14 +15,14 @@ from quantkit.cli.options import (
     FormatOption,
     Group,
     Json,
-    KvOption,
+    Kv,
     Offline,
     RecipeOption,
     SchemeOption,
     Sym,
     WBit,
 )
-from quantkit.cli.requests import engine_name
+from quantkit.cli.requests import size, tokens
 from quantkit.errors import InputError
 
 
@@ -38,7 +38,7 @@ def fit(
     recipe: RecipeOption = None,
     budget: Budget = None,
     context: Context = None,
-    kv: KvOption = None,
+    kv: Kv = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
     engine: For = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write the chart as an HTML page.")] = None,
@@ -51,23 +51,22 @@ def fit(
     with told():
         from quantkit.commands.fit import FitRequest, fit_page, fit_request
         from quantkit.report.terminal.fit import table
-        from quantkit.units import parse_bytes, parse_tokens
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
         request = FitRequest(
             model=model,
-            bits=int(w_bit) if w_bit else None,
+            bits=w_bit,
             group_size=group,
             symmetric=sym,
             scheme=scheme,
-            format=format.value if format else None,
+            format=format,
             recipe=recipe,
-            budget=parse_bytes(budget, "--budget") if budget else None,
-            context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value if kv else None,
+            budget=size(budget, "--budget"),
+            context=tokens(context, "--context"),
+            kv=kv,
             tensor_parallel=tensor_parallel,
             offline=offline,
-            engine=engine_name(engine),
+            engine=engine,
         )
         if picture and picture.suffix not in (".html", ".htm"):
             raise InputError(f"--picture {picture}: expected a name that ends in .html")

@@ -12,7 +12,7 @@ from quantkit.cli.options import Json
 
 
 def inspect(
-    out: Annotated[
+    folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")
     ],
     json: Json = False,
@@ -23,5 +23,5 @@ def inspect(
         from quantkit.report.terminal.inspect import inspect_table
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is imported only where it must be
-        result = inspect_folder(out)
+        result = inspect_folder(folder)
         print_json(result.content()) if json else answer(inspect_table(result))

@@ -8,7 +8,8 @@ from quantkit.cli.options import Json
 def models(json: Json = False) -> None:
     """List the recipes that ship. Says what of each is in the local cache."""
     with told():
-        from quantkit.settings.models import catalogue, catalogue_table
+        from quantkit.report.terminal.summary import catalogue_table
+        from quantkit.settings.models import catalogue
 
         rows = catalogue()
         print_json(rows) if json else answer(catalogue_table(rows))

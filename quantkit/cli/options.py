@@ -1,94 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the commands: each said once, with its help."""
+"""The options of the commands: each said once, with its help. What there is to choose from, the registries say."""
 
-from enum import StrEnum
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quantkit.scheme import NAMED
+from quantkit.formats import FORMATS
+from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, OUTSIDE_TYPES
+from quantkit.methods.table import METHODS
+from quantkit.scheme import MAX_BITS, MIN_BITS, NAMED
+from quantkit.serving.versions import VERSIONS
+
+SPELLINGS = {"llamacpp": "llama.cpp"}  # as names are typed, too
 
 
-class FormatName(StrEnum):
-    awq = "awq"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    gguf = "gguf"
+def choice(names: Collection[str]) -> dict[str, Any]:
+    """What an option needs to take one of these names."""
 
+    def parse(text: str) -> str:
+        name = SPELLINGS.get(text, text)
+        if name not in names:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, names))}.")
+        return name
 
-class TargetName(StrEnum):
-    awq = "awq"
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    gguf = "gguf"
-    fp16 = "fp16"
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
 
-
-class Bits(StrEnum):
-    two, three, four, eight = "2", "3", "4", "8"
-
-
-class Kv(StrEnum):
-    fp16, fp8 = "fp16", "fp8"
-
-
-class BlockName(StrEnum):
-    q4_0, q4_1, q8_0, q4_k, q5_k, q6_k = "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"
-
-
-class OutsideName(StrEnum):
-    f16, q8_0, q6_k = "f16", "q8_0", "q6_k"
-
-
-class Quality(StrEnum):
-    fast, best = "fast", "best"
-
-
-class Engine(StrEnum):
-    vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
-    llamacpp_too = "llamacpp"  # as it is typed, too
-
-
-class Kernels(StrEnum):
-    vllm, sglang, transformers = "vllm", "sglang", "transformers"
-    gptqmodel, llamacpp = "gptqmodel", "llama.cpp"
-    llamacpp_too = "llamacpp"
-    any = "any"
-
-
-class ServerEngine(StrEnum):
-    vllm, sglang, llamacpp = "vllm", "sglang", "llama.cpp"
-
-
-class ChatEngine(StrEnum):
-    transformers, vllm, sglang, llamacpp = "transformers", "vllm", "sglang", "llama.cpp"
-
-
-class Searched(StrEnum):
-    gptq, awq = "gptq", "awq"
-
-
-class States(StrEnum):
-    auto, device, ram, file = "auto", "device", "ram", "file"
-
-
-class Inputs(StrEnum):
-    quantized, original = "quantized", "original"
-
-
-class Rounding(StrEnum):
-    gptq, nearest = "gptq", "nearest"
+    return {"parser": parse, "autocompletion": complete, "metavar": f"[{'|'.join(names)}]"}
 
 
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name)."),
 ]
-WBit = Annotated[Bits | None, typer.Option("--w-bit", help="Bits of a weight.  [default: 4]")]
+WBit = Annotated[
+    int | None, typer.Option("--w-bit", min=MIN_BITS, max=MAX_BITS, help="Bits of a weight.  [default: 4]")
+]
 Group = Annotated[
     int | None, typer.Option("--group", help="Columns that share a scale; -1: whole rows.  [default: 128]")
 ]
@@ -100,13 +49,32 @@ SchemeOption = Annotated[
     typer.Option("--scheme", "--type", metavar="NAME", help=f"A scheme by name: {', '.join(NAMED)}."),
 ]
 FormatOption = Annotated[
-    FormatName | None, typer.Option("--format", help="How it is stored.  [default: by method and bits]")
+    str | None, typer.Option("--format", help="How it is stored.  [default: by method and bits]", **choice(FORMATS))
+]
+Target = Annotated[
+    str, typer.Option("--to", help="The format of the result; fp16: not quantized.", **choice((*FORMATS, "fp16")))
+]
+BlockOption = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        help="gguf: of the linears.  [default: as the integers are; MODEL: q4_k]",
+        **choice(INTEGER_TYPES + K_TYPES),
+    ),
+]
+OutsideOption = Annotated[
+    str, typer.Option("--embeddings", help="gguf: type of the embedding and the head.", **choice(OUTSIDE_TYPES))
 ]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe file: bits and groups by layer and kind.")
 ]
-QualityOption = Annotated[
-    Quality, typer.Option("--quality", help="fast: what Gram matrices give; best: each layer tuned by gradients.")
+Quality = Annotated[
+    str,
+    typer.Option(
+        "--quality",
+        help="fast: what Gram matrices give; best: each layer tuned by gradients.",
+        **choice(("fast", "best")),
+    ),
 ]
 Calib = Annotated[str | None, typer.Option("--calib", help="Calibration SOURCE.  [default: mix]")]
 FieldOption = Annotated[
@@ -126,7 +94,12 @@ Budget = Annotated[
     typer.Option("--budget", help="Memory that weights, KV cache and workspace may take.  [default: 22GiB]"),
 ]
 Context = Annotated[str | None, typer.Option("--context", help="Tokens of context that must fit.  [default: 8k]")]
-KvOption = Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache.  [default: fp16]")]
+Kv = Annotated[
+    str | None, typer.Option("--kv", help="Type of the KV cache.  [default: fp16]", **choice(("fp16", "fp8")))
+]
+RecordedKv = Annotated[
+    str | None, typer.Option("--kv", help="Type of the KV cache.  [default: as recorded]", **choice(("fp16", "fp8")))
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output folder.  [default: outputs/...]")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing.")]
@@ -142,16 +115,51 @@ ActOrder = Annotated[
     bool, typer.Option("--act-order/--no-act-order", help="Take columns in the order of falling diag(H).")
 ]
 For = Annotated[
-    Engine | None,
+    str | None,
     typer.Option(
-        "--for", help="An engine that must load it: else the run is refused before any work, with every reason."
+        "--for",
+        help="An engine that must load it: else the run is refused before any work, with every reason.",
+        **choice(VERSIONS),
+    ),
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        "--engine",
+        help="The engine whose kernels must run it.  [default: vllm]",
+        **choice((*VERSIONS, "any")),
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", help="The engine.  [default: the first that loads it]", **choice(("vllm", "sglang", "llama.cpp"))
+    ),
+]
+ChatEngine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="What runs it.  [default: transformers; llama.cpp for .gguf]",
+        **choice(("transformers", "vllm", "sglang", "llama.cpp")),
+    ),
+]
+Calibrated = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        help="How integers are chosen.",
+        **choice([row.name for row in METHODS.values() if row.calibrates]),
     ),
 ]
 Vram = Annotated[
     str | None, typer.Option("--vram", help="The most GPU memory the run may take.  [default: what is free]")
 ]
 Ram = Annotated[str | None, typer.Option("--ram", help="The most RAM the run may take.  [default: what is free]")]
-HiddenStates = Annotated[States, typer.Option("--states", help="Where hidden states live.")]
+States = Annotated[
+    str, typer.Option("--states", help="Where hidden states live.", **choice(("auto", "device", "ram", "file")))
+]
 Correct = Annotated[
     float,
     typer.Option(
@@ -168,8 +176,14 @@ DriftSamples = Annotated[
     ),
 ]
 Refine = Annotated[int, typer.Option("--refine", min=0, max=100, help="Passes over scales and codes after GPTQ.")]
-InputsOption = Annotated[
-    Inputs,
-    typer.Option("--inputs", help="What calibrates a layer: its inputs in the quantized model, or the original."),
+Inputs = Annotated[
+    str,
+    typer.Option(
+        "--inputs",
+        help="What calibrates a layer: its inputs in the quantized model, or the original.",
+        **choice(("quantized", "original")),
+    ),
 ]
-RoundingOption = Annotated[Rounding, typer.Option("--rounding", help="Error-compensating, or to nearest (awq only).")]
+Rounding = Annotated[
+    str, typer.Option("--rounding", help="Error-compensating, or to nearest.", **choice(("gptq", "nearest")))
+]

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command push."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import answer, print_json, screen, told
+from quantkit.cli.console import answer, print_json, told
 from quantkit.cli.options import Json
 from quantkit.errors import ModelError
+from quantkit.report.terminal.screen import Terminal
 
 
 def push(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that quantkit wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that quantkit wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The repository: org/name.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="A branch.  [default: main]")] = None,
@@ -28,21 +28,21 @@ def push(
         from quantkit.report.terminal.summary import push_document, push_summary
         from quantkit.results.document import RESULT, read_result
 
-        if not out.is_dir():
-            raise ModelError(f"{out}: no such folder; expected one that quantkit wrote")
-        if (out / RESULT).is_file():
-            read_result(out)  # a damaged one is told before anything goes up
-        console = screen()
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such folder; expected one that quantkit wrote")
+        if (folder / RESULT).is_file():
+            read_result(folder)  # a damaged one is told before anything goes up
+        terminal = Terminal()
         result = upload(
-            out,
+            folder,
             repo_id,
             private=private,
             revision=revision,
             dry_run=dry_run,
             force=force,
-            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
-            bars=console.is_terminal,
-            card=lambda reasons: render_card(read_result(out), repo_id, reasons),
+            say=terminal.say,
+            bars=terminal.live,
+            card=lambda reasons: render_card(read_result(folder), repo_id, reasons),
             placeholder=PATH,
         )
         print_json(push_document(result)) if json else answer(push_summary(result))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands awq, gptq and rtn."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from quantkit.cli.console import FAIL, answer, heed_termination, print_json, quiet_libraries, screen, tell, told
+from quantkit.cli.console import FAIL, answer, command, heed_termination, print_json, quiet_libraries, tell, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -24,11 +24,9 @@ from quantkit.cli.options import (
     FormatOption,
     Fresh,
     Group,
-    HiddenStates,
     Inputs,
-    InputsOption,
     Json,
-    KvOption,
+    Kv,
     MaxKl,
     MaxPpl,
     Model,
@@ -36,12 +34,10 @@ from quantkit.cli.options import (
     Offline,
     Out,
     Quality,
-    QualityOption,
     Ram,
     RecipeOption,
     Refine,
     Rounding,
-    RoundingOption,
     Samples,
     SchemeOption,
     Seed,
@@ -51,14 +47,18 @@ from quantkit.cli.options import (
     Vram,
     WBit,
 )
-from quantkit.cli.requests import run_request
+from quantkit.cli.requests import percent, place, require_possible, size, sources, tokens
 from quantkit.methods.table import Options
+from quantkit.report.terminal.screen import Terminal
+
+if TYPE_CHECKING:
+    from quantkit.settings.request import Request
 
 
 def command_of(method: str) -> Callable[..., None]:
-    """The command of a method: all have the same options."""
+    """The command of a method."""
 
-    def command(
+    def quantize(
         model: Model,
         w_bit: WBit = None,
         group: Group = None,
@@ -66,7 +66,7 @@ def command_of(method: str) -> Callable[..., None]:
         scheme: SchemeOption = None,
         format: FormatOption = None,
         recipe: RecipeOption = None,
-        quality: QualityOption = Quality.fast,
+        quality: Quality = "fast",
         calib: Calib = None,
         samples: Samples = None,
         seqlen: Seqlen = None,
@@ -76,7 +76,7 @@ def command_of(method: str) -> Callable[..., None]:
         field: FieldOption = None,
         budget: Budget = None,
         context: Context = None,
-        kv: KvOption = None,
+        kv: Kv = None,
         device: Device = "auto",
         vram: Vram = None,
         ram: Ram = None,
@@ -87,22 +87,72 @@ def command_of(method: str) -> Callable[..., None]:
         max_ppl_increase: MaxPpl = None,
         max_kl: MaxKl = None,
         engine: For = None,
-        states: HiddenStates = States.auto,
+        states: States = "auto",
         act_order: ActOrder = Options.act_order,
         damp: Damp = Options.damp,
         correct: Correct = Options.correct,
         drift_samples: DriftSamples = None,
         refine: Refine = Options.refine,
-        rounding: RoundingOption = Rounding(Options.rounding),
-        inputs: InputsOption = Inputs.quantized,
+        rounding: Rounding = Options.rounding,
+        inputs: Inputs = "quantized",
         json: Json = False,
     ) -> None:
-        _quantize(method, locals())
+        def request(process: int | None) -> "Request":
+            from quantkit.hardware.machine import choose_device
+            from quantkit.settings.request import Request
 
-    return command
+            calibration, evaluation = sources(calib, eval, field)
+            options = Options(
+                act_order=act_order,
+                damp=damp,
+                rounding=rounding,
+                refine=refine,
+                correct=correct,
+                drift_samples=drift_samples,
+                tune=quality == "best",
+            )
+            require_possible(method, options)
+            return Request(
+                method=method,
+                model=model,
+                command=command(),
+                bits=w_bit,
+                group_size=group,
+                symmetric=sym,
+                scheme=scheme,
+                format=format,
+                recipe=recipe,
+                calib=calibration,
+                samples=samples,
+                seqlen=seqlen,
+                seed=seed,
+                evaluation=evaluation,
+                eval_samples=eval_samples,
+                budget=size(budget, "--budget"),
+                context=tokens(context, "--context"),
+                kv=kv,
+                device=choose_device(device, process),
+                options=options,
+                max_ppl_increase=percent(max_ppl_increase),
+                max_kl=max_kl,
+                out=out,
+                fresh=fresh,
+                offline=offline,
+                verify=not no_verify,
+                place=place(states),
+                engine=engine,
+                vram=size(vram, "--vram"),
+                ram=size(ram, "--ram"),
+                inputs=inputs,
+            )
+
+        _quantize(request, json=json)
+
+    return quantize
 
 
-def _quantize(method: str, said: Mapping[str, Any]) -> None:
+def _quantize(request_on: "Callable[[int | None], Request]", *, json: bool) -> None:
+    """request_on: the request of one of several processes, by its number on this machine, or of the only one."""
     with told(resumes=True), ExitStack() as together:
         from quantkit.commands.quantize import quantize
         from quantkit.hardware.ranks import joined
@@ -111,11 +161,11 @@ def _quantize(method: str, said: Mapping[str, Any]) -> None:
         ranks = together.enter_context(joined(tell))
         quiet_libraries()
         heed_termination()
-        console = screen(quiet=not ranks.first)
-        process = ranks.local_rank if ranks.size > 1 else None
-        result, out = quantize(run_request(method, said, process), console, ranks)
-        answer(summary(result, out), json=said["json"], quiet=not ranks.first)
-        if said["json"] and ranks.first:
+        terminal = Terminal(quiet=not ranks.first)
+        request = request_on(ranks.local_rank if ranks.size > 1 else None)
+        result, out = quantize(request, terminal, ranks)
+        answer(summary(result, out), json=json, quiet=not ranks.first)
+        if json and ranks.first:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":
         raise typer.Exit(FAIL)

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import heed_termination, screen, told
-from quantkit.cli.options import Budget, Context, KvOption, ServerEngine
+from quantkit.cli.console import heed_termination, told
+from quantkit.cli.options import Budget, Context, Kv, Server
+from quantkit.cli.requests import size, tokens
+from quantkit.report.terminal.screen import Terminal
 
 
 def serve(
@@ -16,9 +18,7 @@ def serve(
     extra: Annotated[
         list[str] | None, typer.Argument(metavar="[-- FLAGS]", help="Behind --: flags for the engine, as they are.")
     ] = None,
-    engine: Annotated[
-        ServerEngine | None, typer.Option("--engine", help="The engine.  [default: the first that loads it]")
-    ] = None,
+    engine: Server = None,
     engine_python: Annotated[
         Path | None, typer.Option("--engine-python", help="The python of the environment that has the engine.")
     ] = None,
@@ -32,7 +32,7 @@ def serve(
     ] = None,
     budget: Budget = None,
     context: Context = None,
-    kv: KvOption = None,
+    kv: Kv = None,
     tensor_parallel: Annotated[int, typer.Option("--tensor-parallel", min=1, help="Cards it is cut over.")] = 1,
     replicas: Annotated[int, typer.Option("--replicas", min=1, max=64, help="Servers behind nginx.")] = 1,
     nginx: Annotated[bool, typer.Option("--nginx", help="Write an nginx configuration in front, and run it.")] = False,
@@ -44,19 +44,18 @@ def serve(
         from quantkit.commands.serve import ServeRequest
         from quantkit.commands.serve import dry_run as command_alone
         from quantkit.commands.serve import serve as run
-        from quantkit.units import parse_bytes, parse_tokens
 
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         request = ServeRequest(
             folder=folder,
-            engine=engine.value if engine else None,
+            engine=engine,
             python=engine_python,
             host=host,
             port=port,
             api_key=api_key,
-            budget=parse_bytes(budget, "--budget") if budget else None,
-            context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value if kv else None,
+            budget=size(budget, "--budget"),
+            context=tokens(context, "--context"),
+            kv=kv,
             tensor_parallel=tensor_parallel,
             replicas=replicas,
             nginx=nginx,
@@ -67,5 +66,4 @@ def serve(
             typer.echo(command_alone(request))
             return
         heed_termination()
-        shown = screen()
-        run(request, lambda line: shown.print(line, highlight=False, markup=False, soft_wrap=True))
+        run(request, Terminal().say)

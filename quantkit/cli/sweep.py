@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import answer, heed_termination, print_json, quiet_libraries, screen, told
+from quantkit.cli.console import answer, command, heed_termination, print_json, quiet_libraries, told
 from quantkit.cli.options import (
     ActOrder,
     Budget,
@@ -18,9 +18,8 @@ from quantkit.cli.options import (
     FieldOption,
     FormatOption,
     Fresh,
-    HiddenStates,
     Json,
-    KvOption,
+    Kv,
     Model,
     Offline,
     Out,
@@ -32,9 +31,10 @@ from quantkit.cli.options import (
     Sym,
     Vram,
 )
-from quantkit.cli.requests import listed, numbers, run_request
+from quantkit.cli.requests import listed, numbers, place, size, sources, tokens
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS, Options
+from quantkit.report.terminal.screen import Terminal
 
 
 def sweep(
@@ -53,14 +53,14 @@ def sweep(
     field: FieldOption = None,
     budget: Budget = None,
     context: Context = None,
-    kv: KvOption = None,
+    kv: Kv = None,
     device: Device = "auto",
     vram: Vram = None,
     ram: Ram = None,
     out: Out = None,
     fresh: Fresh = False,
     offline: Offline = False,
-    states: HiddenStates = States.auto,
+    states: States = "auto",
     act_order: ActOrder = Options.act_order,
     damp: Damp = Options.damp,
     json: Json = False,
@@ -69,10 +69,11 @@ def sweep(
 
     All are calibrated on the original's inputs, as a run with --inputs original is. Continues where it stopped.
     """
-    said = locals() | {"w_bit": None, "group": None}  # lists of them here
     with told(resumes=True):
         from quantkit.commands.sweep import SweepRequest, sweep
+        from quantkit.hardware.machine import choose_device
         from quantkit.report.terminal.summary import sweep_summary
+        from quantkit.settings.request import Request
 
         quiet_libraries()
         heed_termination()
@@ -81,5 +82,30 @@ def sweep(
         if unknown:
             raise InputError(f"--method: expected {', '.join(METHODS)}, got {unknown[0]!r}")
         bits, groups = numbers(w_bit, "--w-bit"), numbers(group, "--group")
-        result = sweep(SweepRequest(run_request(methods[0], said), methods, bits, groups), screen())
+        calibration, evaluation = sources(calib, eval, field)
+        run = Request(
+            method=methods[0],
+            model=model,
+            command=command(),
+            symmetric=sym,
+            format=format,
+            calib=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            evaluation=evaluation,
+            eval_samples=eval_samples,
+            budget=size(budget, "--budget"),
+            context=tokens(context, "--context"),
+            kv=kv,
+            device=choose_device(device),
+            options=Options(act_order=act_order, damp=damp),
+            out=out,
+            fresh=fresh,
+            offline=offline,
+            place=place(states),
+            vram=size(vram, "--vram"),
+            ram=size(ram, "--ram"),
+        )
+        result = sweep(SweepRequest(run, methods, bits, groups), Terminal())
         print_json(result) if json else answer(sweep_summary(result))

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import FAIL, answer, command, heed_termination, print_json, quiet_libraries, screen, told
-from quantkit.cli.options import Context, Device, FieldOption, Json, Kv, MaxKl, MaxPpl, Offline, Ram, Vram
-from quantkit.cli.requests import sources
+from quantkit.cli.console import FAIL, answer, command, heed_termination, print_json, quiet_libraries, told
+from quantkit.cli.options import Context, Device, FieldOption, Json, MaxKl, MaxPpl, Offline, Ram, RecordedKv, Vram
+from quantkit.cli.requests import percent, size, sources, tokens
+from quantkit.report.terminal.screen import Terminal
 
 
 def verify(
-    out: Annotated[
+    folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="A quantized checkpoint: of quantkit, or another AWQ, GPTQ or CT one.")
     ],
     against: Annotated[
@@ -30,7 +31,7 @@ def verify(
         str | None, typer.Option("--budget", help="Memory of the card.  [default: as recorded, or 22GiB]")
     ] = None,
     context: Context = None,
-    kv: Annotated[Kv | None, typer.Option("--kv", help="Type of the KV cache.  [default: as recorded]")] = None,
+    kv: RecordedKv = None,
     device: Device = "auto",
     vram: Vram = None,
     ram: Ram = None,
@@ -44,30 +45,28 @@ def verify(
         from quantkit.commands.verify import VerifyRequest, verify_files
         from quantkit.hardware.machine import choose_device
         from quantkit.report.terminal.summary import verify_summary
-        from quantkit.units import parse_bytes, parse_tokens
-        from quantkit.verdict import parse_percent
 
         quiet_libraries()
         heed_termination()
         request = VerifyRequest(
-            out=out,
+            out=folder,
             command=command(),
             against=against,
-            evaluation=sources({"eval": eval, "field": field})[1],
+            evaluation=sources(None, eval, field)[1],
             seqlen=seqlen,
             eval_samples=eval_samples,
-            budget=parse_bytes(budget, "--budget") if budget else None,
-            context=parse_tokens(context, "--context") if context else None,
-            kv=kv.value if kv else None,
-            max_ppl_increase=parse_percent(max_ppl_increase) if max_ppl_increase else None,
+            budget=size(budget, "--budget"),
+            context=tokens(context, "--context"),
+            kv=kv,
+            max_ppl_increase=percent(max_ppl_increase),
             max_kl=max_kl,
             device=choose_device(device),
-            vram=parse_bytes(vram, "--vram") if vram else None,
-            ram=parse_bytes(ram, "--ram") if ram else None,
+            vram=size(vram, "--vram"),
+            ram=size(ram, "--ram"),
             offline=offline,
         )
-        result = verify_files(request, screen())
-        answer(verify_summary(result, out), json=json)
+        result = verify_files(request, Terminal())
+        answer(verify_summary(result, folder), json=json)
         if json:
             print_json(result.content())
     if result.verification and result.verification.verdict == "fail":

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from quantkit.allocation import table_file
@@ -33,7 +32,7 @@ from quantkit.pipeline.runtime import Runtime
 from quantkit.quantized import parameters, shapes_in
 from quantkit.recipe import Recipe
 from quantkit.records import Result, Verification
-from quantkit.report.terminal.progress import display
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
 from quantkit.settings.defaults import choose_recipe, find_model
 from quantkit.settings.request import Request, limits_of, serving
@@ -87,10 +86,10 @@ class Work:
     calibration: TokenSet
     probe: TokenSet
     elsewhere: Tensor | None
-    console: Console
+    terminal: Terminal
 
 
-def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
+def allocate(request: AllocateRequest, terminal: Terminal) -> dict[str, Any]:
     """Measure, solve, check, write the recipe, and with `quantize` run it; returns what there is to report.
 
     Raises:
@@ -118,8 +117,8 @@ def allocate(request: AllocateRequest, console: Console) -> dict[str, Any]:
         elsewhere = evaluated.input_ids[: probe.samples]
     fallbacks = notes_of(calibrated, evaluated)
     for line in (*notes, *(f"note: {note}" for note in fallbacks)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    work = Work(request, model, problem, calibration, probe, elsewhere, console)
+        terminal.say(line)
+    work = Work(request, model, problem, calibration, probe, elsewhere, terminal)
     if request.quantize:
         _require_run_folder(work, calibrated)
 
@@ -214,7 +213,7 @@ def sensitivities(work: Work, calibrated: TokenSet) -> Measured:
         swaps = probe_entries(problem, request.every)
         job = _job(work, problem.smallest(), replace(request.run.options, refine=0, correct=0.0), len(swaps))
         _announce(work, f"the menu, {sum(map(len, problem.menu.values()))} roundings", len(swaps))
-        with display(work.console, request.run.device) as progress:
+        with work.terminal.progress(request.run.device) as progress:
             measured = measure_menu(job, work.probe, problem.menu, swaps, progress)
         if request.table is not None:
             table_file.write_table(request.table, who, problem, measured)
@@ -261,17 +260,15 @@ def check(work: Work, choice: Choice, parts: Sequence[Part]) -> Measured:
     """
     job = _job(work, choice, work.request.run.options, len(parts))
     _announce(work, "the allocation", len(parts))
-    with display(work.console, work.request.run.device) as progress:
+    with work.terminal.progress(work.request.run.device) as progress:
         return measure_choice(job, work.probe, work.elsewhere, parts, progress)
 
 
 def _announce(work: Work, what: str, swaps: int) -> None:
     calibration = work.calibration
-    work.console.print(
+    work.terminal.say(
         f"measuring {what}: one pass over {len(work.model.layers)} layers with {calibration.samples} x "
         f"{calibration.seqlen} tokens, and {swaps} swaps on {work.probe.samples} other windows",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -283,7 +280,7 @@ def _job(work: Work, choice: Choice, options: Options, swaps: int) -> Job:
     streams = 2 + swaps + (0 if work.elsewhere is None else 2)
     probes = [(probe.samples, probe.seqlen)] * streams
     layout = lay_out_job(job, probes, Allowance(run.vram, run.ram, run.place), keeps=False)
-    work.console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    work.terminal.say(f"memory: {layout}")
     keep(layout, run.device)
     return laid_out(job, layout)
 
@@ -318,7 +315,7 @@ def _run_and_repair(
 
     def attempt(state: State) -> Verification | None:
         written = write(*state) if runs else document
-        result, folder = quantize(replace(run, fresh=run.fresh and not runs), work.console)
+        result, folder = quantize(replace(run, fresh=run.fresh and not runs), work.terminal)
         runs.append((written, result, folder))
         return result.verification
 
@@ -329,7 +326,7 @@ def _run_and_repair(
         return None if better == state[1] or check(work, better, []).kl >= stands.kl else (table, better)
 
     def tell(line: str) -> None:
-        work.console.print(line, highlight=False, soft_wrap=True)
+        work.terminal.say(line)
 
     tried = attempts((table, choice), attempt, improve, tell)
     repairs = [

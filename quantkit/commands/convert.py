@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from quantkit import __version__
 from quantkit.checkpoint.companions import left_out
@@ -32,6 +30,7 @@ from quantkit.model.config import with_dtype, with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.quantized import architecture_in, open_quantized, writer
 from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification, WeightError
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     changed_files,
@@ -73,7 +72,7 @@ class ConvertRequest:
     engine: str | None = None
 
 
-def convert(request: ConvertRequest, console: Console) -> tuple[Result, Path]:
+def convert(request: ConvertRequest, terminal: Terminal) -> tuple[Result, Path]:
     """Convert a checkpoint and return what its quantkit.json says and the folder it is in.
 
     Each of its "layers" says what it was before and whether it is equal; "converted" says it of all.
@@ -98,7 +97,7 @@ def convert(request: ConvertRequest, console: Console) -> tuple[Result, Path]:
                 raise InputError(f"{option}: nothing is measured here, as no integer changes; leave it out")
     if request.engine is not None:
         _require_engine(request.engine, conversion)
-    _announce(console, request, conversion)
+    _announce(terminal, request, conversion)
     hashes = fingerprint(source.checkpoint)
     missing = [shard.file_bytes for shard in conversion.shards if not (out / shard.file).exists()]
     require_disk(out, sum(missing) + DISK_MARGIN)
@@ -108,11 +107,11 @@ def convert(request: ConvertRequest, console: Console) -> tuple[Result, Path]:
             if unit is not None and not journal.verify_unit(unit):
                 journal.drop_from(shard.unit)
         left = [shard for shard in conversion.shards if shard.unit not in journal.finished]
-        for shard in track(left, "convert", console=console, transient=True, disable=not console.is_terminal):
+        for shard in terminal.steps(left, "convert"):
             journal.append(write_unit(conversion, shard))
         result = _finish(request, conversion, recorded, hashes, tuple(journal.finished.values()), began)
     if not conversion.lossless and conversion.format is not None:
-        result = _measured(request, recorded, result, out, console)
+        result = _measured(request, recorded, result, out, terminal)
     return result, out
 
 
@@ -138,7 +137,7 @@ def _identity(request: ConvertRequest, conversion: Conversion, hashes: Mapping[s
     } | ({"torch": torch.__version__, "device": device_name(torch.device("cpu"))} if rounds else {})
 
 
-def _announce(console: Console, request: ConvertRequest, conversion: Conversion) -> None:
+def _announce(terminal: Terminal, request: ConvertRequest, conversion: Conversion) -> None:
     source = conversion.source
     rounded = [target for target in conversion.targets if target.obstacle is not None]
     lines = [f"{request.folder} ({source.format.name}) -> {conversion.out} ({request.to})"]
@@ -150,7 +149,7 @@ def _announce(console: Console, request: ConvertRequest, conversion: Conversion)
         lines.append(f"{len(rounded)} of {len(conversion.targets)} linears are rounded again: {rounded[0].obstacle}")
     lines += [f"left out, as it changes nothing: {name}" for name in conversion.left_out]
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        terminal.say(line)
 
 
 # ---------------------------------------------------------------- the folder
@@ -296,7 +295,9 @@ def _carried(
     return judged_again(before, choose_limits(before.limits), fit), note
 
 
-def _measured(request: ConvertRequest, recorded: Result | None, result: Result, out: Path, console: Console) -> Result:
+def _measured(
+    request: ConvertRequest, recorded: Result | None, result: Result, out: Path, terminal: Terminal
+) -> Result:
     """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
     asked = measured_like(
         recorded.verification if recorded else None,
@@ -309,7 +310,7 @@ def _measured(request: ConvertRequest, recorded: Result | None, result: Result, 
         offline=request.offline or request.against is None,
     )
     try:
-        measured = verify_files(asked, console)
+        measured = verify_files(asked, terminal)
         assert isinstance(measured, Result)
         return measured
     except QuantkitError as error:

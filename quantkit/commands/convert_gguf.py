@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
@@ -27,6 +26,7 @@ from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, version
 from quantkit.methods.table import Options
 from quantkit.quantized import quantization_of, read_config, writer
 from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result, Verification, WeightError
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
     changed_files,
@@ -71,7 +71,7 @@ class ExportRequest:
     verify: bool = True
 
 
-def to_gguf(request: ExportRequest, console: Console) -> tuple[Result, Path]:
+def to_gguf(request: ExportRequest, terminal: Terminal) -> tuple[Result, Path]:
     """Make the folder and return what its quantkit.json says and where it is.
 
     Raises:
@@ -81,8 +81,8 @@ def to_gguf(request: ExportRequest, console: Console) -> tuple[Result, Path]:
         raise InputError(f"--type: expected {', '.join(t for t in TYPES if t != 'f32')}, got {request.type!r}")
     folder = Path(request.source)
     if folder.is_dir() and _is_quantized(folder):
-        return _keep_integers(request, folder, console)
-    return _round(request, console)
+        return _keep_integers(request, folder, terminal)
+    return _round(request, terminal)
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -95,7 +95,7 @@ def _is_quantized(folder: Path) -> bool:
 # ---------------------------------------------------------------- integers as they are
 
 
-def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tuple[Result, Path]:
+def _keep_integers(request: ExportRequest, folder: Path, terminal: Terminal) -> tuple[Result, Path]:
     began = time.monotonic()
     calibrating = {
         "--calib": request.calib,
@@ -150,8 +150,8 @@ def _keep_integers(request: ExportRequest, folder: Path, console: Console) -> tu
         seconds=time.monotonic() - began,
         verification=before if not rounded and request.outside == "f16" else None,
     )
-    _say(console, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
-    return _finish(request, result, out, console, before), out
+    _say(terminal, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
+    return _finish(request, result, out, terminal, before), out
 
 
 def _layers(recorded: Result | None, written: GGUFModel, types: Mapping[str, str]) -> list[Linear]:
@@ -171,7 +171,7 @@ def _layers(recorded: Result | None, written: GGUFModel, types: Mapping[str, str
 # ---------------------------------------------------------------- from 16 bit
 
 
-def _round(request: ExportRequest, console: Console) -> tuple[Result, Path]:
+def _round(request: ExportRequest, terminal: Terminal) -> tuple[Result, Path]:
     """A run of gptq that leaves the file alone; see `commands.quantize`."""
     if request.requantize:
         raise InputError(f"--requantize: {request.source} is not quantized; leave it out")
@@ -197,11 +197,11 @@ def _round(request: ExportRequest, console: Console) -> tuple[Result, Path]:
         one_file=True,
         outside=request.outside,
     )
-    result, out = quantize(run, console)
+    result, out = quantize(run, terminal)
     if exact or not request.verify:
         return result, out
     # The embedding was rounded after the run: its tokens and limits are taken to measure the file.
-    return _finish(request, result.having(verification=None), out, console, result.verification), out
+    return _finish(request, result.having(verification=None), out, terminal, result.verification), out
 
 
 # ---------------------------------------------------------------- the folder
@@ -243,7 +243,7 @@ def _result(request: ExportRequest, recorded: Result | None, written: GGUFModel,
 
 
 def _finish(
-    request: ExportRequest, result: Result, out: Path, console: Console, before: Verification | None = None
+    request: ExportRequest, result: Result, out: Path, terminal: Terminal, before: Verification | None = None
 ) -> Result:
     """quantkit.json, then the file measured from its own bytes; without the 16-bit model what is known is kept.
 
@@ -262,7 +262,7 @@ def _finish(
             offline=request.offline,
         )
         try:
-            measured = verify_files(asked, console)
+            measured = verify_files(asked, terminal)
             assert isinstance(measured, Result)
             return measured
         except QuantkitError as error:
@@ -273,5 +273,5 @@ def _finish(
     return result
 
 
-def _say(console: Console, path: Path, text: str) -> None:
-    console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
+def _say(terminal: Terminal, path: Path, text: str) -> None:
+    terminal.say(f"{path}: {text}")

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from quantkit.calibration.tokens import TokenSet, notes_of
 from quantkit.checkpoint.companions import left_out
 from quantkit.commands.quantize_result import Run, file_made, finish, is_done, recorded_in, remove_shards
@@ -27,7 +25,7 @@ from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, unmatched
 from quantkit.records import Fit, Limits, Result
-from quantkit.report.terminal.progress import display
+from quantkit.report.terminal.screen import Terminal
 from quantkit.report.terminal.summary import recipe_table
 from quantkit.results.folder import require_another
 from quantkit.scheme import Scheme, name_of
@@ -44,7 +42,7 @@ from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
 
 
-def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[Result, Path]:
+def quantize(request: Request, terminal: Terminal, ranks: Ranks = ALONE) -> tuple[Result, Path]:
     """Run a request to the end and return the content of quantkit.json and the folder it is in.
 
     ranks: the processes that share the run; each calls this, and each returns the same.
@@ -78,13 +76,13 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
     job = laid_out(job, layout)
     notes = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *left_out(model.directory)]
     too_large = [_too_large(memory, evaluated)] if not memory.fits else []
-    _announce(console, request, recipe, job, [*notes, *notes_of(calibrated, evaluated), *too_large])
-    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    _announce(terminal, request, recipe, job, [*notes, *notes_of(calibrated, evaluated), *too_large])
+    terminal.say(f"memory: {layout}")
     keep(layout, job.runtime.device)
     before = recorded_in(job.runtime.folder)
     described = Run(request, job, asked.scheme, asked.limits, memory, layout, notes, before, began)
     results: list[Result] = []
-    with display(console, request.device) as progress:
+    with terminal.progress(request.device) as progress:
         outcome = run(
             job,
             progress,
@@ -97,7 +95,7 @@ def quantize(request: Request, console: Console, ranks: Ranks = ALONE) -> tuple[
         if plan.temporary_shards:
             remove_shards(plan, job.runtime.folder)
         line = f"{job.runtime.folder}: finished before; `quantkit verify` measures it again, --fresh makes it again"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        terminal.say(line)
         results += [before] if before else []
     return Result.model_validate(ranks.agree(results[0].content() if results else None)), job.runtime.folder
 
@@ -221,7 +219,7 @@ def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     return Path("outputs") / f"{label}-{request.method}-{numbers}{tail}"
 
 
-def _announce(console: Console, request: Request, recipe: Recipe, job: Job, notes: Sequence[str]) -> None:
+def _announce(terminal: Terminal, request: Request, recipe: Recipe, job: Job, notes: Sequence[str]) -> None:
     plan = job.plan
     schemes = Counter(name_of(linear.scheme) for linear in plan.linears)
     shown = ", ".join(f"{count} linears {name}" for name, count in schemes.items())
@@ -236,6 +234,6 @@ def _announce(console: Console, request: Request, recipe: Recipe, job: Job, note
         if tokens is not None:
             lines.append(f"{name}: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
     for line in (*lines, *notes):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        terminal.say(line)
     if recipe.rules:
-        console.print(recipe_table(resolved(plan, job.method)))
+        terminal.show(recipe_table(resolved(plan, job.method)))

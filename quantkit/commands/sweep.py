@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from quantkit import __version__
 from quantkit.calibration.tokens import TokenSet, notes_of, record_of
 from quantkit.checkpoint.journal import open_journal
@@ -31,7 +29,7 @@ from quantkit.pipeline.sweep import Setting, measure_settings
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe
 from quantkit.report.pages.sweep import render_sweep
-from quantkit.report.terminal.progress import display
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
 from quantkit.settings.defaults import AskedScheme, choose_format, choose_scheme, find_model
@@ -55,7 +53,7 @@ class SweepRequest:
     groups: tuple[int, ...]
 
 
-def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
+def sweep(request: SweepRequest, terminal: Terminal) -> dict[str, Any]:
     """Measure every setting, and leave sweep.json, sweep.csv, sweep.html and, with matplotlib, sweep.png.
 
     Raises:
@@ -75,18 +73,18 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
         raise InputError(f"no setting of the sweep can be: {refused[0]['name']}: {refused[0]['why_not']}")
     if not any(setting.document["fits"] for setting in settings):
         told = f"no setting fits {format_bytes(serve['budget'])} with {serve['context']:,} tokens of context"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        terminal.say(told)
     for row in refused:
-        console.print(f"left out: {row['name']}: {row['why_not']}", highlight=False, markup=False, soft_wrap=True)
-    console.print(SHARED_INPUTS, highlight=False, soft_wrap=True)
+        terminal.say(f"left out: {row['name']}: {row['why_not']}")
+    terminal.say(SHARED_INPUTS)
     notes = notes_of(calibrated, evaluated)
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        terminal.say(f"note: {note}")
     streams = [(evaluated.samples, evaluated.seqlen)] * (1 + len(settings))
     runtime = settings[0].job.runtime
     allowance = Allowance(run.vram, run.ram, run.place)
     layout = lay_out_job(settings[0].job, streams, allowance, keeps=False)
-    console.print(f"memory: {layout}", highlight=False, markup=False, soft_wrap=True)
+    terminal.say(f"memory: {layout}")
     keep(layout, run.device)
     identity = settings[0].job.identity() | {
         "sweep": [setting.name for setting in settings],
@@ -95,7 +93,7 @@ def sweep(request: SweepRequest, console: Console) -> dict[str, Any]:
     for key in ("method", "format", "scheme"):
         del identity[key]
     with open_journal(out, identity, fresh=run.fresh) as journal:
-        with display(console, run.device) as progress:
+        with terminal.progress(run.device) as progress:
             figures, shared = measure_settings(replace(runtime, memory=layout.memory), settings, journal, progress)
         rows = [s.document | figure for s, figure in zip(settings, figures, strict=True)]
         result = {

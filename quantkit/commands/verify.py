@@ -18,7 +18,6 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from quantkit import __version__
 from quantkit.calibration.load import load_eval
@@ -40,7 +39,7 @@ from quantkit.pipeline.memory import Allowance, Layout, Streams, keep, lay_out
 from quantkit.pipeline.runtime import Runtime
 from quantkit.quantized import QuantizedCheckpoint, architecture_in, open_quantized, require_complete
 from quantkit.records import Fit, Foreign, Limits, Result, Tokens, Verification
-from quantkit.report.terminal.progress import display
+from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT, read_result
 from quantkit.results.folder import changed_files, write_result
 from quantkit.scheme import name_of
@@ -126,7 +125,7 @@ def measured_like(
     )
 
 
-def verify_files(request: VerifyRequest, console: Console) -> Result | Foreign:
+def verify_files(request: VerifyRequest, terminal: Terminal) -> Result | Foreign:
     """Measure a checkpoint from its files and return what quantkit.json says of it, with a new verification.
 
     In a folder of quantkit's quantkit.json is written anew, beside report.html and README.md. For a checkpoint of
@@ -141,10 +140,10 @@ def verify_files(request: VerifyRequest, console: Console) -> Result | Foreign:
         raise ModelError(f"{request.out}: no such folder; expected a quantized checkpoint")
     ours = (request.out / RESULT).exists() or (request.out / JOURNAL).exists()
     with locked(request.out) if ours else nullcontext():
-        return _verify(request, read_result(request.out) if ours else None, console)
+        return _verify(request, read_result(request.out) if ours else None, terminal)
 
 
-def _verify(request: VerifyRequest, recorded: Result | None, console: Console) -> Result | Foreign:
+def _verify(request: VerifyRequest, recorded: Result | None, terminal: Terminal) -> Result | Foreign:
     began = time.monotonic()
     out = request.out
     before = recorded.verification if recorded else None
@@ -154,25 +153,23 @@ def _verify(request: VerifyRequest, recorded: Result | None, console: Console) -
     tokens = _tokens(request, before.eval if before else None, original)
     reasons = changed_files(out, recorded)
     for reason in reasons:
-        console.print(reason, style="bold red", markup=False, highlight=False)
-    console.print(f"{out} against {original.directory}", markup=False, highlight=False)
-    console.print(
-        f"evaluation: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens", markup=False, highlight=False
-    )
+        terminal.warn(reason)
+    terminal.say(f"{out} against {original.directory}")
+    terminal.say(f"evaluation: {tokens.source}, {tokens.samples} x {tokens.seqlen} tokens")
     memory, quantized, measured = None, None, NOT_MEASURED
     differences: list[str] = []
     try:
         quantized = _open(out, original, recorded)
         differences = _differences(quantized, original)
         for difference in differences:
-            console.print(difference, style="bold red", markup=False, highlight=False)
+            terminal.warn(difference)
         memory = _memory(request, before.fit if before else None, original, quantized)
         spill = out if os.access(out, os.W_OK) else Path(gettempdir())
         runtime = Runtime(original, request.device, spill)
         layout = _layout(request, runtime, quantized, tokens)
-        console.print(f"memory: {layout}", markup=False, highlight=False, soft_wrap=True)
+        terminal.say(f"memory: {layout}")
         keep(layout, request.device)
-        with display(console, request.device) as progress:
+        with terminal.progress(request.device) as progress:
             measured = measure(replace(runtime, memory=layout.memory), quantized, tokens, progress)
         measured |= {"differences": differences} if differences else {}
     except (ModelError, NumericsError) as error:

@@ -138,6 +138,11 @@ class Format:
     wide_scales: bool = False
     stores_zeros: bool = False
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether what engines load is one file, and not the checkpoint: a .gguf."""
+        return self.block_bytes is not None
+
 
 def no_extra_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {}

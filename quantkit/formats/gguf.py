@@ -68,6 +68,7 @@ TYPES: Mapping[str, BlockType] = {
 }
 INTEGER_TYPES = ("q4_0", "q4_1", "q8_0")  # one level of scales: our integers can go in as they are
 K_TYPES = ("q4_k", "q5_k", "q6_k")
+OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 RUN_TYPES = (*INTEGER_TYPES, *K_TYPES)
 
 

@@ -19,7 +19,7 @@ from quantkit.checkpoint.reader import Checkpoint, open_file, require_finite
 from quantkit.dtypes import dtype_name, to_stored
 from quantkit.errors import OutputError, SchemeError
 from quantkit.formats.blocks import dequantize_blocks, inexact_lows, pack, pack_superblocks
-from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, TYPES, type_of, why_not
+from quantkit.formats.gguf import INTEGER_TYPES, K_TYPES, OUTSIDE_TYPES, TYPES, type_of, why_not
 from quantkit.gguf.architecture import (
     ROPE_FACTORS,
     check_architecture,
@@ -39,7 +39,6 @@ from quantkit.plan import LinearPlan, Plan
 from quantkit.quantized import QuantizedCheckpoint, architecture_in, open_quantized, packed_names, require_complete
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
-OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head
 ROWS_BYTES = 2**25  # of a wide tensor that is read, rounded and written at a time
 QUANTIZATION_VERSION = 2
 NOTES = ("LICENSE*", "NOTICE*")  # files that go with a .gguf; the rest is in it

@@ -3,7 +3,7 @@
 
 A checkpoint is its format's name and the linears of its decoder layers (`plan.LinearPlan`); nothing else is needed, so
 the question can be asked before any work. The table was read in, and where a CPU is enough run with, the versions in
-`VERSIONS`; newer ones may take more.
+`versions.VERSIONS`; newer ones may take more.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,14 +16,8 @@ from quantkit.formats.autoround import METHODS, PACKINGS
 from quantkit.formats.names import is_lm_head
 from quantkit.plan import LinearPlan
 from quantkit.scheme import Scheme
+from quantkit.serving.versions import VERSIONS
 
-VERSIONS = {
-    "vllm": "vLLM 0.32",
-    "sglang": "SGLang 0.5.23",
-    "transformers": "transformers 5.23.0",
-    "gptqmodel": "GPTQModel 7.7.0",
-    "llama.cpp": "llama.cpp's converter",
-}
 SIXTEEN_BIT = "16 bit"  # the format of a checkpoint that is not quantized
 SERVING = ("vllm", "sglang")  # these fuse q/k/v and gate/up, and cut linears over cards
 

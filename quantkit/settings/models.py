@@ -3,8 +3,6 @@
 
 from typing import Any
 
-from rich.table import Table
-
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import ModelError
 from quantkit.recipe import shipped
@@ -28,15 +26,3 @@ def catalogue() -> list[dict[str, Any]]:
         row = {"name": name, "model": recipe.model, "description": recipe.description, "path": path}
         rows.append(row)
     return rows
-
-
-def catalogue_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows of `catalogue` as a table."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("model", overflow="fold")  # names to copy, so none is cut
-    table.add_column("here")
-    table.add_column("what it is")
-    for row in rows:
-        table.add_row(row["name"], row["model"], "yes" if row["path"] else "no", row["description"])
-    return table

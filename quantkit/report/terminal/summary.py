@@ -57,6 +57,18 @@ def recipe_table(rows: Sequence[RecipeRow]) -> Table:
     return table
 
 
+def catalogue_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What `settings.models.catalogue` lists."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("model", overflow="fold")  # names to copy, so none is cut
+    table.add_column("here")
+    table.add_column("what it is")
+    for row in rows:
+        table.add_row(row["name"], row["model"], "yes" if row["path"] else "no", row["description"])
+    return table
+
+
 def sweep_summary(result: Mapping[str, Any]) -> Group:
     """The settings of a sweep by size; * marks those that no other beats in both size and KL."""
     table = Table(box=None, padding=(0, 1, 0, 0))
