@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantkit.records import Foreign, Result
-from quantkit.settings.advice import next_step
+from quantkit.settings.advice import next_step, usage
 from tests.result_document import example
 
 
@@ -84,3 +84,14 @@ def test_of_another_tools_checkpoint_the_original_is_quantized() -> None:
     weak = result("quantkit awq m").verification
     foreign = Foreign(out="o", model="org/name", format="gptq", bits_per_weight=4.1, total_bytes=1, verification=weak)
     assert next_step(foreign, "o")[-1] == "try next: quantkit awq org/name"
+
+
+def test_a_folder_that_passed_says_what_to_do_with_it() -> None:
+    rows = dict(usage(result("quantkit awq m"), "my out"))
+    assert rows == {
+        "talk to it": "quantkit chat 'my out'",
+        "serve it": "quantkit serve 'my out'",
+        "publish it": "quantkit push 'my out' ORG/NAME",
+    }
+    failed = result("quantkit awq m", {"verdict": "fail", "reasons": ["x"]})
+    assert usage(failed, "out") == []

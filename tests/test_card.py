@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from quantkit.report.card import named
 from tests.result_document import example, render_card
 
 NASTY = "a: \"b\" 'c'\n---\n# h <script>x</script> | `d` [e](f) ```\n```"
@@ -203,3 +204,45 @@ def test_tensor_parallel_is_in_the_commands() -> None:
     result = example(2)
     result["verification"]["fit"]["tensor_parallel"]["cards"] = 2
     assert render_card(result).count("--tensor-parallel-size 2") == 2
+
+
+# --- commands that can be typed as they are -------------------------------------------------------------------------
+
+
+def test_commands_have_the_flags_that_were_counted() -> None:
+    result = example(2)
+    flags = ["--max-model-len", "6699", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.93", "--enforce-eager"]
+    result["verification"]["fit"]["engine"] = {
+        "name": "vllm",
+        "version": "0.24.0",
+        "measured": True,
+        "source": "here",
+        "flags": flags,
+        "costs": [],
+        "context": 6699,
+        "batches": [],
+    }
+    card = render_card(result, "outputs/my model")
+    assert f"vllm serve 'outputs/my model' {' '.join(flags)}\n" in card
+    assert "PATH_OR_REPO_ID" not in card
+    assert "sglang.launch_server --model-path 'outputs/my model' --context-length" in card
+
+
+def test_the_snippet_prints_the_answer_alone_and_dequantizes_what_needs_it() -> None:
+    card = render_card(example(2, format="compressed-tensors"))
+    snippet = card.partition("```python\n")[2].partition("```")[0]
+    compile(snippet, "snippet", "exec")
+    assert "CompressedTensorsConfig(dequantize=True)" in snippet
+    assert 'inputs["input_ids"].shape[1] :]' in snippet
+    assert "dequantize" not in render_card(example(2))
+    mixed = example(2, format="compressed-tensors", bits={"down_proj": 8})
+    assert "dequantize" not in render_card(mixed)
+
+
+@pytest.mark.parametrize("folder", ["out", "outputs/my model", "/home/o'hara/x y", 'a"b', "PATH_OR_REPO_ID"])
+@pytest.mark.parametrize("fmt", ["awq", "gguf"])
+def test_a_card_that_goes_up_names_the_repository_alone(folder: str, fmt: str) -> None:
+    result = example(2, format=fmt)
+    if fmt == "gguf":
+        result["files"] = [{"name": "x.gguf", "bytes": 1, "sha256": "0"}]
+    assert named(render_card(result, folder), "me/model") == render_card(result, "me/model")

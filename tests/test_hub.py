@@ -354,10 +354,10 @@ def test_a_card_made_by_the_caller_is_used_when_forced(out: Path, hub: FakeHub, 
 
 def test_the_card_that_goes_up_names_the_repository(out: Path, hub: FakeHub, pusher: Pusher) -> None:
     (out / "README.md").write_text("vllm serve HERE # mine\n")
-    pusher(placeholder="HERE")
+    pusher(named=lambda text: text.replace("HERE", REPO))
     assert hub.files(REPO)["README.md"] == f"vllm serve {REPO} # mine\n".encode()
     assert (out / "README.md").read_text() == "vllm serve HERE # mine\n"
-    assert pusher(placeholder="HERE").sent == ()
+    assert pusher(named=lambda text: text.replace("HERE", REPO)).sent == ()
 
 
 def test_a_note_on_a_card_without_metadata() -> None:

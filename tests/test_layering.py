@@ -111,7 +111,7 @@ ALLOWED: dict[str, str] = {
     "hub": "errors jsonfile network text units checkpoint",
     "report.card": "text records report.formatting report.rendering",
     "report.formatting": "text units records",
-    "report.pages": "text records report.formatting report.rendering",
+    "report.pages": "text records settings report.formatting report.rendering",
     "report.rendering": "text",
     "report.terminal": "text units records plan serving settings hub",
     "results": "dtypes errors jsonfile formats checkpoint records model report.card report.pages",

@@ -24,7 +24,7 @@ def push(
     """Upload a verified checkpoint to the Hub. Only with a verification of these very files, unless --force."""
     with told():
         from quantkit.hub.push import push as upload
-        from quantkit.report.card import PATH, render_card
+        from quantkit.report.card import named, render_card
         from quantkit.report.terminal.summary import push_document, push_summary
         from quantkit.results.document import RESULT, read_result
 
@@ -43,6 +43,6 @@ def push(
             say=terminal.say,
             bars=terminal.live,
             card=lambda reasons: render_card(read_result(folder), repo_id, reasons),
-            placeholder=PATH,
+            named=lambda text: named(text, repo_id),
         )
         print_json(push_document(result)) if json else answer(push_summary(result))

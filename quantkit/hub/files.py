@@ -190,9 +190,9 @@ def forced_card(out: Path, facts: Mapping[str, Any], card: Callable[[Sequence[st
     return _instead(out / CARD, text)
 
 
-def named_card(card: Upload, placeholder: str, repo_id: str) -> Upload:
+def named_card(card: Upload, named: Callable[[str], str]) -> Upload:
     """The card as it lies there, which its owner may have changed, with the repository's name in its commands."""
-    return _instead(card.path, card.path.read_text(encoding="utf-8").replace(placeholder, repo_id))
+    return _instead(card.path, named(card.path.read_text(encoding="utf-8")))
 
 
 def _instead(path: Path, text: str) -> Upload:

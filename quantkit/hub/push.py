@@ -77,7 +77,7 @@ def push(
     say: Say | None = None,
     bars: bool = False,
     card: Callable[[Sequence[str]], str] | None = None,
-    placeholder: str | None = None,
+    named: Callable[[str], str] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PushResult:
     """Upload the checkpoint in `out` to the hub's model repository `repo_id`, which is created if need be.
@@ -85,10 +85,10 @@ def push(
     revision is a branch, created from main if need be (None: main). private applies to a new repository; one that
     exists and is public is refused rather than published to. dry_run checks and lists, without any network. force goes
     ahead without a passing, matching verification and says so on the card that goes up: `card` makes it from the
-    content of quantkit.json with the reasons added as "forced" (None: a note on top of README.md). Where README.md
-    holds `placeholder`, what goes up names the repository. Nothing in `out` is changed. token: None takes HF_TOKEN or
-    the login's. say(line) is told what happens, one line for each step and each wait; bars: the hub's library shows the
-    bytes that travel, and how fast, on stderr. sleep(seconds) waits between tries.
+    content of quantkit.json with the reasons added as "forced" (None: a note on top of README.md). What goes up
+    as README.md is `named` of it, whose commands name the repository. Nothing in `out` is changed. token: None takes
+    HF_TOKEN or the login's. say(line) is told what happens, one line for each step and each wait; bars: the hub's
+    library shows the bytes that travel, and how fast, on stderr. sleep(seconds) waits between tries.
 
     Raises:
         InputError: repo_id, revision or the token cannot be used.
@@ -105,8 +105,8 @@ def push(
             [*(upload for upload in uploads if upload.name != CARD), forced_card(out, facts, card)],
             key=lambda upload: upload.name,
         )
-    elif placeholder:
-        uploads = [named_card(upload, placeholder, repo_id) if upload.name == CARD else upload for upload in uploads]
+    elif named:
+        uploads = [named_card(upload, named) if upload.name == CARD else upload for upload in uploads]
     branch = revision or constants.DEFAULT_REVISION
     address = endpoint or constants.ENDPOINT
     names = {upload.name.partition("/")[0] for upload in uploads}

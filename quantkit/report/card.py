@@ -21,12 +21,13 @@ from quantkit.text import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PATH = "PATH_OR_REPO_ID"
+WORD = r"""(?:'[^'\n]*'|"[^"\n]*"|[^\s'"])+"""  # of a shell's command line
 
 
-def render_card(result: Result, repo_id: str | None = None, forced: Sequence[str] = ()) -> str:
+def render_card(result: Result, where: str | None = None, forced: Sequence[str] = ()) -> str:
     """The card.
 
-    repo_id: the name in the commands that run it; without it they hold a placeholder
+    where: the folder or repository in the commands that run it; without it they hold a placeholder
     forced: the reasons why a push needed `--force`
     """
     verification = result.verification
@@ -40,12 +41,26 @@ def render_card(result: Result, repo_id: str | None = None, forced: Sequence[str
         table=_table(result),
         evaluation=_token_set(verification.eval) if verification else "",
         fit=_fit(verification.fit) if verification and verification.fit else "",
-        engines=_engines(result, repo_id or PATH),
+        engines=_engines(result, where or PATH),
         command=_in_code(result.command),
         facts=_facts(result),
         fallbacks=result.fallbacks,
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def named(card: str, repo_id: str) -> str:
+    """A card whose commands name the repository where they have named a folder."""
+    card = card.replace(PATH, repo_id)
+    card = re.sub(r'(?<=from_pretrained\()"(?:[^"\\]|\\.)*"', lambda _: json.dumps(repo_id), card)
+    card = re.sub(rf"(?<=vllm serve ){WORD}", lambda _: shlex.quote(repo_id), card)
+    card = re.sub(rf"(?<=--model-path ){WORD}", lambda _: shlex.quote(repo_id), card)
+    return re.sub(rf"(?<=llama-server --model ){WORD}", lambda word: _gguf_in(repo_id, word[0]), card)
+
+
+def _gguf_in(repo_id: str, word: str) -> str:
+    name = shlex.split(word)[0].rpartition("/")[2]
+    return shlex.quote(f"{repo_id}/{name}" if name.endswith(".gguf") else repo_id)
 
 
 def markdown(text: object) -> str:
@@ -204,8 +219,8 @@ def _fit(fit: Fit) -> str:
     return (
         f"Weights {weights}, workspace {workspace}, and a KV cache ({markdown(fit.kv)}) of "
         f"{formatting.exact(own.kv_bytes_per_token)} per token: in {formatting.size(fit.budget_bytes)}, {reach}. "
-        "The flags below keep to that context; on a card larger than the budget, give the budget's share of it as "
-        "`--gpu-memory-utilization` (vLLM) or `--mem-fraction-static` (SGLang)."
+        "The flags below keep to that context, and to the budget as a card's share: `--gpu-memory-utilization` or "
+        "`--mem-fraction-static`. On a card of another size give another share."
     )
 
 
@@ -215,19 +230,16 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
     refusals = result.engines or (fit.engines if fit else {})
     # What engines take by themselves is said only where it is unusual.
     dtype = ["--dtype", "bfloat16"] if result.torch_dtype == "bfloat16" else []
+    sglang = ["python", "-m", "sglang.launch_server", "--model-path", path, *dtype]
+    context, tokens = "--context-length {0} --max-total-tokens {0}", "--max-model-len {0}"
+    dequantize = _dequantizes(result)
     code = {
-        "vllm": ("bash", _command(["vllm", "serve", path, *dtype], fit, "--max-model-len {0}", "fp8")),
-        "sglang": (
-            "bash",
-            _command(
-                ["python", "-m", "sglang.launch_server", "--model-path", path, *dtype],
-                fit,
-                "--context-length {0} --max-total-tokens {0}",
-                "fp8_e5m2",
-            ),
-        ),
-        "transformers": ("python", _transformers(path, result.torch_dtype or "float16")),
+        "vllm": ("bash", _command("vllm", ["vllm", "serve", path, *dtype], fit, tokens, "fp8")),
+        "sglang": ("bash", _command("sglang", sglang, fit, context, "fp8_e5m2")),
+        "transformers": ("python", _transformers(path, result.torch_dtype or "float16", dequantize=dequantize)),
     }
+    if dequantize:
+        refusals = refusals | {"transformers": None}
     if result.format == "gguf":
         return [_llamacpp(result, path, fit)]
     shown = []
@@ -248,15 +260,21 @@ def _llamacpp(result: Result, path: str, fit: Fit | None) -> dict[str, Any]:
     """llama.cpp, and what is built on it, with the file in the folder."""
     names = [file.name for file in result.files if file.name.endswith(".gguf")]
     file = f"{path}/{names[0]}" if names else path
-    code = _command(["llama-server", "--model", file, "--n-gpu-layers", "999"], fit, "--ctx-size {0}", "q8_0")
+    words = ["llama-server", "--model", file, "--n-gpu-layers", "999"]
+    code = _command("", words, fit, "--ctx-size {0}", "q8_0")
     note = "also ollama, LM Studio, llama-cpp-python: whatever reads GGUF"
     return {"name": "llama.cpp", "loads": True, "note": note, "language": "bash", "code": code.split(" --kv-cache")[0]}
 
 
-def _command(words: Sequence[str], fit: Fit | None, context_flags: str, fp8: str) -> str:
-    """A shell command that keeps to the longest context and the kind of KV cache that were counted."""
+def _command(engine: str, words: Sequence[str], fit: Fit | None, context_flags: str, fp8: str) -> str:
+    """A shell command with the flags that were counted for the engine.
+
+    For another engine than the counted one: those that keep to the longest context and the kind of KV cache.
+    """
     if fit is None:
         return shlex.join(words)
+    if fit.engine is not None and fit.engine.name == engine:
+        return shlex.join([*words, *fit.engine.flags])
     cards = fit.tensor_parallel.cards
     flags = [
         *([context_flags.format(fit.longest_context)] if fit.longest_context else []),
@@ -266,18 +284,32 @@ def _command(words: Sequence[str], fit: Fit | None, context_flags: str, fp8: str
     return " ".join([shlex.join(words), *flags])
 
 
-def _transformers(path: str, dtype: str) -> str:
+def _dequantizes(result: Result) -> bool:
+    """Whether transformers loads a checkpoint only if it is told to dequantize it: asymmetric compressed-tensors.
+
+    Files with several schemes it does not load that way.
+    """
+    schemes = {layer.scheme for layer in result.layers} - {None}
+    alike = next(iter(schemes)) if len(schemes) == 1 else None
+    return result.format == "compressed-tensors" and alike is not None and not alike.symmetric
+
+
+def _transformers(path: str, dtype: str, *, dequantize: bool = False) -> str:
     quoted = json.dumps(path)
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["CompressedTensorsConfig"] if dequantize else [])]
+    options = [f'dtype="{dtype}"', 'device_map="auto"']
+    options += ["quantization_config=CompressedTensorsConfig(dequantize=True)"] if dequantize else []
     return "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {', '.join(names)}",
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
-            f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="{dtype}", device_map="auto")',
+            f"model = AutoModelForCausalLM.from_pretrained({quoted}, {', '.join(options)})",
             'chat = [{"role": "user", "content": "Why is the sky blue?"}]',
             'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}',
             "inputs = tokenizer.apply_chat_template(chat, **options).to(model.device)",
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))",
+            'answer = model.generate(**inputs, max_new_tokens=256)[0][inputs["input_ids"].shape[1] :]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
         ]
     )
 

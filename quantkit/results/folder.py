@@ -123,8 +123,8 @@ def file_records(out: Path, hashes: Mapping[str, str]) -> list[File]:
 
 def write_result(out: Path, result: Result) -> None:
     """The report, the model card, and then quantkit.json."""
-    write_text(out / "report.html", render_report(result))
-    write_text(out / "README.md", render_card(result))
+    write_text(out / "report.html", render_report(result, str(out)))
+    write_text(out / "README.md", render_card(result, str(out)))
     write_json(out / RESULT, result.content())
 
 

@@ -27,6 +27,22 @@ def next_step(result: Result | Foreign, out: str) -> list[str]:
     return [*close, f"try next: {_command(result, measured, out)}"]
 
 
+def usage(result: Result | Foreign, out: str) -> list[tuple[str, str]]:
+    """What a folder that has not failed is good for: a few words, and the command to type.
+
+    out: the folder of the checkpoint
+    """
+    measured = result.verification
+    if measured is not None and measured.verdict == "fail":
+        return []
+    rows = [("talk to it", ["quantkit", "chat", out]), ("serve it", ["quantkit", "serve", out])]
+    if measured is None:
+        rows.append(("measure it", ["quantkit", "verify", out]))
+    elif isinstance(result, Result):
+        rows.append(("publish it", ["quantkit", "push", out, "ORG/NAME"]))
+    return [(what, shlex.join(words)) for what, words in rows]
+
+
 def _command(result: Result | Foreign, measured: Verification, out: str) -> str:
     if _only_too_large(measured):
         return shlex.join(["quantkit", "fit", result.model])

@@ -12,13 +12,14 @@ from quantkit.report import formatting
 from quantkit.report.pages import charts
 from quantkit.report.pages.parts import Card, Chart, Table, memory
 from quantkit.report.rendering import template
+from quantkit.settings.advice import usage
 from quantkit.text import one_line
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def render_report(result: Result) -> str:
-    """The page."""
+def render_report(result: Result, out: str | None = None) -> str:
+    """The page; out: the folder of the checkpoint, as commands name it."""
     verification = result.verification
     return template("report.html.j2", escape=True).render(
         model=formatting.short_name(result.model),
@@ -29,6 +30,7 @@ def render_report(result: Result) -> str:
         passed_because=_passed_because(verification) if verification else "",
         cards=_cards(result),
         memory=memory(verification.fit) if verification and verification.fit else None,
+        usage=usage(result, out) if out else [],
         accuracy=_accuracy(verification) if verification else None,
         depth=_depth(result),
         bits=_bits(result),

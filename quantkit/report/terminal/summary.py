@@ -12,7 +12,7 @@ from rich.text import Text
 
 from quantkit.hub.push import PushResult
 from quantkit.records import Foreign, RecipeRow, Result, Verification
-from quantkit.settings.advice import next_step
+from quantkit.settings.advice import next_step, usage
 from quantkit.units import format_bytes, format_seconds
 
 
@@ -30,8 +30,7 @@ def summary(result: Result, out: Path) -> Group:
     lines += [Text(f"note: {note}", style="yellow") for note in result.fallbacks]
     if result.verification:
         lines += [*_verdict_lines(result.verification), *_next_step(result, out)]
-    lines.append(Text(f"report: {out}/report.html"))
-    return Group(*lines)
+    return Group(*lines, *_ending(result, out))
 
 
 def _size(result: Result | Foreign) -> str:
@@ -160,9 +159,7 @@ def verify_summary(result: Result | Foreign, out: Path) -> Group:
     lines: list[Any] = [table]
     lines += [Text(f"note: {note}", style="yellow") for note in evaluated.notes]
     lines += [*_verdict_lines(measured), *_next_step(result, out)]
-    if isinstance(result, Result):
-        lines.append(Text(f"report: {out}/report.html"))
-    return Group(*lines)
+    return Group(*lines, *_ending(result, out))
 
 
 def convert_summary(result: Result, out: Path) -> Group:
@@ -180,8 +177,7 @@ def convert_summary(result: Result, out: Path) -> Group:
     lines: list[Any] = [table, *(Text(f"note: {note}", style="yellow") for note in result.fallbacks)]
     if measured:
         lines += _verdict_lines(measured)
-    lines.append(Text(f"report: {out}/report.html"))
-    return Group(*lines)
+    return Group(*lines, *_ending(result, out))
 
 
 def _add_figures(table: Table, measured: Verification) -> None:
@@ -213,6 +209,14 @@ def _verdict_lines(measured: Verification) -> list[Text]:
     passed = measured.verdict == "pass"
     shown = Text("PASS" if passed else "FAIL", style="bold green" if passed else "bold red")
     return [shown, *(Text(f"  {reason}") for reason in measured.reasons)]
+
+
+def _ending(result: Result | Foreign, out: Path) -> list[Text]:
+    """Where the report is, and what to do with the folder."""
+    lines = [f"{what}: {command}" for what, command in usage(result, str(out))]
+    if isinstance(result, Result):
+        lines.insert(0, f"report: {out}/report.html")
+    return [Text(line, no_wrap=True, overflow="ignore") for line in lines]
 
 
 def _next_step(result: Result | Foreign, out: Path) -> list[Text]:
