@@ -61,11 +61,12 @@ ALLOWED: dict[str, str] = {
         " model plan serving settings pipeline.activations pipeline.compare pipeline.forward pipeline.head"
         " pipeline.job pipeline.layer pipeline.runtime pipeline.site_inputs pipeline.walk"
     ),
-    "convert": "dtypes errors hardware formats grids methods scheme checkpoint plan quantized",
+    "convert": "dtypes errors hardware formats grids methods scheme checkpoint model plan quantized gguf",
     "gguf": "dtypes errors jsonfile formats grids methods scheme checkpoint records model plan quantized serving",
     "pipeline.activations": "errors hardware",
     "pipeline.compare": (
-        "dtypes hardware grids methods calibration model plan pipeline.activations pipeline.metrics pipeline.runtime"
+        "dtypes hardware grids methods scheme calibration model plan pipeline.activations pipeline.metrics"
+        " pipeline.runtime"
     ),
     "pipeline.fisher": (
         "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
@@ -134,7 +135,10 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.convert": (
         "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"
-        " convert report.terminal results commands.verify"
+        " convert gguf report.terminal results commands.convert_from_gguf commands.verify"
+    ),
+    "commands.convert_from_gguf": (
+        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal results"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
@@ -143,7 +147,7 @@ ALLOWED: dict[str, str] = {
     "commands.fit": (
         "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
     ),
-    "commands.inspect": "errors scheme records plan quantized gguf results",
+    "commands.inspect": "errors formats records plan quantized gguf results",
     "commands.process": "errors text",
     "commands.quantize": (
         "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"

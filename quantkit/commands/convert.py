@@ -19,12 +19,14 @@ from quantkit.checkpoint.companions import left_out
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
+from quantkit.commands.convert_from_gguf import FP16, convert_from_gguf
 from quantkit.commands.verify import measured_like, verify_files
 from quantkit.convert.plan import Conversion, make_conversion
 from quantkit.convert.write import write_unit
 from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, QuantkitError
 from quantkit.formats import FORMATS
+from quantkit.gguf.reading import find_gguf
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
 from quantkit.model.config import with_dtype, with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
@@ -46,7 +48,6 @@ from quantkit.serving.fit import fit_checkpoint
 from quantkit.settings.defaults import choose_serving, positions
 from quantkit.verdict import choose_limits, judged_again
 
-FP16 = "fp16"
 TARGETS = (*(name for name, row in FORMATS.items() if row.quant_method), FP16)
 
 
@@ -86,6 +87,16 @@ def convert(request: ConvertRequest, terminal: Terminal) -> tuple[Result, Path]:
     if request.to not in TARGETS:
         raise InputError(f"--to: expected {', '.join(TARGETS)}, got {request.to!r}")
     folder = request.folder
+    if (file := find_gguf(folder, None)) is not None:
+        return convert_from_gguf(
+            file,
+            to=request.to,
+            command=request.command,
+            out=request.out,
+            against=request.against,
+            fresh=request.fresh,
+            terminal=terminal,
+        )
     recorded = result_of(folder)
     source = open_quantized(folder, architecture_in)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"

@@ -69,7 +69,7 @@ def fit_request(request: FitRequest) -> Named:
     """
     folder = Path(request.model)
     raw = read_config(folder) if (folder / "config.json").is_file() else {}
-    if (folder / RESULT).is_file() and any(folder.glob("*.gguf")):
+    if _holds_gguf(folder):
         return Named(folder.resolve().name, "as stored", _fit_gguf(request, folder))
     if quantization_of(raw):
         result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**text_values(raw)))))
@@ -92,19 +92,29 @@ def _asked(request: FitRequest, limit: int | None, recipe: BudgetSpec | None = N
     return serving | {"tensor_parallel": request.tensor_parallel, "engine": request.engine}
 
 
+def _holds_gguf(folder: Path) -> bool:
+    """Whether a path is a .gguf file, or a folder that is about one."""
+    if not any(folder.glob("*.gguf")):
+        return folder.suffix == ".gguf" and folder.is_file()
+    return (folder / RESULT).is_file() or not any(folder.glob("*.safetensors"))
+
+
 def _fit_gguf(request: FitRequest, folder: Path) -> Fit:
-    """What llama.cpp loads of a folder of ours: the .gguf, not the safetensors that a run leaves beside it."""
-    from quantkit.gguf.reading import find_gguf, open_gguf_model  # imports torch
-    from quantkit.model.config import load_config
+    """What llama.cpp loads of a .gguf file or its folder: not the safetensors that a run leaves beside it."""
+    from quantkit.gguf.file import open_gguf  # imports torch
+    from quantkit.gguf.folder import config_of
+    from quantkit.gguf.reading import find_gguf, open_gguf_model
+    from quantkit.model.config import config_from_dict, load_config
     from quantkit.model.streaming import build
 
-    recorded = read_result(folder)
+    recorded = read_result(folder) if (folder / RESULT).is_file() else None
     path = find_gguf(folder, recorded)
     if path is None:
-        raise OutputError(
-            f"{folder}: several .gguf files, or one that {RESULT} does not know; expected the one it made"
-        )
-    model = build(load_config(find_model(recorded.model, offline=request.offline)))
+        raise OutputError(f"{folder}: {RESULT} does not say which .gguf file it made; name the file: {folder}/...")
+    if recorded is not None:
+        model = build(load_config(find_model(recorded.model, offline=request.offline)))
+    else:
+        model = build(config_from_dict(config_of(open_gguf(path))))
     return fit_stored(model, open_gguf_model(path, model).stored(), **_asked(request, positions(model.config)))
 
 

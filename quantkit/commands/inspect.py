@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantkit.errors import ModelError
+from quantkit.formats.gguf import scheme_of_type
 from quantkit.plan import OUTSIDE, LinearPlan
 from quantkit.quantized import open_quantized, writer
 from quantkit.records import Foreign, Linear, Result
 from quantkit.results.document import RESULT, read_result
-from quantkit.scheme import NAMED
 
 
 def inspect_folder(out: Path) -> Result | Foreign:
@@ -49,9 +49,7 @@ def _bits_per_weight(layers: Sequence[Linear]) -> float:
 
 def _lone_gguf(out: Path) -> Path | None:
     """A .gguf file, or the only one of a folder with no other weights and nothing of ours."""
-    if out.is_file() and out.suffix == ".gguf":
-        return out
-    if (out / RESULT).is_file() or not any(out.glob("*.gguf")):
+    if (out / RESULT).is_file() or not (out.is_file() or any(out.glob("*.gguf"))):
         return None
     from quantkit.gguf.reading import find_gguf  # imports torch
 
@@ -70,7 +68,7 @@ def _inspect_gguf(path: Path) -> Foreign:
             number, local = str(OUTSIDE), "output"
         elif len(info.shape) != 2 or not number.isdigit():
             continue
-        scheme = NAMED.get(info.type)
+        scheme = scheme_of_type(info.type)
         if scheme is None:
             kept.append(name)
             continue

@@ -136,8 +136,8 @@ def verify_files(request: VerifyRequest, terminal: Terminal) -> Result | Foreign
         ModelError: no original to compare with, not a checkpoint that is supported, or not one of that original.
         InputError: options that cannot be. NumericsError: values that are not finite.
     """
-    if not request.out.is_dir():
-        raise ModelError(f"{request.out}: no such folder; expected a quantized checkpoint")
+    if not request.out.is_dir() and find_gguf(request.out, None) is None:
+        raise ModelError(f"{request.out}: no such folder; expected a quantized checkpoint or a .gguf file")
     ours = (request.out / RESULT).exists() or (request.out / JOURNAL).exists()
     with locked(request.out) if ours else nullcontext():
         return _verify(request, read_result(request.out) if ours else None, terminal)
@@ -149,6 +149,7 @@ def _verify(request: VerifyRequest, recorded: Result | None, terminal: Terminal)
     before = recorded.verification if recorded else None
     asked = asked_limits(request.max_ppl_increase, request.max_kl)  # what they cannot be is told before all work
     limits = choose_limits(asked, before.limits if before else Limits())
+    gguf = find_gguf(out, recorded)
     original = _original(request, recorded)
     tokens = _tokens(request, before.eval if before else None, original)
     reasons = changed_files(out, recorded)
@@ -159,12 +160,12 @@ def _verify(request: VerifyRequest, recorded: Result | None, terminal: Terminal)
     memory, quantized, measured = None, None, NOT_MEASURED
     differences: list[str] = []
     try:
-        quantized = _open(out, original, recorded)
+        quantized = _open(gguf, out, original, recorded)
         differences = _differences(quantized, original)
         for difference in differences:
             terminal.warn(difference)
         memory = _memory(request, before.fit if before else None, original, quantized)
-        spill = out if os.access(out, os.W_OK) else Path(gettempdir())
+        spill = quantized.directory if os.access(quantized.directory, os.W_OK) else Path(gettempdir())
         runtime = Runtime(original, request.device, spill)
         layout = _layout(request, runtime, quantized, tokens)
         terminal.say(f"memory: {layout}")
@@ -201,9 +202,10 @@ def _layout(
 # ---------------------------------------------------------------- what is there
 
 
-def _open(out: Path, original: StreamedModel, recorded: Result | None) -> QuantizedCheckpoint | GGUFModel:
-    """The weights of a folder: the GGUF file of a run that made one, or safetensors, or the only GGUF file."""
-    gguf = find_gguf(out, recorded)
+def _open(
+    gguf: Path | None, out: Path, original: StreamedModel, recorded: Result | None
+) -> QuantizedCheckpoint | GGUFModel:
+    """The weights of a GGUF file, or of a folder of safetensors."""
     if gguf is not None:
         opened = open_gguf_model(gguf, original)
         return replace(opened, model=model_said(opened.file, original))
@@ -368,7 +370,7 @@ def _foreign(
         format=quantized.format_name,
         schemes=dict(Counter(name_of(linear.scheme) for linear in quantized.decoder)),
         bits_per_weight=quantized.bits_per_weight,
-        total_bytes=sum((request.out / name).stat().st_size for name in quantized.files),
+        total_bytes=sum((quantized.directory / name).stat().st_size for name in quantized.files),
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         device=str(request.device),

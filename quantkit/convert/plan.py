@@ -22,6 +22,7 @@ from quantkit.errors import OutputError
 from quantkit.formats import Format, QuantizedLayer, TensorSpec
 from quantkit.formats.base import SCALES
 from quantkit.formats.reading import read_schemes
+from quantkit.model.shapes import Shapes
 from quantkit.plan import COPIED, OUTSIDE, ShardPlan, described
 from quantkit.quantized import QuantizedCheckpoint, parameters, require_complete
 
@@ -105,18 +106,21 @@ def _require_same_meaning(
             raise OutputError(f"{name}: {meant or '16 bit'} is meant, config.json would say {said or '16 bit'}")
 
 
+def contents_of(model: Shapes) -> list[tuple[str, list[str]]]:
+    """The files of a run: one for the embeddings, one for each decoder layer, one for what follows, each with its
+    parameters; and one for what is copied.
+    """
+    contents = [("embeddings", list(model.before_layers()))]
+    for index in range(len(model.layer_tensors)):
+        prefix = model.layer_name(index)
+        contents.append((f"layer.{index}", [f"{prefix}.{name}" for name in model.layer_shapes(index)]))
+    others = (("head", list(model.after_layers())), (COPIED, list(model.copied)))
+    return contents + [(unit, names) for unit, names in others if names]
+
+
 def _shards(source: QuantizedCheckpoint, fmt: Format | None, targets: tuple[Target, ...]) -> tuple[ShardPlan, ...]:
-    """One file for the embeddings, one for each decoder layer, one for what follows: the files of a run."""
-    architecture = source.model
+    architecture, contents = source.model, contents_of(source.model)
     by_name = {target.linear.name: target for target in targets}
-    contents: list[tuple[str, list[str]]] = [("embeddings", list(architecture.before_layers()))]
-    for index in range(len(architecture.layer_tensors)):
-        prefix = architecture.layer_name(index)
-        contents.append((f"layer.{index}", [f"{prefix}.{name}" for name in architecture.layer_shapes(index)]))
-    if after := list(architecture.after_layers()):
-        contents.append(("head", after))
-    if architecture.copied:
-        contents.append((COPIED, list(architecture.copied)))
     shapes = parameters(architecture)
 
     def specs(name: str) -> dict[str, TensorSpec]:

@@ -118,10 +118,10 @@ def _proved(conversion: Conversion, target: Target, written: Checkpoint) -> dict
     if fmt is None or linear.scheme is None:
         weight = written.read(names[0])
         step = max(1, WEIGHTS_AT_ONCE // linear.in_features)
-        return record(equal=False, weight_error=_distance(_float_rows(source), weight.split(step)))
+        return record(equal=False, weight_error=relative_distance(_float_rows(source), weight.split(step)))
     again = unpacked(written.read_many(names), linear, fmt)
     if target.obstacle is not None:
-        return record(equal=False, weight_error=_distance(_float_rows(source), _float_rows(again)))
+        return record(equal=False, weight_error=relative_distance(_float_rows(source), _float_rows(again)))
     if not _equal(_arranged(source, fmt, target), again):
         raise OutputError(
             f"{linear.name}: what is read back from {conversion.out} is not what was read; is a disk failing?"
@@ -138,7 +138,7 @@ def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return a.scheme == b.scheme and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
 
 
-def _distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+def relative_distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
     """The norm of the difference over the norm, of two weights in equal pieces."""
     apart = whole = 0.0
     for a, b in zip(before, after, strict=True):

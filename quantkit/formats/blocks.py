@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quantkit.errors import ModelError, SchemeError
 from quantkit.formats.bits import pack_bits, unpack_bits
-from quantkit.formats.gguf import BLOCK, K_TYPES, SUPERBLOCK, TYPES, why_not
+from quantkit.formats.gguf import ALL_TYPES, BLOCK, K_TYPES, SUPERBLOCK, TYPES, why_not
+from quantkit.formats.read_blocks import DEQUANTIZE
 from quantkit.grids.registry import dequantize
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme, expand
 
@@ -171,7 +172,7 @@ def dequantize_blocks(raw: Tensor, name: str) -> Tensor:
     Raises:
         ModelError: rows that are no whole number of blocks.
     """
-    kind = TYPES[name]
+    kind = ALL_TYPES[name]
     if raw.shape[1] % kind.nbytes:
         raise ModelError(f"{name}: rows of {raw.shape[1]} bytes; expected a multiple of {kind.nbytes}")
     rows = raw.shape[0]
@@ -180,6 +181,8 @@ def dequantize_blocks(raw: Tensor, name: str) -> Tensor:
     if name in K_TYPES:
         return dequantize(unpack_superblocks(raw, name))
     blocks = raw.view(rows, -1, kind.nbytes)
+    if name in DEQUANTIZE:
+        return DEQUANTIZE[name](blocks).flatten(1)
     d = _halffloats(blocks[..., :2]).float().unsqueeze(2)
     if name == "q8_0":
         return (d * blocks[..., 2:].contiguous().view(torch.int8).float()).flatten(1)

@@ -23,7 +23,7 @@ from quantkit.errors import SchemeError
 from quantkit.formats.base import TensorSpec, matching, no_extra_files
 from quantkit.formats.compressed_tensors import COMPRESSED_TENSORS
 from quantkit.formats.names import Fused, QuantizedLayer, check_layers
-from quantkit.scheme import QuantizedTensor, Scheme
+from quantkit.scheme import NAMED, QuantizedTensor, Scheme
 
 if TYPE_CHECKING:  # sizes are planned before torch is needed
     from torch import Tensor
@@ -66,6 +66,53 @@ TYPES: Mapping[str, BlockType] = {
         BlockType("q6_k", 14, SUPERBLOCK, 210, 18),
     )
 }
+READ_TYPES: Mapping[str, BlockType] = {  # of files of other tools; see `read_blocks`
+    t.name: t
+    for t in (
+        BlockType("bf16", 30, 1, 2, 32),
+        BlockType("q5_0", 6, BLOCK, 22, 8),
+        BlockType("q5_1", 7, BLOCK, 24, 9),
+        BlockType("q2_k", 10, SUPERBLOCK, 84, 10),
+        BlockType("q3_k", 11, SUPERBLOCK, 110, 12),
+        BlockType("iq4_nl", 20, BLOCK, 18, 25),
+        BlockType("iq4_xs", 23, SUPERBLOCK, 136, 30),
+    )
+}
+ALL_TYPES: Mapping[str, BlockType] = {**TYPES, **READ_TYPES}
+_READ_SCHEMES = {
+    "q5_0": Scheme(5, BLOCK, True, "q5_0"),
+    "q5_1": Scheme(5, BLOCK, False, "q5_1"),
+    "q2_k": Scheme(2, 16, False, "q2_k"),
+    "q3_k": Scheme(3, 16, True, "q3_k"),
+    "iq4_nl": Scheme(4, BLOCK, True, "iq4_nl"),
+    "iq4_xs": Scheme(4, BLOCK, True, "iq4_xs"),
+}
+UNREAD_TYPES: Mapping[int, str] = {  # numbers of types that are not read, with llama.cpp's names
+    9: "q8_1",
+    15: "q8_k",
+    16: "iq2_xxs",
+    17: "iq2_xs",
+    18: "iq3_xxs",
+    19: "iq1_s",
+    21: "iq3_s",
+    22: "iq2_s",
+    24: "i8",
+    25: "i16",
+    26: "i32",
+    27: "i64",
+    28: "f64",
+    29: "iq1_m",
+    34: "tq1_0",
+    35: "tq2_0",
+    39: "mxfp4",
+}
+
+
+def scheme_of_type(name: str) -> Scheme | None:
+    """The scheme of a type's blocks; None: they hold floats."""
+    return NAMED.get(name) or _READ_SCHEMES.get(name)
+
+
 INTEGER_TYPES = ("q4_0", "q4_1", "q8_0")  # one level of scales: our integers can go in as they are
 K_TYPES = ("q4_k", "q5_k", "q6_k")
 OUTSIDE_TYPES = ("f16", "q8_0", "q6_k")  # of the embedding and the head

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.checkpoint.writer import write_chunks
 from quantkit.errors import ModelError
 from quantkit.formats.blocks import dequantize_blocks
-from quantkit.formats.gguf import TYPES, BlockType
+from quantkit.formats.gguf import ALL_TYPES, UNREAD_TYPES, BlockType
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
@@ -40,7 +40,7 @@ class TensorInfo:
         rows = 1
         for size in self.shape[:-1]:
             rows *= size
-        return rows * TYPES[self.type].row_bytes(self.shape[-1])
+        return rows * ALL_TYPES[self.type].row_bytes(self.shape[-1])
 
 
 def write_gguf(
@@ -66,7 +66,7 @@ def header_bytes(metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> 
     for info in infos:
         sizes = struct.pack(f"<{len(info.shape)}Q", *reversed(info.shape))
         parts += [_text(info.name), struct.pack("<I", len(info.shape)), sizes]
-        parts.append(struct.pack("<IQ", TYPES[info.type].code, offset))
+        parts.append(struct.pack("<IQ", ALL_TYPES[info.type].code, offset))
         offset += _padded(info.nbytes)
     header = b"".join(parts)
     return header + bytes(_padded(len(header)) - len(header))
@@ -149,7 +149,7 @@ class GGUFFile:
             raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
         if read != info.nbytes:
             raise ModelError(f"{self.path}: {name} ended after {read} of {info.nbytes} bytes; the file is cut off")
-        return raw.view(-1, TYPES[info.type].row_bytes(info.shape[-1]))
+        return raw.view(-1, ALL_TYPES[info.type].row_bytes(info.shape[-1]))
 
     def read(self, name: str) -> Tensor:
         """The float32 values that llama.cpp computes with, in the tensor's shape.
@@ -204,7 +204,7 @@ def _read_header(path: Path, file: BufferedReader, size: int) -> GGUFFile:
     del version
     tensors, keys = count(MAX_ITEMS, "tensors"), count(MAX_ITEMS, "keys")
     metadata = {text(): value(number("<I")) for _ in range(keys)}
-    codes: dict[int, BlockType] = {kind.code: kind for kind in TYPES.values()}
+    codes: dict[int, BlockType] = {kind.code: kind for kind in ALL_TYPES.values()}
     infos, offsets = {}, {}
     for _ in range(tensors):
         name = text()
@@ -214,7 +214,10 @@ def _read_header(path: Path, file: BufferedReader, size: int) -> GGUFFile:
         shape = tuple(reversed([number("<Q") for _ in range(dimensions)]))
         code = number("<I")
         if code not in codes:
-            raise ModelError(f"{path}: {ascii(name)[:80]}: type {code} is not known; expected {', '.join(TYPES)}")
+            kind = UNREAD_TYPES.get(code, f"number {code}")
+            raise ModelError(
+                f"{path}: {ascii(name)[:80]}: blocks of type {kind} are not read; expected {', '.join(ALL_TYPES)}"
+            )
         if shape[-1] % codes[code].columns:
             raise ModelError(
                 f"{path}: {ascii(name)[:80]}: rows of {shape[-1]}, not of whole blocks of {codes[code].name}"

@@ -4,6 +4,7 @@
 What is read are the values that llama.cpp computes with; the order of q and k rows is put back.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,15 +13,19 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import is_plain_name
 from quantkit.errors import ModelError
-from quantkit.formats.gguf import GGUF
+from quantkit.formats.gguf import GGUF, scheme_of_type
 from quantkit.gguf.architecture import permutation, tensor_name
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.model.shapes import Shapes
 from quantkit.plan import OUTSIDE, LinearPlan, decoder_linears, head_linear
 from quantkit.quantized import parameters
 from quantkit.records import Result
-from quantkit.scheme import NAMED
 from quantkit.serving.stored import Stored
+
+SUFFIX = ".gguf"
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+MERGE = "merge them first: llama-gguf-split --merge {} whole.gguf"
+MOST_NAMES = 6  # in a message
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,28 @@ class GGUFModel:
         return Stored(tensors, self.file.path.stat().st_size, self.decoder, GGUF.name, head=head)
 
 
-def find_gguf(folder: Path, recorded: Result | None) -> Path | None:
-    """The GGUF file that a folder is about: the one its run names, or its only one, if it holds no other weights.
+def find_gguf(where: Path, recorded: Result | None) -> Path | None:
+    """The GGUF file that a path is about: itself, the one that a folder's run names, or a folder's only weights.
 
     recorded: the folder's quantkit.json; None: it has none
+
+    Raises:
+        ModelError: a folder with several such files and no other weights.
     """
+    if where.is_file():
+        return where if where.suffix == SUFFIX else None
     if recorded and recorded.gguf and is_plain_name(recorded.gguf.file):
-        return folder / recorded.gguf.file
-    files = sorted(folder.glob("*.gguf"))
-    return files[0] if len(files) == 1 and not any(folder.glob("*.safetensors")) else None
+        return where / recorded.gguf.file
+    files = sorted(where.glob(f"*{SUFFIX}"))
+    if not files or any(where.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        parts = [path for path in files if SPLIT.search(path.name)]
+        names = ", ".join(path.name for path in files[:MOST_NAMES]) + (" ..." if len(files) > MOST_NAMES else "")
+        hint = f"{MERGE.format(parts[0])}" if len(parts) == len(files) else f"name one of them: {files[0]}"
+        what = "one model in parts" if len(parts) == len(files) else "several models"
+        raise ModelError(f"{where}: {len(files)} .gguf files, {what} ({names}); {hint}")
+    return files[0]
 
 
 def open_gguf_model(path: Path, model: Shapes) -> GGUFModel:
@@ -96,6 +114,8 @@ def open_gguf_model(path: Path, model: Shapes) -> GGUFModel:
         ModelError: a damaged file, or one of another model.
     """
     file, gguf = open_gguf(path), model.family.gguf
+    if SPLIT.search(path.name) or file.metadata.get("split.count", 0) not in (0, 1):
+        raise ModelError(f"{path}: one of several parts of a model; {MERGE.format(path)}")
     arch = file.metadata.get("general.architecture")
     if gguf is None or arch != gguf.name:
         raise ModelError(f"{path}: architecture {arch!r:.40}; the original is a {model.config.model_type}")
@@ -104,7 +124,7 @@ def open_gguf_model(path: Path, model: Shapes) -> GGUFModel:
 
     def stored(linear: LinearPlan) -> LinearPlan:
         kind = file.infos[tensor_name(model, f"{linear.name}.weight")].type
-        return replace(linear, scheme=NAMED.get(kind))
+        return replace(linear, scheme=scheme_of_type(kind))
 
     head = head_linear(model)
     head = head and stored(head)

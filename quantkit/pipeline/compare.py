@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
 from quantkit.dtypes import dtype_name
-from quantkit.grids.registry import dequantize
+from quantkit.grids.integer import INTEGER
+from quantkit.grids.registry import GRIDS, dequantize
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods import rtn
 from quantkit.model.streaming import StreamedModel, hidden_of, logits, outside_loaded
@@ -18,6 +20,7 @@ from quantkit.pipeline.activations import Peak, Stream
 from quantkit.pipeline.metrics import Comparison
 from quantkit.pipeline.runtime import Runtime
 from quantkit.plan import LinearPlan
+from quantkit.scheme import Scheme
 
 # Sound roundings, GPTQ's included, have up to 3.3 times the error of rounding to nearest; integers of another weight or
 # in another order 0.97 and more, whatever the bits (docs/verdict.md).
@@ -69,11 +72,16 @@ def strange_linears(
             continue
         if _relative(q, w) <= USUAL_ERROR or (error := weight_error(w, q)) <= USUAL_ERROR:
             continue
-        nearest = dequantize(rtn.quantize(w.float(), linear.scheme, search=False))
+        nearest = dequantize(rtn.quantize(w.float(), _as_rounded(linear.scheme), search=False))
         expected = _relative(nearest, w)
         if not error <= min(TIMES_NEAREST * expected, LARGEST_ERROR):
             strange.append({"name": linear.name, "error": error, "expected": expected})
     return strange
+
+
+def _as_rounded(scheme: Scheme) -> Scheme:
+    """The scheme, or integers of as many bits for a grid that is read and not rounded to."""
+    return scheme if scheme.grid in GRIDS else replace(scheme, grid=INTEGER.name)
 
 
 def few_strange(strange: list[dict[str, Any]], linears: int) -> dict[str, Any]:
