@@ -2,6 +2,7 @@
 """Text decoders with a vision tower beside them: the decoder is quantized, all else stays as it is."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantkit.quantized import open_quantized
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit
 from tests.running import done, quantkit, run_words
-from tests.tiny import SIZES, random_ids, stream_logits
+from tests.tiny import SIZES, random_ids, save_tiny, stream_logits
 
 TEXT = SIZES | {"hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16}
 IMAGES = {
@@ -177,3 +178,57 @@ def test_each_layer_is_asked_what_it_keeps_of_a_token(tmp_path: Path) -> None:
     for context in (4, 100):
         found = fit(model, plan, budget=2**30, context=context).kv_bytes
         assert found == 2 * sliding * min(context, 8) + 2 * full * context
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_does_not_say_so(ids: Path, tmp_path: Path) -> None:
+    model, out = saved("mistral3", tmp_path / "model"), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (model / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors")
+    head = 0.05 * torch.randn_like(tensors["language_model.model.embed_tokens.weight"])
+    save_file(tensors | {"language_model.lm_head.weight": head}, model / "model.safetensors", {"format": "pt"})
+    assert not open_model(model).tied
+    done(*run_words("rtn", model, out, ids))
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(stored(out)["language_model.lm_head.weight"], head.half())
+    done("verify", str(out), "--eval", str(ids), "--device", "cpu", "--max-ppl-increase", "900%")
+
+
+def test_patterns_hold_the_names_of_engines(ids: Path, tmp_path: Path) -> None:
+    model, out = saved("qwen3_5", tmp_path / "model"), tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules: [{kind: down_proj, bits: 8}]")
+    done(*run_words("gptq", model, out, ids, "--format", "gptq", "--recipe", str(recipe)))
+    dynamic = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
+    (wider,) = (pattern.removeprefix("+:") for pattern, values in dynamic.items() if values.get("bits") == 8)
+    for front in ("model.language_model", "language_model.model"):  # of the file, and of vLLM
+        assert re.match(wider, f"{front}.layers.1.mlp.down_proj")
+        assert not re.match(wider, f"{front}.layers.1.mlp.up_proj")
+
+
+def test_names_in_files_are_those_of_the_source(ids: Path, tmp_path: Path) -> None:
+    """Of a head that transformers names otherwise, and of a checkpoint that was saved without the head around it."""
+    neox = save_tiny(tmp_path / "gpt_neox", "gpt_neox", hidden_size=64)
+    bare = save_tiny(tmp_path / "qwen2", "qwen2", hidden_size=64, tie_word_embeddings=True)
+    tensors = {n.removeprefix("model."): t for n, t in load_file(bare / "model.safetensors").items()}
+    save_file(tensors, bare / "model.safetensors", {"format": "pt"})
+    for model in (neox, bare):
+        out = tmp_path / f"{model.name}-out"
+        done(*run_words("gptq", model, out, ids, "--format", "compressed-tensors"))
+        before, after, linears = stored(model), stored(out), open_model(model).layer_linears[0]
+        packed = {name.rpartition(".")[0] for name in after if name.endswith(".weight_packed")}
+        assert len(packed) == 3 * len(linears)
+        assert {name for name in before if name.rpartition(".")[0] not in packed} == {
+            name for name in after if name.rpartition(".")[0] not in packed
+        }
+        assert {f"{name}.weight" for name in packed} <= before.keys()
+
+
+def test_an_adapter_is_to_be_merged_first(ids: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    answer = quantkit(*run_words("rtn", tmp_path, tmp_path / "out", ids))
+    assert answer.returncode == 1
+    assert "is a LoRA adapter; merge it into its model first" in " ".join(answer.stderr.split())

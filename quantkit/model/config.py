@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.checkpoint.original import stands_for_floats
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.older import older_rope_keys
@@ -48,6 +49,7 @@ def load_config(directory: Path) -> PretrainedConfig:
             quantized already, or sizes that cannot be.
     """
     path = directory / "config.json"
+    _refuse_adapter(directory)
     raw = read_object(path, "expected the folder of a Hugging Face model")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
@@ -71,9 +73,38 @@ def load_config(directory: Path) -> PretrainedConfig:
                 f"use transformers 5, or add {', '.join(unread)} to it"
             )
     config = _computing(config)
+    if (tied := unsaid_tie(directory, raw)) is not None:
+        config.tie_word_embeddings = tied
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, text)
     return config
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """Raise ModelError for a folder that holds changes to a model and not the model."""
+    weights = [path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    if (directory / "adapter_config.json").is_file() and not weights:
+        raise ModelError(
+            f"{directory}: is a LoRA adapter; merge it into its model first (peft: merge_and_unload, then "
+            "save_pretrained), and give the folder of that"
+        )
+
+
+def unsaid_tie(directory: Path, raw: Mapping[str, Any]) -> bool | None:
+    """Whether the head of a model with a tower is the embedding, where config.json's content does not say so itself.
+
+    None: it does, or there is no tower. The defaults of transformers' classes are not those of the text decoders, so it
+    is told by the decoder's part of config.json, and then by whether a head is stored.
+    """
+    said = text_values(raw)
+    if said is raw or "tie_word_embeddings" in raw:
+        return None
+    if "tie_word_embeddings" in said:
+        return bool(said["tie_word_embeddings"])
+    try:
+        return not any(name.endswith("lm_head.weight") for name in open_checkpoint(directory).entries)
+    except ModelError:  # a config alone
+        return None
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> PretrainedConfig:

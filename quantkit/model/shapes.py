@@ -24,6 +24,9 @@ DERIVED = (
 )  # tensors that old checkpoints hold and the model computes
 
 
+ENGINES_LAYERS = "language_model.model.layers"  # vLLM's own name for the layers of a decoder with a tower
+
+
 @dataclass(frozen=True)
 class Names:
     """What a checkpoint calls the list of decoder layers, and what the model in memory calls it.
@@ -38,7 +41,9 @@ class Names:
     def of_module(self, name: str) -> list[str]:
         """Every name that a module has: readers of a config go by one or the other."""
         if name.startswith(f"{self.layers}."):
-            return list(dict.fromkeys((name, self.in_memory + name.removeprefix(self.layers))))
+            engines = [ENGINES_LAYERS] if ".language_model." in f".{self.in_memory}" else []
+            fronts = dict.fromkeys((self.layers, self.in_memory, *engines))
+            return [front + name.removeprefix(self.layers) for front in fronts]
         weight = f"{name}.weight"
         return list(dict.fromkeys((name, self.others.get(weight, weight).removesuffix(".weight"))))
 

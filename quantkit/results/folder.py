@@ -16,7 +16,7 @@ from quantkit.checkpoint.writer import copy_file, make_folder, write_index, writ
 from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, ModelError, OutputError
 from quantkit.formats import Format
-from quantkit.model.config import QUANTIZED, with_dtype, with_older_keys
+from quantkit.model.config import QUANTIZED, unsaid_tie, with_dtype, with_older_keys
 from quantkit.records import File, Result
 from quantkit.report.card import render_card
 from quantkit.report.pages.run import render_report
@@ -133,5 +133,7 @@ def quantized_config(
 ) -> dict[str, Any]:
     """The model's config.json with the quantization added, and the dtype to serve it in (float16)."""
     config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if (tied := unsaid_tie(directory, config)) is not None:
+        config["tie_word_embeddings"] = tied
     config = with_dtype(with_older_keys(config), served or SERVED)
     return {k: v for k, v in config.items() if k not in QUANTIZED} | {"quantization_config": dict(quantization_config)}

@@ -199,6 +199,18 @@ AUTOROUND: dict[str, tuple[str, ...]] = {
 # ---------------------------------------------------------------- the questions
 
 
+def unloadable(format_name: str, config: Any) -> dict[str, str]:
+    """Engine -> why it does not load a format for this architecture, whatever the numbers.
+
+    The classes of transformers for these set initial values of linears that a checkpoint of this format does not have.
+    """
+    kind = getattr(config, "model_type", None)
+    if format_name != "compressed-tensors" or kind not in ("falcon", "gpt_bigcode", "nanochat"):
+        return {}
+    engine = "transformers"
+    return {engine: f"{VERSIONS[engine]} cannot load {kind} as compressed-tensors; use --format gptq or awq"}
+
+
 def config_refusals(config: Mapping[str, Any], settings: str | None) -> dict[str, str]:
     """Engine -> why it does not find out from config.json how a checkpoint is quantized; the others do.
 

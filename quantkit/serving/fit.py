@@ -24,7 +24,7 @@ from quantkit.records import Card as CardRecord
 from quantkit.records import EngineBatch, EngineFlag, EngineUse, Fit
 from quantkit.serving.cache import FARTHEST, KV_BYTES, bytes_per_token, cache_bytes, caches
 from quantkit.serving.engine_memory import MEMORY, Choice, Load, choices, choose
-from quantkit.serving.engines import SIXTEEN_BIT, config_refusals, engines, heads_of, require_engine
+from quantkit.serving.engines import SIXTEEN_BIT, config_refusals, engines, heads_of, require_engine, unloadable
 from quantkit.serving.flags import Flag, Served, flags_of, words
 from quantkit.serving.needs import HIDDEN_COPIES, Work, needs
 from quantkit.serving.stored import (
@@ -228,12 +228,13 @@ def _engines(model: Shapes, stored: Stored, asked: _Asked) -> dict[str, str | No
         EngineError: the one that was asked for does not.
     """
     heads, linears, engine = heads_of(model.config), (*stored.linears, *stored.head), asked.engine
-    if engine is not None and engine in stored.refusals:
-        raise EngineError(stored.refusals[engine])
+    refusals = {**unloadable(stored.format, model.config), **stored.refusals}
+    if engine is not None and engine in refusals:
+        raise EngineError(refusals[engine])
     if engine is not None:
         require_engine(engine, stored.format, linears, heads, cards=asked.cards, act_order=stored.act_order)
     found = engines(stored.format, linears, heads, cards=asked.cards, act_order=stored.act_order)
-    return {**found, **stored.refusals}
+    return {**found, **refusals}
 
 
 def _use(engine: str, load: Load, asked: _Asked, found: list[Choice], choice: Choice) -> EngineUse:
