@@ -110,7 +110,7 @@ ALLOWED: dict[str, str] = {
     "pipeline.walk": "hardware model pipeline.forward pipeline.prefetch pipeline.runtime",
     # results
     "hub": "errors jsonfile network text units checkpoint",
-    "report.card": "text records report.formatting report.rendering",
+    "report.card": "text formats methods records report.formatting report.rendering",
     "report.formatting": "text units records",
     "report.pages": "text records settings report.formatting report.rendering",
     "report.rendering": "text",

@@ -212,7 +212,7 @@ def _too_large(memory: Fit, evaluated: TokenSet | None) -> str:
 
 def default_out(request: Request, scheme: Scheme, fmt: Format) -> Path:
     """outputs/<model>-<method>-w<bits>-g<group>[-<format>]."""
-    usual = fmt.name == METHODS[request.method].format
+    usual = fmt.name == METHODS[request.method].formats[0]
     label = label_of(request.model)
     tail = "" if usual else f"-{fmt.name}"
     numbers = f"w{scheme.bits}-g{scheme.group_size}" if scheme.grid == "integer" else scheme.grid

@@ -139,7 +139,7 @@ def settings_of(
             for group in request.groups:
                 scheme = choose_scheme(method, Recipe(), AskedScheme(bits, group, run.symmetric))
                 fmt = choose_format(run.format, method, scheme, Recipe())
-                name = f"{method} {scheme}" + ("" if fmt.name == METHODS[method].format else f" {fmt.name}")
+                name = f"{method} {scheme}" + ("" if fmt.name == METHODS[method].formats[0] else f" {fmt.name}")
                 document = {
                     "name": name,
                     "method": method,

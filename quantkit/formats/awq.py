@@ -162,6 +162,8 @@ AWQ = Format(
     reads=reads,
     codes="qweight",
     holds_mixed=False,
+    usual_for=lambda scheme, mixed: scheme.bits == 4 and not mixed,
+    packages=("gptqmodel", "optimum", "accelerate"),
     specs=specs,
     why_not=why_not,
     min_zero=lambda scheme: 0,

@@ -110,6 +110,11 @@ class Format:
     version_key: the key of the config that holds the version of the tool of its name that wrote it
     wide_scales: whether readers take scales that float16 does not hold
     stores_zeros: whether zero points are stored also where all lie in the middle, and its config says so
+    usual_for:   (scheme, whether a recipe has rules) -> whether engines run the scheme best from this format
+    group_size:  columns of a group where the user has not said it
+    fixed_zero:  bits that it holds with a fixed zero point alone
+    packages:    what transformers needs beside itself to load it
+    zeros_dequantized: whether transformers loads stored zero points only where it dequantizes the weights
     """
 
     name: str
@@ -137,6 +142,16 @@ class Format:
     version_key: str = ""
     wide_scales: bool = False
     stores_zeros: bool = False
+    usual_for: Callable[[Scheme, bool], bool] = lambda scheme, mixed: True
+    group_size: int = 128
+    fixed_zero: tuple[int, ...] = ()
+    packages: tuple[str, ...] = ()
+    zeros_dequantized: bool = False
+
+    @property
+    def tag(self) -> str:
+        """What the hub calls it."""
+        return self.quant_method or self.name
 
     @property
     def in_one_file(self) -> bool:

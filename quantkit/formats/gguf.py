@@ -247,6 +247,10 @@ GGUF = replace(
     settle=_settle,
     config=_config,
     extra_files=no_extra_files,
+    group_size=BLOCK,
+    fixed_zero=(8,),
+    packages=("gguf", "accelerate"),
+    zeros_dequantized=False,
     block_bytes=lambda scheme, rows, columns: rows * TYPES[type_of(scheme)].row_bytes(columns),
 )
 

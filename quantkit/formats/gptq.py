@@ -208,6 +208,8 @@ def _format(checkpoint_format: str, *, v1: bool) -> Format:
         reads=partial(reads, checkpoint_format=checkpoint_format),
         codes="qweight",
         holds_mixed=True,
+        usual_for=lambda scheme, mixed: scheme.symmetric == v1 and not mixed,
+        packages=("gptqmodel", "optimum", "accelerate"),
         specs=specs,
         why_not=why_not,
         min_zero=lambda scheme: int(v1 and not scheme.symmetric),

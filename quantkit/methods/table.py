@@ -44,8 +44,8 @@ class Method:
 
     calibrates: whether it needs to see what linears read; folds: whether it scales input channels, which an earlier op
     undoes; nearest: whether it can also round to nearest after calibration
-    format, symmetric: what it is stored as, and whether the zero point is fixed, where the user has not said it: what
-    engines run fastest
+    formats, symmetric: where the user has not said it, what it is stored as (the first that suits the scheme), and
+    whether the zero point is fixed: what engines run fastest
     """
 
     name: str
@@ -53,7 +53,7 @@ class Method:
     calibrates: bool
     folds: bool
     nearest: bool
-    format: str
+    formats: tuple[str, ...]
     symmetric: bool
 
     @property
@@ -71,7 +71,7 @@ METHODS = {
             calibrates=True,
             folds=True,
             nearest=True,
-            format="awq",
+            formats=("awq", "compressed-tensors"),
             symmetric=False,
         ),
         Method(
@@ -80,7 +80,7 @@ METHODS = {
             calibrates=True,
             folds=False,
             nearest=False,
-            format="gptq",
+            formats=("gptq", "gptq_v2", "compressed-tensors"),
             symmetric=True,
         ),
         Method(
@@ -89,7 +89,7 @@ METHODS = {
             calibrates=False,
             folds=False,
             nearest=True,
-            format="awq",
+            formats=("awq", "compressed-tensors"),
             symmetric=False,
         ),
     )

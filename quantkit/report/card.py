@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from quantkit.formats import FORMATS
+from quantkit.methods.table import METHODS
 from quantkit.records import Fit, Limits, Result, Tokens
 from quantkit.report import formatting
 from quantkit.report.rendering import template
@@ -98,13 +100,14 @@ def _summary(result: Result) -> str:
 def _front_matter(result: Result) -> str:
     base, license_name = hub_id(result), result.base_model.license if result.base_model else None
     bits = sorted({layer.bits for layer in result.layers} or {result.scheme.bits})
-    stored = result.format.removesuffix("_v2")
+    stored = FORMATS.get(result.format)
+    calibrated = result.method in METHODS and METHODS[result.method].calibrates
     data: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
-        "library_name": "gguf" if stored == "gguf" else "transformers",
+        "library_name": stored.tag if stored and stored.in_one_file else "transformers",
         "pipeline_tag": "text-generation",
         **({"license": one_line(license_name)} if license_name else {}),
-        "tags": list(dict.fromkeys([stored, *([result.method] if result.method in ("awq", "gptq") else [])]))
+        "tags": list(dict.fromkeys([stored.tag if stored else result.format, *([result.method] if calibrated else [])]))
         + [f"{b}-bit" for b in bits]
         + ["quantkit"],
         **_model_index(result),
@@ -204,12 +207,6 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
-INSTALL = {  # what transformers needs beside itself
-    "awq": "`pip install gptqmodel optimum accelerate`",
-    "gptq": "`pip install gptqmodel optimum accelerate`",
-    "gptq_v2": "`pip install gptqmodel optimum accelerate`",
-    "compressed-tensors": "`pip install compressed-tensors accelerate`",
-}
 
 
 def _fit(fit: Fit) -> str:
@@ -240,12 +237,14 @@ def _engines(result: Result, path: str) -> list[dict[str, Any]]:
     }
     if dequantize:
         refusals = refusals | {"transformers": None}
-    if result.format == "gguf":
+    stored = FORMATS.get(result.format)
+    if stored and stored.in_one_file:
         return [_llamacpp(result, path, fit)]
     shown = []
     for engine, name in ENGINES.items():
         why = refusals.get(engine)
-        note = f"needs {INSTALL[result.format]}" if engine == "transformers" and result.format in INSTALL else ""
+        packages = stored.packages if stored and engine == "transformers" else ()
+        note = f"needs `pip install {' '.join(packages)}`" if packages else ""
         if why:
             note = f"does not load this checkpoint. {markdown(why)}."
         elif engine not in refusals:
@@ -285,13 +284,14 @@ def _command(engine: str, words: Sequence[str], fit: Fit | None, context_flags: 
 
 
 def _dequantizes(result: Result) -> bool:
-    """Whether transformers loads a checkpoint only if it is told to dequantize it: asymmetric compressed-tensors.
+    """Whether transformers loads a checkpoint only if it is told to dequantize it: for its zero points.
 
     Files with several schemes it does not load that way.
     """
     schemes = {layer.scheme for layer in result.layers} - {None}
     alike = next(iter(schemes)) if len(schemes) == 1 else None
-    return result.format == "compressed-tensors" and alike is not None and not alike.symmetric
+    stored = FORMATS.get(result.format)
+    return bool(stored and stored.zeros_dequantized and alike is not None and not alike.symmetric)
 
 
 def _transformers(path: str, dtype: str, *, dequantize: bool = False) -> str:

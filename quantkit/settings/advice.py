@@ -51,9 +51,11 @@ def _command(result: Result | Foreign, measured: Verification, out: str) -> str:
     words = _run_words(result)
     if measured.strange_linears or not measured.tokens:
         return shlex.join([*words, "--out", out, "--fresh"])
+    if not METHODS[result.method].calibrates:
+        better = next(row.name for row in METHODS.values() if row.calibrates)
+        return shlex.join([words[0], better, *words[2:], "--out", f"{out}-{better}"])
     tag, change = _better(result)
-    method = "awq" if tag == "awq" else words[1]
-    return shlex.join([words[0], method, *_without(words[2:], change[:1]), *change, "--out", f"{out}-{tag}"])
+    return shlex.join([*words[:2], *_without(words[2:], change[:1]), *change, "--out", f"{out}-{tag}"])
 
 
 def _only_too_large(measured: Verification) -> bool:
@@ -86,8 +88,6 @@ def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:
 def _better(result: Result) -> tuple[str, list[str]]:
     """What loses less, the cheapest first: a name for it, and its options."""
     scheme, calibration = result.scheme, result.calibration
-    if not METHODS[result.method].calibrates:
-        return "awq", []
     if calibration is not None and calibration.samples < DEFAULT_SAMPLES:
         return f"{DEFAULT_SAMPLES}-samples", ["--samples", str(DEFAULT_SAMPLES)]
     if not result.options.get("tune"):

@@ -10,7 +10,6 @@ from typing import Any
 from quantkit.checkpoint.source import resolve
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
-from quantkit.formats.gguf import BLOCK
 from quantkit.hardware.card import visible_card
 from quantkit.methods.table import METHODS
 from quantkit.recipe import BudgetSpec, Recipe, over, read_recipe, shipped
@@ -74,11 +73,13 @@ def choose_scheme(method: str, recipe: Recipe, asked: AskedScheme, format: str |
             raise InputError(f"--scheme {name} says bits, group and zero points; leave out {', '.join(given)}")
         return NAMED[name]
     group_size, symmetric = asked.group_size, asked.symmetric
-    if format == "gguf":
-        group_size = BLOCK if group_size is None else group_size
-        symmetric = True if symmetric is None and (asked.bits or default.bits) == 8 else symmetric
+    bits = next(b for b in (asked.bits, default.bits, 4) if b is not None)
+    stored = FORMATS.get(format) if format else None
+    if stored and stored.in_one_file:  # its types have groups of their own, whatever a recipe says of others
+        group_size = stored.group_size if group_size is None else group_size
+        symmetric = True if symmetric is None and bits in stored.fixed_zero else symmetric
     return Scheme(
-        next(b for b in (asked.bits, default.bits, 4) if b is not None),
+        bits,
         next(g for g in (group_size, default.group_size, 128) if g is not None),
         next(s for s in (symmetric, default.symmetric, METHODS[method].symmetric) if s is not None),
     )
@@ -86,8 +87,7 @@ def choose_scheme(method: str, recipe: Recipe, asked: AskedScheme, format: str |
 
 def usual_method(format: str | None) -> str:
     """The method that a format is usual for, or the first."""
-    methods = [row.name for row in METHODS.values() if format is None or format.startswith(row.format)]
-    return (methods or list(METHODS))[0]
+    return next((row.name for row in METHODS.values() if format in row.formats), next(iter(METHODS)))
 
 
 def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe) -> Format:
@@ -100,12 +100,9 @@ def choose_format(name: str | None, method: str, scheme: Scheme, recipe: Recipe)
         if name not in FORMATS:
             raise InputError(f"--format: expected {', '.join(FORMATS)}, got {name!r}")
         return FORMATS[name]
-    usual = METHODS[method].format
-    if scheme.grid not in FORMATS[usual].grids:
-        return next((fmt for fmt in FORMATS.values() if scheme.grid in fmt.grids), FORMATS[usual])
-    if recipe.rules or (usual == "awq" and scheme.bits != 4):
-        return FORMATS["compressed-tensors"]
-    return FORMATS["gptq_v2"] if usual == "gptq" and not scheme.symmetric else FORMATS[usual]
+    rows = [FORMATS[usual] for usual in METHODS[method].formats] + list(FORMATS.values())
+    holding = [row for row in rows if scheme.grid in row.grids] or rows
+    return next((row for row in holding if row.usual_for(scheme, bool(recipe.rules))), holding[0])
 
 
 def positions(config: Any) -> int | None:
