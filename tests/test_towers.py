@@ -232,3 +232,22 @@ def test_an_adapter_is_to_be_merged_first(ids: Path, tmp_path: Path) -> None:
     answer = quantkit(*run_words("rtn", tmp_path, tmp_path / "out", ids))
     assert answer.returncode == 1
     assert "is a LoRA adapter; merge it into its model first" in " ".join(answer.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kept"),
+    [
+        ("qwen3.8-27b", 27.4, 16 * 2 * 4 * 256),  # of 64 layers one in four keeps keys and values
+        ("gemma-4-31b", 30.7, 50 * 2 * 16 * 256 + 10 * 2 * 4 * 512),
+        ("ministral-3-14b", 13.9, 40 * 2 * 8 * 128),
+        ("ministral-3-8b", 8.9, 34 * 2 * 8 * 128),
+        ("muse-glimmer-30b", 29.8, 52 * 2 * 2 * 128),
+    ],
+)
+def test_recipes_say_the_published_sizes(name: str, billions: float, kept: int) -> None:
+    answer = quantkit("fit", name, "--json", "--context", "1024")
+    if "is not a causal language model that transformers" in answer.stderr:
+        pytest.skip(f"this transformers does not know {name}")
+    found = json.loads(answer.stdout)
+    assert round(found["weights_16bit"] / 2e9, 1) == pytest.approx(billions, abs=0.051)
+    assert found["kv_bytes_per_token"] == 2 * kept
