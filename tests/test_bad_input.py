@@ -104,7 +104,7 @@ def test_a_budget_that_it_cannot_fit_is_told_before_the_work(tmp_path: Path, qwe
 
 
 def test_wrong_usage_is_exit_2() -> None:
-    assert quantkit("awq", "demo", "--w-bit", "5").returncode == 2
+    assert quantkit("awq", "demo", "--w-bit", "9").returncode == 2
     assert quantkit("nonsense").returncode == 2
 
 

@@ -23,6 +23,7 @@ from quantkit.gguf.file import open_gguf
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model
 from quantkit.report.terminal.inspect import inspect_table
+from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import Scheme
 from quantkit.serving.fit import fit_checkpoint
 from quantkit.settings.request import Request
@@ -237,7 +238,7 @@ def test_k_quants_are_a_run_like_any_other(
     assert whole.gguf is not None
     expected = (folder / whole.gguf.file).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.commands.quantize.display", lambda *_: nullcontext(Watching(1)))
+        patch.setattr(Terminal, "progress", lambda *_: nullcontext(Watching(1)))
         with pytest.raises(KeyboardInterrupt):
             quantize(asked, QUIET)
     first, out = quantize(asked, QUIET)

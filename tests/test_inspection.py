@@ -71,7 +71,7 @@ def test_our_own_and_converted_folders(tmp_path: Path, qwen2: Path) -> None:
 def test_what_is_no_checkpoint(tmp_path: Path, qwen2: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         inspect_folder(tmp_path / "nothing")
-    with pytest.raises(ModelError, match="nothing is quantized"):
+    with pytest.raises(ModelError, match="no quantization_config"):
         inspect_folder(qwen2)
     (tmp_path / "journal.jsonl").touch()
     with pytest.raises(OutputError, match="unfinished"):

@@ -26,6 +26,7 @@ WITHIN = """
 import json, os, resource, sys
 from pathlib import Path
 from quantkit.commands.verify import VerifyRequest, verify_files
+from quantkit.report.terminal.screen import Terminal
 
 small, large, ids, spare = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 
