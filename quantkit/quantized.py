@@ -21,7 +21,7 @@ from quantkit.errors import ModelError, QuantkitError
 from quantkit.formats import FORMATS, Format, autoround
 from quantkit.formats.reading import read_schemes, unpack
 from quantkit.jsonfile import read_object
-from quantkit.model.shapes import DERIVED, Shapes, shapes_of
+from quantkit.model.shapes import DERIVED, Shapes, shapes_of, with_embedding
 from quantkit.plan import OUTSIDE, LinearPlan, decoder_linears, head_linear
 from quantkit.records import Result
 
@@ -134,6 +134,7 @@ def open_quantized(
         raise ModelError(f"{directory}: config.json has no quantization_config; expected a quantized checkpoint")
     checkpoint = open_checkpoint(directory)
     model = (model_of or shapes_in)(raw, checkpoint)
+    checkpoint = with_embedding(model, checkpoint)
     fmt, linears = stored_linears(model, checkpoint, quantization)
     if all(linear.scheme is None for linear in linears):
         raise ModelError(f"{directory}: every linear is stored in 16 bit; expected a quantized checkpoint")

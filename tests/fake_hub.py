@@ -94,6 +94,7 @@ class FakeHub:
         self.blobs: dict[str, bytes] = {}
         self.calls: Counter[str] = Counter()  # requests of each route, failed ones too
         self.stored: list[str] = []  # sha256 of each content that was uploaded to the end
+        self.whole: list[str] = []  # files of which all was asked for
         self.lies: set[str] = set()  # names that the listing gives a wrong hash
         self.faults: dict[str, deque[Fault]] = {route: deque() for route in ROUTES}
         self.lock = Lock()
@@ -295,7 +296,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             repo, oid, missing = self.found(fields)
             if repo is None:
                 return missing
-            siblings = [{"rfilename": name} for name in repo.commits[oid]]
+            siblings = [{"rfilename": name, "size": len(stored.content)} for name, stored in repo.commits[oid].items()]
             return 200, {"id": fields["repo"], "sha": oid, "private": repo.private, "siblings": siblings, "tags": []}
 
         def on_tree(self, fields: Mapping[str, str], body: bytes) -> tuple[Any, ...]:
@@ -327,10 +328,12 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
             etag = stored.sha256 if stored.large else stored.blob
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
-            start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-            if not start:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if not asked:
+                hub.whole.append(fields["file"]) if self.command == "GET" else None
                 return 200, stored.content, headers
-            size, begin = len(stored.content), int(start[1])
-            return 206, stored.content[begin:], {**headers, "Content-Range": f"bytes {begin}-{size - 1}/{size}"}
+            size, begin = len(stored.content), int(asked[1])
+            end = min(size, int(asked[2]) + 1) if asked[2] else size
+            return 206, stored.content[begin:end], {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
 
     return Handler

@@ -44,7 +44,7 @@ ALLOWED: dict[str, str] = {
     "stats": "errors hardware",
     # files
     "calibration": "errors network resources text records",
-    "checkpoint": "dtypes errors network",
+    "checkpoint": "dtypes errors jsonfile network text units",
     "recipe": "errors files patterns resources units formats scheme records",
     "records": "scheme",
     "verdict": "dtypes errors units records",

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from quantkit.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, decode, parse_object
 from quantkit.dtypes import ITEMSIZE, torch_dtype
 from quantkit.errors import ModelError, NumericsError
+from quantkit.jsonfile import read_object
+from quantkit.text import clean_line
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+ADAPTER, ADAPTER_CONFIG = "adapter_", "adapter_config.json"  # how the names of LoRA weights begin, and what they are
 HASHED_WHOLE_BYTES = 2**30
 SAMPLES, SAMPLE_BYTES = 64, 2**20
 PIECE_BYTES = 2**22  # of a tensor that is copied and never held whole
@@ -76,6 +81,14 @@ class Checkpoint:
         """The names of the files that hold the tensors, sorted."""
         scales = {entry.scaled.scales.file for entry in self.entries.values() if entry.scaled is not None}
         return sorted({entry.file for entry in self.entries.values()} | scales)
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """The bytes of each file: a header, and tensors without a gap."""
+        ends: dict[str, int] = {}
+        for entry in self.entries.values():
+            ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.nbytes)
+        return ends
 
     def read(self, name: str, device: torch.device | str = "cpu", room: Tensor | None = None) -> Tensor:
         """The tensor, in its stored dtype and shape; what scaled weights stand for.
@@ -228,27 +241,51 @@ def _read_headers(directory: Path) -> dict[str, Entry]:
     for path in directory.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ModelError(f"{path}: is a pipe or a device; expected a regular file")
-    if not (directory / SINGLE).exists() and (directory / INDEX).exists():
-        return _read_sharded(directory)
-    return _read_header(directory / _single_file(directory))
-
-
-def _single_file(directory: Path) -> str:
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if SINGLE in names or len(names) == 1:
-        return SINGLE if SINGLE in names else names[0]
-    if names:
-        raise ModelError(f"{directory}: {len(names)} safetensors files, but neither {SINGLE} nor {INDEX} to order them")
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+    files = weight_files(directory, [path.name for path in directory.iterdir()])
+    missing = [file for file in files if not (directory / file).exists()]
+    if missing:
         raise ModelError(
-            f"{directory}: only pickle weights (.bin, .pt), which are not read because loading them can run any code; "
-            "use a safetensors revision of the model, or convert it with transformers' save_pretrained"
+            f"{directory}: {len(missing)} of {len(files)} shards missing ({shorten(missing)}); download it again"
         )
-    raise ModelError(f"{directory}: no weights; looked for {SINGLE}, {INDEX} and *.safetensors")
+    return joined(directory, files, lambda file: _read_header(directory / file))
 
 
-def _read_sharded(directory: Path) -> dict[str, Entry]:
+def weight_files(directory: Path, names: Collection[str]) -> list[str]:
+    """The safetensors files of a model whose folder has files of these names: what its index says, or the only one.
+
+    Raises:
+        ModelError: the index is damaged, or there is no such file.
+    """
+    if SINGLE not in names and INDEX in names:
+        return sorted(set(_weight_map(directory / INDEX).values()))
+    return [_single_file(directory, names)]
+
+
+def joined(directory: Path, files: Sequence[str], read: Callable[[str], dict[str, Entry]]) -> dict[str, Entry]:
+    """The tensors of all files, which must be where the index says, if there is one.
+
+    Raises:
+        ModelError: a tensor is in two files, or not in its file.
+    """
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read(file).items():
+            if name in entries:
+                raise ModelError(
+                    f"{directory}: {name} is in both {entries[name].file} and {file}; the shards are mixed up"
+                )
+            entries[name] = entry
     index = directory / INDEX
+    weight_map = _weight_map(index) if SINGLE not in files and index.exists() else {}
+    for name, file in weight_map.items():
+        if name not in entries or entries[name].file != file:
+            raise ModelError(
+                f"{index}: expected {ascii(name)[1:-1][:80]} in {file}, which lacks it; download both again"
+            )
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
         raise ModelError(f"{index}: expected a regular file of at most {MAX_HEADER_BYTES} bytes; download it again")
     weight_map = parse_object(index.read_bytes(), str(index)).get("weight_map")
@@ -257,26 +294,36 @@ def _read_sharded(directory: Path) -> dict[str, Entry]:
     for name, file in weight_map.items():
         if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise ModelError(f"{index}: {ascii(name)[:80]}: expected a file name *.safetensors, got {ascii(file)[:80]}")
-    files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (directory / file).exists()]
-    if missing:
+    return weight_map
+
+
+def _single_file(directory: Path, names: Collection[str]) -> str:
+    found = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith(ADAPTER))
+    if SINGLE in found or len(found) == 1:
+        return SINGLE if SINGLE in found else found[0]
+    if found:
+        raise ModelError(f"{directory}: {len(found)} safetensors files, but neither {SINGLE} nor {INDEX} to order them")
+    if any(name.startswith(ADAPTER) for name in names):
+        raise adapter_error(directory)
+    if any(name.endswith(PICKLES) for name in names):
         raise ModelError(
-            f"{directory}: {len(missing)} of {len(files)} shards missing ({shorten(missing)}); download it again"
+            f"{directory}: only pickle weights (.bin, .pt), which are not read because loading them can run any code; "
+            "use a safetensors revision of the model, or convert it with transformers' save_pretrained"
         )
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in _read_header(directory / file).items():
-            if name in entries:
-                raise ModelError(
-                    f"{directory}: {name} is in both {entries[name].file} and {file}; the shards are mixed up"
-                )
-            entries[name] = entry
-    for name, file in weight_map.items():
-        if name not in entries or entries[name].file != file:
-            raise ModelError(
-                f"{index}: expected {ascii(name)[1:-1][:80]} in {file}, which lacks it; download both again"
-            )
-    return entries
+    raise ModelError(f"{directory}: no weights; looked for {SINGLE}, {INDEX} and *.safetensors")
+
+
+def adapter_error(directory: Path) -> ModelError:
+    """What to do with a folder of LoRA weights."""
+    base = ""
+    with suppress(ModelError):
+        said = read_object(directory / ADAPTER_CONFIG, "").get("base_model_name_or_path")
+        base = f" of {clean_line(said)}" if isinstance(said, str) and said else ""
+    return ModelError(
+        f"{directory}: is a LoRA adapter{base}; merge it into its model first "
+        "(peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)), "
+        "then give that folder"
+    )
 
 
 def shorten(names: list[str]) -> str:

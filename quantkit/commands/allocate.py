@@ -23,9 +23,10 @@ from quantkit.checkpoint.writer import require_writable, write_text
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS, Options
+from quantkit.model.opening import open_planned
 from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
-from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.streaming import StreamedModel
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.runtime import Runtime
@@ -34,7 +35,7 @@ from quantkit.recipe import Recipe
 from quantkit.records import Result, Verification
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
-from quantkit.settings.defaults import choose_recipe, find_model
+from quantkit.settings.defaults import choose_recipe, find_source
 from quantkit.settings.request import Request, limits_of, serving
 from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
@@ -104,12 +105,11 @@ def allocate(request: AllocateRequest, terminal: Terminal) -> dict[str, Any]:
         require_writable(request.table, "--table")
     limits_of(run, recipe)  # what they cannot be is told before anything is measured
     _refuse_early(request, recipe)
-    directory = find_model(run.model, offline=run.offline)
-    model = open_model(directory)
-    budget = budget_of(request, recipe, model)
+    source = find_source(run.model, offline=run.offline)
+    model, budget = open_planned(source, lambda model: budget_of(request, recipe, model))
     problem, notes = pose(run, recipe, budget, model, sites_of(model))
     require_room(problem)
-    calibrated, evaluated = tokens_of(run, recipe, model, directory, {run.method})
+    calibrated, evaluated = tokens_of(run, recipe, model, model.directory, {run.method})
     assert calibrated is not None
     calibration, probe = split(calibrated, request.probe_samples or min(PROBE_SAMPLES, max(1, calibrated.samples // 4)))
     elsewhere = None

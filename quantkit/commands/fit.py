@@ -22,7 +22,7 @@ from quantkit.settings.defaults import (
     choose_recipe,
     choose_scheme,
     choose_serving,
-    find_model,
+    find_source,
     positions,
     usual_method,
 )
@@ -68,17 +68,23 @@ def fit_request(request: FitRequest) -> Named:
         QuantkitError: a model, scheme, format or recipe that cannot be.
     """
     folder = Path(request.model)
-    raw = read_config(folder) if (folder / "config.json").is_file() else {}
     if _holds_gguf(folder):
         return Named(folder.resolve().name, "as stored", _fit_gguf(request, folder))
-    if quantization_of(raw):
-        result = fit_checkpoint(folder, **_asked(request, positions(SimpleNamespace(**text_values(raw)))))
-        return Named(folder.resolve().name, "as stored", result)
-    model = _shapes(request)
+    known = shipped().get(request.model)
+    if known is not None and known.config is not None:
+        model = shapes_in(known.config)
+    else:
+        source = find_source(request.model, offline=request.offline)
+        raw = read_config(source.directory) if (source.directory / "config.json").is_file() else {}
+        if quantization_of(raw):
+            name = request.model if source.hub else folder.resolve().name
+            asked = _asked(request, positions(SimpleNamespace(**text_values(raw))))
+            return Named(name, "as stored", fit_checkpoint(source.directory, headers=source.headers(), **asked))
+        model = _shapes(source.directory)
     recipe = choose_recipe(request.recipe, request.model)
     method = usual_method(request.format)
-    asked = AskedScheme(request.bits, request.group_size, request.symmetric, request.scheme)
-    scheme = choose_scheme(method, recipe, asked, request.format)
+    numbers = AskedScheme(request.bits, request.group_size, request.symmetric, request.scheme)
+    scheme = choose_scheme(method, recipe, numbers, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     resolve = resolver(recipe, scheme, model.family.sixteen_bit)
     with explained(recipe):
@@ -112,7 +118,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> Fit:
     if path is None:
         raise OutputError(f"{folder}: {RESULT} does not say which .gguf file it made; name the file: {folder}/...")
     if recorded is not None:
-        model = build(load_config(find_model(recorded.model, offline=request.offline)))
+        model = build(load_config(find_source(recorded.model, offline=request.offline).directory))
     else:
         model = build(config_from_dict(config_of(open_gguf(path))))
     return fit_stored(model, open_gguf_model(path, model).stored(), **_asked(request, positions(model.config)))
@@ -125,12 +131,8 @@ def fit_page(result: Named, path: Path) -> None:
     write_text(path, render_fit(result.fit, result.name, result.scheme))
 
 
-def _shapes(request: FitRequest) -> Shapes:
-    """From the recipe's own sizes, else from the model's config.json; nothing is downloaded for the first."""
-    recipe = shipped().get(request.model)
-    if recipe is not None and recipe.config is not None:
-        return shapes_in(recipe.config)
-    directory = find_model(request.model, offline=request.offline)
+def _shapes(directory: Path) -> Shapes:
+    """From a model's config.json."""
     known = shapes_of(read_object(directory / "config.json", EXPECTED))
     if known is not None:
         return known

@@ -17,7 +17,8 @@ from quantkit.gguf.architecture import check_architecture
 from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods.table import METHODS, Options
-from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.opening import open_planned
+from quantkit.model.streaming import Architecture, StreamedModel
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.run import run
@@ -34,7 +35,7 @@ from quantkit.settings.defaults import (
     choose_format,
     choose_recipe,
     choose_scheme,
-    find_model,
+    find_source,
     label_of,
 )
 from quantkit.settings.request import Request, config_options, limits_of, serving
@@ -55,10 +56,8 @@ def quantize(request: Request, terminal: Terminal, ranks: Ranks = ALONE) -> tupl
     recipe = choose_recipe(request.recipe, request.model)
     request, unused = _without_calibration(request, recipe)
     asked = _resolve(request, recipe)
-    model, plan = asked.model, asked.plan
-    memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
-    methods = methods_of(plan, request.method)
-    calibrated, evaluated = tokens_of(request, recipe, model, model.directory, methods)
+    model, plan, memory = asked.model, asked.plan, asked.memory
+    calibrated, evaluated = asked.tokens
     runtime = Runtime(model, request.device, asked.out, ranks=ranks)
     job = Job(
         runtime,
@@ -100,6 +99,9 @@ def quantize(request: Request, terminal: Terminal, ranks: Ranks = ALONE) -> tupl
     return Result.model_validate(ranks.agree(results[0].content() if results else None)), job.runtime.folder
 
 
+Tokens = tuple[TokenSet | None, TokenSet | None]  # to calibrate with, and to measure on
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What a request comes to: known before any weight is read."""
@@ -108,6 +110,8 @@ class _Asked:
     scheme: Scheme
     model: StreamedModel
     plan: Plan
+    memory: Fit
+    tokens: Tokens
     out: Path
 
 
@@ -115,26 +119,32 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
     limits = limits_of(request, recipe)
     scheme = choose_scheme(request.method, recipe, request.asked_scheme, request.format)
     fmt = GGUF_ALONE if request.one_file else choose_format(request.format, request.method, scheme, recipe)
-    directory = find_model(request.model, offline=request.offline)
+    source = find_source(request.model, offline=request.offline)
     out = request.out or default_out(request, scheme, fmt)
-    require_another(out, directory)
-    model = open_model(directory)
-    if fmt.block_bytes is not None:
-        check_architecture(model)  # and the tokenizer: what llama.cpp has no name for is told now
-        tokenizer_metadata(directory, model.config.vocab_size, {})
-    resolve = resolver(recipe, scheme, model.family.sixteen_bit)
-    with explained(recipe):
-        plan = make_plan(
-            model,
-            resolve,
-            fmt,
-            head=resolve(model.head_name or "", OUTSIDE),
-            method_of=method_resolver(recipe, request.method),
-            **config_options(request.options),
-        )
-    if request.options.tune and not all(map(_calibrates, methods_of(plan, request.method))):
-        raise InputError("--quality best: tunes what is calibrated; the recipe has rules with method: rtn")
-    return _Asked(limits, scheme, model, plan, out)
+    require_another(out, source.directory)
+
+    def planned(model: Architecture) -> tuple[Plan, Fit, Tokens]:
+        if fmt.block_bytes is not None:
+            check_architecture(model)  # and the tokenizer: what llama.cpp has no name for is told now
+            tokenizer_metadata(source.directory, model.config.vocab_size, {})
+        resolve = resolver(recipe, scheme, model.family.sixteen_bit)
+        with explained(recipe):
+            plan = make_plan(
+                model,
+                resolve,
+                fmt,
+                head=resolve(model.head_name or "", OUTSIDE),
+                method_of=method_resolver(recipe, request.method),
+                **config_options(request.options),
+            )
+        methods = methods_of(plan, request.method)
+        if request.options.tune and not all(map(_calibrates, methods)):
+            raise InputError("--quality best: tunes what is calibrated; the recipe has rules with method: rtn")
+        memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
+        return plan, memory, tokens_of(request, recipe, model, source.directory, methods)
+
+    model, (plan, memory, tokens) = open_planned(source, planned)
+    return _Asked(limits, scheme, model, plan, memory, tokens, out)
 
 
 def _refuse_together(request: Request, ranks: Ranks) -> None:

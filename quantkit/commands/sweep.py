@@ -21,7 +21,8 @@ from quantkit.checkpoint.writer import write_chunks, write_json, write_text
 from quantkit.errors import InputError, SchemeError
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.methods.table import METHODS
-from quantkit.model.streaming import StreamedModel, open_model
+from quantkit.model.opening import open_planned
+from quantkit.model.streaming import StreamedModel
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, lay_out_job
 from quantkit.pipeline.runtime import Runtime
@@ -32,7 +33,7 @@ from quantkit.report.pages.sweep import render_sweep
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
-from quantkit.settings.defaults import AskedScheme, choose_format, choose_scheme, find_model
+from quantkit.settings.defaults import AskedScheme, choose_format, choose_scheme, find_source
 from quantkit.settings.request import Request, config_options, serving
 from quantkit.settings.tokens import tokens_of
 from quantkit.units import format_bytes
@@ -60,12 +61,11 @@ def sweep(request: SweepRequest, terminal: Terminal) -> dict[str, Any]:
         QuantkitError: anything the user can fix; a setting that cannot be is listed, and an error when none can.
     """
     run = request.run
-    directory = find_model(run.model, offline=run.offline)
+    source = find_source(run.model, offline=run.offline)
     out = run.out or Path("outputs") / f"{Path(run.model).name}-sweep"
-    require_another(out, directory)
-    model = open_model(directory)
+    require_another(out, source.directory)
     recipe = Recipe()
-    serve = serving(run, recipe, model)
+    model, serve = open_planned(source, lambda model: serving(run, recipe, model))
     calibrated, evaluated = tokens_of(run, recipe, model, model.directory, set(request.methods))
     assert evaluated is not None
     settings, refused = settings_of(request, model, serve, calibrated, evaluated, out)

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.checkpoint.original import stands_for_floats
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.reader import ADAPTER_CONFIG, Checkpoint, adapter_error, open_checkpoint
 from quantkit.errors import ModelError
 from quantkit.jsonfile import read_object
 from quantkit.model.older import older_rope_keys
@@ -41,15 +41,18 @@ QUANTIZED = ("quantization_config", "compression_config")  # where a config says
 OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
 
 
-def load_config(directory: Path) -> PretrainedConfig:
+def load_config(directory: Path, headers: Checkpoint | None = None) -> PretrainedConfig:
     """Read config.json and refuse, by name, what cannot be quantized here.
+
+    headers: the model's tensors, where its weights are not in the folder
 
     Raises:
         ModelError: no config.json, no or unknown model_type, a mixture of experts, an encoder-decoder, a model that is
             quantized already, or sizes that cannot be.
     """
     path = directory / "config.json"
-    _refuse_adapter(directory)
+    if not path.exists() and (directory / ADAPTER_CONFIG).exists():
+        raise adapter_error(directory)
     raw = read_object(path, "expected the folder of a Hugging Face model")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
@@ -73,24 +76,14 @@ def load_config(directory: Path) -> PretrainedConfig:
                 f"use transformers 5, or add {', '.join(unread)} to it"
             )
     config = _computing(config)
-    if (tied := unsaid_tie(directory, raw)) is not None:
+    if (tied := unsaid_tie(directory, raw, headers)) is not None:
         config.tie_word_embeddings = tied
     _refuse_kinds(directory, kind, complete)  # what config.json leaves out has its default
     _check_sizes(path, text)
     return config
 
 
-def _refuse_adapter(directory: Path) -> None:
-    """Raise ModelError for a folder that holds changes to a model and not the model."""
-    weights = [path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_")]
-    if (directory / "adapter_config.json").is_file() and not weights:
-        raise ModelError(
-            f"{directory}: is a LoRA adapter; merge it into its model first (peft: merge_and_unload, then "
-            "save_pretrained), and give the folder of that"
-        )
-
-
-def unsaid_tie(directory: Path, raw: Mapping[str, Any]) -> bool | None:
+def unsaid_tie(directory: Path, raw: Mapping[str, Any], headers: Checkpoint | None = None) -> bool | None:
     """Whether the head of a model with a tower is the embedding, where config.json's content does not say so itself.
 
     None: it does, or there is no tower. The defaults of transformers' classes are not those of the text decoders, so it
@@ -102,7 +95,8 @@ def unsaid_tie(directory: Path, raw: Mapping[str, Any]) -> bool | None:
     if "tie_word_embeddings" in said:
         return bool(said["tie_word_embeddings"])
     try:
-        return not any(name.endswith("lm_head.weight") for name in open_checkpoint(directory).entries)
+        stored = open_checkpoint(directory) if headers is None else headers
+        return not any(name.endswith("lm_head.weight") for name in stored.entries)
     except ModelError:  # a config alone
         return None
 

@@ -6,11 +6,12 @@ these families that leaves something open, `streaming.build` asks transformers i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 from quantkit.checkpoint.header import Spec
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.model.architectures import family_of
 from quantkit.model.family import Family, Part, Site, evaluate
 from quantkit.model.unsupported import mixture, unsupported
@@ -217,3 +218,13 @@ def _is_plain(values: Mapping[str, Any], optional: Mapping[str, Any]) -> bool:
     window = values["use_sliding_window" if "use_sliding_window" in optional else "sliding_window"]
     shared_out = bool(values.get("head_dim")) or values["hidden_size"] % values["num_attention_heads"] == 0
     return shared_out and values["num_attention_heads"] % values["num_key_value_heads"] == 0 and not window
+
+
+def with_embedding(model: Shapes, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its tied table under the embedding's name, where it has it under the head's alone."""
+    head, embedding = f"{model.head_name}.weight", f"{model.input_name}.weight"
+    if not model.tied or embedding in checkpoint.entries or head not in checkpoint.entries:
+        return checkpoint
+    entries = dict(checkpoint.entries)
+    entries[embedding] = entries.pop(head)
+    return replace(checkpoint, entries=entries)

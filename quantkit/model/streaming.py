@@ -33,7 +33,7 @@ from quantkit.model.carried import Carried, Where, filled, is_store, joined, map
 from quantkit.model.config import auto_class, load_config, one_line, scales_config, text_config
 from quantkit.model.experts import Experts, experts_of, unstack_experts, unstacked
 from quantkit.model.names import Place, names_of, take_names_within
-from quantkit.model.shapes import DERIVED, Names, Shape, Shapes
+from quantkit.model.shapes import DERIVED, Names, Shape, Shapes, with_embedding
 from quantkit.model.unsupported import mixture
 
 CAPPED = re.compile("(conf_)?att(entio)?n_logits?_(soft_?)?cap(ping)?")  # keys of configs that cap attention's logits
@@ -146,16 +146,33 @@ def open_model(directory: Path) -> StreamedModel:
         ModelError: see `load_config` and `build`; a damaged checkpoint; a parameter that is missing or has another
             shape.
     """
-    config = load_config(directory)
-    checkpoint = as_numbers(open_checkpoint(directory), scales_config(directory))
-    architecture = build(config, checkpoint)
-    checkpoint = unstacked(checkpoint, _mixtures(architecture), architecture.family.stacked)
-    ignored = _compare(architecture, checkpoint)
+    architecture, checkpoint, ignored = _compared(directory, open_checkpoint(directory))
     _require_tied(architecture, checkpoint)
     untried = StreamedModel(
         **vars(architecture), directory=directory, checkpoint=checkpoint, extra_outputs=None, ignored=ignored
     )
     return _tried(untried)
+
+
+def described(directory: Path, headers: Checkpoint) -> Architecture:
+    """The architecture that a folder's config describes, where it agrees with the tensors that it is to have.
+
+    headers: the tensors, none of which is read
+
+    Raises:
+        ModelError: as `open_model`.
+    """
+    return _compared(directory, headers)[0]
+
+
+def _compared(directory: Path, checkpoint: Checkpoint) -> tuple[Architecture, Checkpoint, tuple[str, ...]]:
+    """The architecture, its tensors by the names of its modules, and those of them that say nothing new."""
+    config = load_config(directory, checkpoint)
+    checkpoint = as_numbers(checkpoint, scales_config(directory))
+    architecture = build(config, checkpoint)
+    checkpoint = unstacked(checkpoint, _mixtures(architecture), architecture.family.stacked)
+    checkpoint = with_embedding(architecture, checkpoint)
+    return architecture, checkpoint, _compare(architecture, checkpoint)
 
 
 def computing_as(original: StreamedModel, architecture: Architecture) -> StreamedModel:

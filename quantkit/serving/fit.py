@@ -16,7 +16,7 @@ from quantkit.errors import EngineError, InputError
 from quantkit.formats.reading import quant_methods
 from quantkit.hardware.card import Card
 from quantkit.jsonfile import read_object
-from quantkit.model.shapes import Shapes
+from quantkit.model.shapes import Shapes, with_embedding
 from quantkit.plan import DISK_MARGIN, OUTSIDE, LinearPlan, Plan, decoder_linears
 from quantkit.quantized import quantization_of, read_config, settings_file, shapes_in, stored_linears
 from quantkit.records import Cache as CacheRecord
@@ -75,6 +75,7 @@ def fit(
 def fit_checkpoint(
     out: Path,
     *,
+    headers: Checkpoint | None = None,
     budget: int,
     context: int,
     kv: str = "fp16",
@@ -86,19 +87,22 @@ def fit_checkpoint(
 
     It may be of ours, or another AWQ, GPTQ, compressed-tensors or 16-bit one. What quantizing needs is left out.
 
+    headers: its tensors, where its files need not be here
+
     Raises:
         InputError: see `fit`. ModelError: a damaged checkpoint, or a model of a kind that is not supported.
     """
     raw = read_config(out)
     plain = read_object(out / "config.json", "expected the folder of a checkpoint")
     settings = settings_file(out, plain)
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(out) if headers is None else headers
     model = shapes_in(raw, checkpoint)
+    checkpoint = with_embedding(model, checkpoint)
     quantization = quantization_of(raw)
     format_name, linears = _stored_linears(model, checkpoint, quantization)
     stored = Stored(
         tensors={name: entry.nbytes for name, entry in checkpoint.entries.items()},
-        file_bytes=sum((out / name).stat().st_size for name in checkpoint.files),
+        file_bytes=sum(checkpoint.file_bytes.values()),
         linears=tuple(linear for linear in linears if linear.layer != OUTSIDE),
         format=format_name,
         act_order=bool(quantization.get("desc_act")),

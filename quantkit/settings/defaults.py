@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.source import resolve
+from quantkit.checkpoint.source import Source, find
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS, Format
 from quantkit.hardware.card import visible_card
@@ -21,9 +21,14 @@ DEFAULT_CONTEXT = 8192  # tokens
 DEFAULT_SAMPLES, DEFAULT_SEQLEN = 128, 2048  # windows of calibration, tokens of each
 
 
+def find_source(name: str, *, offline: bool) -> Source:
+    """A recipe name, folder, or hub id, of which no weights are downloaded yet; see `checkpoint.source.find`."""
+    return find(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
+
+
 def find_model(name: str, *, offline: bool) -> Path:
-    """The directory of a recipe name, folder, or hub id; see `checkpoint.source.resolve`."""
-    return resolve(name, offline=offline, recipe_models={recipe: model_of(recipe) for recipe in shipped()})
+    """The directory with all of a recipe name, folder, or hub id."""
+    return find_source(name, offline=offline).fetch()
 
 
 def hub_id(name: str) -> str | None:

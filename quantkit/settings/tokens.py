@@ -9,7 +9,7 @@ from quantkit.calibration.sources import DEFAULT_EVAL
 from quantkit.calibration.tokens import TokenSet, as_asked, require_positions
 from quantkit.errors import InputError
 from quantkit.methods.table import METHODS
-from quantkit.model.streaming import StreamedModel
+from quantkit.model.shapes import Shapes
 from quantkit.model.tokenizer import tokenizer_of
 from quantkit.recipe import Recipe
 from quantkit.settings.defaults import DEFAULT_SAMPLES, choose_seqlen, positions
@@ -17,7 +17,7 @@ from quantkit.settings.request import Request
 
 
 def tokens_of(
-    request: Request, recipe: Recipe, model: StreamedModel, directory: Path, methods: Collection[str]
+    request: Request, recipe: Recipe, model: Shapes, directory: Path, methods: Collection[str]
 ) -> tuple[TokenSet | None, TokenSet | None]:
     """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
     said, limit = recipe.calibration, positions(model.config)
