@@ -17,7 +17,7 @@ from quantkit.errors import InputError, ModelError, NumericsError, OutputError, 
 from quantkit.grids.registry import dequantize
 from quantkit.scheme import QuantizedTensor, Scheme
 from tests.conftest import make_qwen2, make_tokenizer
-from tests.foreign import QUIET, W4, assert_held, foreign, rewrite, run, same, tensors, to, unpacked
+from tests.foreign import QUIET, W4, assert_held, edit, foreign, rewrite, run, same, tensors, to, unpacked
 from tests.running import command, done, quantkit, run_process, started
 from tests.tiny import load_whole
 
@@ -289,3 +289,18 @@ def test_options_that_mean_nothing_for_the_target_are_refused_by_name(tmp_path: 
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"quantkit: {words[2]}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["gptq_v2", "fp16"])
+def test_older_readers_find_the_rotary_base_of_a_newer_config(tmp_path: Path, target: str) -> None:
+    foreign(tmp_path / "source")
+
+    def newer(raw: dict[str, Any]) -> None:
+        for key in ("rope_theta", "rope_scaling"):
+            raw.pop(key, None)
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 123456.0}
+
+    edit(tmp_path / "source", newer)
+    to(tmp_path / "source", target, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 123456.0

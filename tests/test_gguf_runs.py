@@ -177,6 +177,26 @@ def test_converting_a_folder_measures_the_file_itself(tmp_path: Path, capsys: py
     assert "out-Q8_0.gguf is not the file" in again["verification"]["reasons"][0]
 
 
+def test_a_conversion_is_measured_by_the_protocol_of_a_run(tmp_path: Path) -> None:
+    """Windows as long as the model allows and the recipe says, and the same tokens as awq and gptq take."""
+    folder, text = tiny(tmp_path / "model", "qwen2"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and runs away from it. " * 60)
+    common: dict[str, Any] = {"calib": str(text), "samples": 4, "evaluation": str(text), "eval_samples": 3}
+    asked = Request(method="gptq", model=str(folder), command="gptq", out=tmp_path / "run", offline=True,
+                    max_ppl_increase=9.0, group_size=32, **common)  # fmt: skip
+    run = quantize(asked, QUIET)[0].content()
+    for outside in ("f16", "q8_0"):  # the second is measured once more, from the file
+        made = ExportRequest(str(folder), "convert", type="q8_0", outside=outside, out=tmp_path / outside,
+                             offline=True, **common)  # fmt: skip
+        result = to_gguf(made, QUIET)[0].content()
+        for key in ("sha256", "samples", "seqlen", "protocol"):
+            assert result["verification"]["eval"][key] == run["verification"]["eval"][key]
+            assert result["calibration"][key] == run["calibration"][key]
+        assert result["verification"]["eval"]["seqlen"] == 128  # all that the model has
+        expected = run["verification"]["perplexity_fp16"]
+        assert result["verification"]["perplexity_fp16"] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(("bits", "kind"), [(8, "q8_0"), (4, "q4_0")])
 def test_a_quantized_head_keeps_its_integers(tmp_path: Path, bits: int, kind: str) -> None:
     folder, ids = tiny(tmp_path / "model", "qwen2"), tmp_path / "ids.safetensors"

@@ -208,10 +208,11 @@ def evaluate(expression: str, config: Any, **instead: Any) -> Any:
 
 def _number(config: Any, name: str) -> Any:
     found = getattr(config, name, None)
+    attention = getattr(config, "num_attention_heads", 0)  # a model without attention has none
     if not found and name == "head_dim":
-        return config.hidden_size // config.num_attention_heads
+        return config.hidden_size // attention if attention else 0
     if not found and name == "num_key_value_heads":
-        return config.num_attention_heads
+        return attention
     if found is None:
         raise ModelError(f"config.json: {name} is missing; the model's kind needs it")
     return found

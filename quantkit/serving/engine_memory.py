@@ -198,7 +198,7 @@ def loading_bytes(load: Load) -> int:
     LOADED_BYTES  what this does not explain
     """
     config = load.model.config
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     rotary = 2 * width * int(getattr(config, "max_position_embeddings", None) or 0)
     return (_zero_points(load) + _rounding(load)) // load.cards + rotary + LOADED_BYTES

@@ -134,8 +134,10 @@ class Heads:
 
 
 def heads_of(config: Any) -> Heads:
-    """The heads that a transformers config describes."""
-    attention = int(config.num_attention_heads)
+    """The heads that a transformers config describes; none of a model without attention."""
+    attention = int(getattr(config, "num_attention_heads", None) or 0)
+    if not attention:
+        return Heads(0, 0, 0)
     key_value = int(getattr(config, "num_key_value_heads", None) or attention)
     return Heads(attention, key_value, int(getattr(config, "head_dim", None) or config.hidden_size // attention))
 
@@ -175,7 +177,7 @@ def kept_heads(heads: Heads, cards: int) -> int:
     Raises:
         SchemeError: they can neither be shared out nor copied evenly.
     """
-    if heads.key_value >= cards:
+    if heads.key_value >= cards or heads.key_value == 0:
         return _even(heads.key_value, cards, "key/value heads")
     if cards % heads.key_value:
         raise SchemeError(f"{heads.key_value} key/value heads cannot be copied evenly to {cards} cards")
