@@ -122,8 +122,8 @@ ALLOWED: dict[str, str] = {
     "cli": (
         "errors hardware text units formats methods scheme calibration verdict serving settings hub"
         " report.card report.terminal results commands.allocate commands.chat commands.convert"
-        " commands.convert_gguf commands.fit commands.inspect commands.quantize commands.serve commands.sweep"
-        " commands.verify"
+        " commands.convert_gguf commands.doctor commands.fit commands.inspect commands.quantize"
+        " commands.serve commands.sweep commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
@@ -144,6 +144,7 @@ ALLOWED: dict[str, str] = {
         "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
         " commands.quantize commands.verify"
     ),
+    "commands.doctor": "errors hardware text records quantized serving results commands.serve",
     "commands.fit": (
         "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
     ),

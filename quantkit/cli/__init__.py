@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__
-from quantkit.cli import allocate, chat, convert, fit, inspect, models, push, quantize, serve, sweep, verify
+from quantkit.cli import allocate, chat, convert, doctor, fit, inspect, models, push, quantize, serve, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
 from quantkit.hardware.launch import launch
 from quantkit.methods.table import METHODS
@@ -37,6 +37,7 @@ for _command in (
     inspect.inspect,
     serve.serve,
     chat.chat,
+    doctor.doctor,
     push.push,
     models.models,
 ):

@@ -286,6 +286,25 @@ def reasons(
     return found
 
 
+def kernels(engine: str, format_name: str, linears: Iterable[LinearPlan]) -> dict[str, str]:
+    """Kind of linear -> the kernel that the engine would take for it on one card, "16 bit", or "none".
+
+    vLLM prefers Machete to Marlin on cards of compute capability 9.0.
+    """
+    loader = LOADERS[engine].get(format_name)
+    found: dict[str, str] = {}
+    for linear in _kinds(linears):
+        name = "none"
+        if linear.scheme is None:
+            name = SIXTEEN_BIT
+        elif isinstance(loader, Loader):
+            shape = (linear.out_features, linear.in_features)
+            taking = [k.name for k in loader.kernels if _kernel_refuses(k, linear.scheme, *shape) is None]
+            name = taking[0] if taking else "none"
+        found.setdefault(linear.local, name)
+    return found
+
+
 def require_engine(
     engine: str,
     format_name: str,
