@@ -2,6 +2,7 @@
 """Mixtures of experts: every expert is a linear like others, calibrated on the tokens that are sent to it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from quantkit.checkpoint.journal import JOURNAL
+from quantkit.errors import ModelError
 from quantkit.formats.names import expert_of
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.quantized import open_quantized, parameters
-from tests.running import done, run_words
+from tests.running import done, quantkit, run_words
 from tests.test_hybrids import DELTA_NET
 from tests.tiny import load_whole, random_ids, save_tiny, stream_logits
 
@@ -33,9 +36,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8},
     "qwen2_moe": SHARED | {"mlp_only_layers": [0]},
     "qwen3_next": SHARED | DELTA_NET,
-    "qwen3_5_moe_text": SHARED | DELTA_NET,  # stacked in the file
+    "qwen3_5_moe_text": SHARED | DELTA_NET,
     "mixtral": {"num_local_experts": 8},  # under other names than in memory
-    "granitemoe": {"num_local_experts": 8, "intermediate_size": 32},  # both
+    "granitemoe": {"num_local_experts": 8, "intermediate_size": 32},  # also, and stacked in the file
     "granitemoeshared": {"num_local_experts": 8, "intermediate_size": 32, "shared_intermediate_size": 64},
     "olmoe": {"num_experts": 8, "intermediate_size": 32},
     "glm4_moe": GROUPED | {"first_k_dense_replace": 1},
@@ -133,3 +136,94 @@ def test_experts_that_see_few_tokens_or_none_keep_their_function(ids: Path, tmp_
         assert any(row["tokens"] == 0 for row in experts)
         assert all(row["fallback"] in ("layer", "nearest") for row in experts)
         assert kl(tmp_path / method) < 1.05 * kl(tmp_path / "rtn")
+
+
+def test_the_report_and_the_card_say_what_experts_saw(ids: Path, tmp_path: Path) -> None:
+    model, out = saved("qwen2_moe", tmp_path / "model"), tmp_path / "out"
+    done(*run_words("gptq", model, out, ids))
+    report, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert "Tokens of experts" in report
+    assert "model.layers.1.mlp.experts.*.gate_proj" in report
+    assert "model.layers.1.mlp.experts.3.gate_proj" not in report
+    assert "calibrated on the tokens sent to each" in card
+    few = sum("fallback" in row for row in records(out))
+    assert f"{few} linears of experts saw fewer than 2 calibration tokens for each input" in card
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gptq", "--inputs", "original", "--group", "32"),
+        ("sweep", "--method", "gptq", "--w-bit", "4", "--group", "32"),
+        ("allocate", "--weights-only", "--budget", "150KiB", "--menu", "W4g32,16bit", "--probe-samples", "2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_does_not_take_experts_yet_says_so(words: tuple[str, ...], ids: Path, tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path / "model")
+    fixed = ["--calib", str(ids), "--eval", str(ids), "--device", "cpu", "--out", str(tmp_path / "out.yaml")]
+    answer = quantkit(words[0], str(model), *fixed, *words[1:])
+    assert answer.returncode == 1
+    assert "does not take mixtures of experts yet" in " ".join(answer.stderr.split())
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(ids: Path, tmp_path: Path) -> None:
+    model, whole, half = saved("qwen3_moe", tmp_path / "model"), tmp_path / "whole", tmp_path / "half"
+    done(*run_words("awq", model, whole, ids))
+    shutil.copytree(whole, half)
+    journal = half / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not any(f'"{unit}"' in line for unit in ("layer.1", "layer.2", "head"))]
+    assert len(kept) < len(lines)
+    journal.write_text("".join(kept))
+    done(*run_words("awq", model, half, ids))
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (half / path.name).read_bytes()
+
+
+def test_experts_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:
+    for changes, words in (
+        ({"num_local_experts": 7}, "mlp.gate.weight has shape [8, 64], config.json asks for [7, 64]"),
+        ({"num_local_experts": 9}, "experts.8.gate_proj.weight is missing"),
+        ({"moe_intermediate_size": 16}, "config.json asks for [16, 64]"),
+    ):
+        folder = saved("qwen3_moe", tmp_path / words[:5])
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ModelError) as refused:
+            open_model(folder)
+        assert words in str(refused.value)
+        assert "\n" not in str(refused.value)
+    folder = saved("granitemoe", tmp_path / "stacked")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 7}))
+    with pytest.raises(
+        ModelError, match=r"input_linear.weight has shape \[8, 64, 64\], config.json asks for \[7, 64, 64\]"
+    ):
+        open_model(folder)
+
+
+def test_experts_may_be_stacked_in_the_file(tmp_path: Path) -> None:
+    folder = saved("qwen3_5_moe_text", tmp_path)
+    ids = random_ids(2) % 96
+    expected = stream_logits(open_model(folder), ids)
+    tensors = load_file(folder / "model.safetensors")
+    for block in {found[0] for name in tensors if (found := expert_of(name.removesuffix(".weight")))}:
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{block}.{number}.{leaf}.weight") for number in range(8)])
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        )
+        tensors |= {f"{block}.gate_up_proj": torch.cat([gate, up], 1), f"{block}.down_proj": down}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(stream_logits(open_model(folder), ids), expected)
+
+
+def test_a_router_that_gives_no_numbers_is_named(ids: Path, tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    answer = quantkit(*run_words("gptq", model, tmp_path / "out", ids))
+    assert answer.returncode == 1
+    assert "model.layers.1.mlp.gate.weight" in answer.stderr
+    assert len(answer.stderr.split("quantkit: ")[1].strip().splitlines()) <= 4

@@ -69,7 +69,8 @@ ALLOWED: dict[str, str] = {
         " pipeline.runtime"
     ),
     "pipeline.fisher": (
-        "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
+        "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime"
+        " pipeline.walk"
     ),
     "pipeline.forward": "dtypes errors calibration model pipeline.activations pipeline.runtime",
     "pipeline.head": (
@@ -97,7 +98,8 @@ ALLOWED: dict[str, str] = {
     "pipeline.shards": "dtypes errors checkpoint model plan quantized pipeline.forward pipeline.job pipeline.layer",
     "pipeline.site_inputs": "hardware formats stats model pipeline.activations pipeline.forward",
     "pipeline.streams": (
-        "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards pipeline.tuning"
+        "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards"
+        " pipeline.tuning"
     ),
     "pipeline.sweep": (
         "dtypes methods stats checkpoint model quantized pipeline.activations pipeline.compare"
@@ -112,7 +114,7 @@ ALLOWED: dict[str, str] = {
     "hub": "errors jsonfile network text units checkpoint",
     "report.card": "text formats methods records report.formatting report.rendering",
     "report.formatting": "text units records",
-    "report.pages": "text records settings report.formatting report.rendering",
+    "report.pages": "text formats records settings report.formatting report.rendering",
     "report.rendering": "text",
     "report.terminal": "text units records plan serving settings hub",
     "results": "dtypes errors jsonfile formats checkpoint records model report.card report.pages",
@@ -127,7 +129,8 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
-        " pipeline.job pipeline.memory pipeline.runtime report.terminal results commands.quantize"
+        " pipeline.job pipeline.layer pipeline.memory pipeline.runtime report.terminal results"
+        " commands.quantize"
     ),
     "commands.chat": (
         "errors jsonfile units calibration checkpoint model quantized settings gguf results commands.process"
@@ -138,7 +141,8 @@ ALLOWED: dict[str, str] = {
         " convert gguf report.terminal results commands.convert_from_gguf commands.verify"
     ),
     "commands.convert_from_gguf": (
-        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal results"
+        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal"
+        " results"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
@@ -146,7 +150,8 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.doctor": "errors hardware text records quantized serving results commands.serve",
     "commands.fit": (
-        "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
+        "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages"
+        " results"
     ),
     "commands.inspect": "errors formats records plan quantized gguf results",
     "commands.process": "errors text",

@@ -28,6 +28,7 @@ from quantkit.model.shapes import Shapes
 from quantkit.model.sites import sites_of
 from quantkit.model.streaming import StreamedModel
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.layer import require_no_experts
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.runtime import Runtime
 from quantkit.quantized import parameters, shapes_in
@@ -107,7 +108,9 @@ def allocate(request: AllocateRequest, terminal: Terminal) -> dict[str, Any]:
     _refuse_early(request, recipe)
     source = find_source(run.model, offline=run.offline)
     model, budget = open_planned(source, lambda model: budget_of(request, recipe, model))
-    problem, notes = pose(run, recipe, budget, model, sites_of(model))
+    sites = sites_of(model)
+    require_no_experts(sites, "allocate")
+    problem, notes = pose(run, recipe, budget, model, sites)
     require_room(problem)
     calibrated, evaluated = tokens_of(run, recipe, model, model.directory, {run.method})
     assert calibrated is not None

@@ -28,7 +28,7 @@ from quantkit.pipeline.memory import Allowance, keep, lay_out_job
 from quantkit.pipeline.runtime import Runtime
 from quantkit.pipeline.sweep import Setting, measure_settings
 from quantkit.plan import make_plan
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, resolver
 from quantkit.report.pages.sweep import render_sweep
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
@@ -149,7 +149,8 @@ def settings_of(
                     "format": fmt.name,
                 }
                 try:
-                    plan = make_plan(model, lambda n, layer, s=scheme: s, fmt, **config_options(run.options))  # type: ignore[misc]
+                    resolve = resolver(Recipe(), scheme, model.family.sixteen_bit)
+                    plan = make_plan(model, resolve, fmt, **config_options(run.options))
                 except SchemeError as error:
                     refused.append(document | {"why_not": str(error)})
                     continue

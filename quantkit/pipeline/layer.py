@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.dtypes import to_stored
-from quantkit.errors import NumericsError, SchemeError
+from quantkit.errors import InputError, NumericsError, SchemeError
 from quantkit.formats.names import expert_of
 from quantkit.grids.registry import dequantize, divide_rows
 from quantkit.hardware.batching import samples_per_sum
@@ -127,7 +127,12 @@ def require_sites(job: Job, sites: Sequence[Sequence[Site]]) -> None:
 
     Raises:
         SchemeError: linears that read the same input with different methods; one to be quantized that is in no site.
+        InputError: see `require_no_experts`.
     """
+    if job.inputs == "original":
+        require_no_experts(sites, "calibration on the original's inputs (--inputs original, sweep)")
+    if job.runtime.ranks.size > 1:
+        require_no_experts(sites, "a run by several processes")
     for index, of_layer in enumerate(sites):
         linears = job.plan.layer(index)
         for site in of_layer:
@@ -144,6 +149,16 @@ def require_sites(job: Job, sites: Sequence[Sequence[Site]]) -> None:
                     f"{linear.name}: its weight is used without running it, so what it reads cannot be seen; keep it "
                     f"in 16 bit by a rule of a recipe (kind: {local.rpartition('.')[2]}, keep: 16bit)"
                 )
+
+
+def require_no_experts(sites: Sequence[Sequence[Site]], what: str) -> None:
+    """Refuse mixtures of experts where they cannot be yet.
+
+    Raises:
+        InputError: there is one.
+    """
+    if any(expert_of(site.linears[0]) for of_layer in sites for site in of_layer):
+        raise InputError(f"{what} does not take mixtures of experts yet; awq, gptq and rtn do, by one process")
 
 
 def kinds(site: Site) -> str:

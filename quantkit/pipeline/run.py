@@ -28,6 +28,7 @@ from quantkit.dtypes import LARGEST_FLOAT16, SERVED, WIDER, to_stored
 from quantkit.errors import OutputError
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes
 from quantkit.methods.site import SiteResult
+from quantkit.methods.starved import ENOUGH, LAYER
 from quantkit.methods.table import METHODS
 from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut
@@ -334,6 +335,14 @@ def _fallbacks(job: Job, journal: Journal, streams: Streams) -> tuple[str, ...]:
         fallbacks.append("hidden states did not fit in memory and were mapped from a file")
     raised = [r for unit in journal.finished.values() for r in unit.record["linears"] if "damp_raised_to" in r]
     fallbacks += [f"{r['name']}: damping raised to {r['damp_raised_to']:g} to factorise its inputs" for r in raised]
+    few = [r for unit in journal.finished.values() for r in unit.record["linears"] if "fallback" in r]
+    if few:
+        least, leaning = min(r["tokens"] for r in few), sum(r["fallback"] == LAYER for r in few)
+        fallbacks.append(
+            f"{len(few)} linears of experts saw fewer than {ENOUGH} calibration tokens for each input (the least "
+            f"{least}): {leaning} lean on what their layer reads, {len(few) - leaning} are rounded to nearest; "
+            "more --samples help"
+        )
     tuned = [r for unit in journal.finished.values() for r in unit.record["linears"] if "tuning" in r]
     if worse := [r for r in tuned if not r["tuning"]["kept"]]:
         fallbacks.append(

@@ -196,11 +196,23 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     schemes = formatting.schemes(result.layers)
     facts = [
         ("Calibration", _token_set(result.calibration) if result.calibration else "none"),
+        ("Experts", _experts(result)),
         ("Schemes", ", ".join(f"{n:,} layers {name}" for name, n in schemes.items())),
         ("Time", formatting.duration(result.seconds) if result.seconds is not None else ""),
         ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())))),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _experts(result: Result) -> str:
+    """How many calibration tokens each expert saw, in a few words; "" where there are none."""
+    tokens = sorted(x.tokens for x in result.layers if x.tokens is not None)
+    if not tokens:
+        return ""
+    least, median, most = tokens[0], tokens[len(tokens) // 2], tokens[-1]
+    few = sum(x.fallback is not None for x in result.layers)
+    said = f"calibrated on the tokens sent to each: {least:,} at least, {median:,} in the middle, {most:,} at most"
+    return said + (f"; {few:,} of {len(tokens):,} linears saw too few by themselves" if few else "")
 
 
 # --- how to run it --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ said to be missing. Everything taken from it is escaped by jinja2.
 
 from collections.abc import Sequence
 
+from quantkit.formats.names import expert_of
 from quantkit.records import Linear, Result, Tokens, Verification
 from quantkit.report import formatting
 from quantkit.report.pages import charts
@@ -15,6 +16,7 @@ from quantkit.report.rendering import template
 from quantkit.settings.advice import usage
 from quantkit.text import one_line
 
+SHARES = {"most": 1.0, "upper q.": 0.75, "median": 0.5, "lower q.": 0.25, "least": 0.0}  # of experts, in order
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -150,8 +152,13 @@ def _protocol(tokens: Tokens | None) -> Table:
 
 def _kinds(layers: Sequence[Linear]) -> list[str]:
     """The kinds of linears in the order of a decoder layer, unknown ones last."""
-    present = dict.fromkeys(layer.kind for layer in layers)
+    present = dict.fromkeys(kind_of(layer) for layer in layers)
     return [*(k for k in KINDS if k in present), *(k for k in present if k not in KINDS)]
+
+
+def kind_of(linear: Linear) -> str:
+    """The kind of a linear; those of experts are kinds of their own."""
+    return f"exp {linear.kind}" if expert_of(linear.name) else linear.kind
 
 
 def _short(kind: str) -> str:
@@ -182,22 +189,48 @@ def _depth(result: Result) -> tuple[list[Chart], Table | None]:
     if not layers:
         return shown, None
     kinds = _kinds(layers)
-    values = {(_short(layer.kind), layer.layer): layer.loss or 0.0 for layer in layers}
+    values: dict[tuple[str, int], float] = {}
+    for layer in layers:  # of experts the worst
+        place = _short(kind_of(layer)), layer.layer
+        values[place] = max(values.get(place, 0.0), layer.loss or 0.0)
     depth = max(layer.layer for layer in layers) + 1
     shown.append(
         Chart(
             "Error of each linear layer",
             charts.heat_map("Relative output error by kind and layer", [_short(k) for k in kinds], depth, values),
-            note="Relative output error of each linear on its own input; darker is larger, on a logarithmic scale.",
+            note="Relative output error of each linear on its own input; darker is larger, on a logarithmic scale."
+            + (" Of experts (exp) the worst of a layer is shown." if any(expert_of(x.name) for x in layers) else ""),
         )
     )
+    shown += _tokens_of_experts(layers, depth)
     rows = []
     for kind in kinds:
-        own = [(layer.loss or 0.0, layer.layer) for layer in layers if layer.kind == kind]
+        own = [(layer.loss or 0.0, layer.layer) for layer in layers if kind_of(layer) == kind]
         worst, where = max(own, key=lambda pair: pair[0])
         mean = sum(loss for loss, _ in own) / len(own)
         rows.append([kind, formatting.figure(mean, 3), formatting.figure(worst, 3), str(where)])
     return shown, Table(["kind", "mean error", "largest", "in layer"], rows)
+
+
+def _tokens_of_experts(layers: Sequence[Linear], depth: int) -> list[Chart]:
+    """How many calibration tokens the experts of each layer saw, if there are any."""
+    by_layer: dict[int, dict[tuple[str, int], int]] = {}
+    for linear in layers:
+        if linear.tokens is not None and (expert := expert_of(linear.name)) is not None:
+            by_layer.setdefault(linear.layer, {})[expert] = linear.tokens
+    if not by_layer:
+        return []
+    values: dict[tuple[str, int], float] = {}
+    for layer, tokens in by_layer.items():
+        ordered = sorted(tokens.values())
+        for name, share in SHARES.items():
+            values[name, layer] = float(ordered[round(share * (len(ordered) - 1))])
+    drawn = charts.heat_map("Calibration tokens of an expert by layer", list(SHARES), depth, values)
+    note = (
+        "Tokens that the router sent to an expert: to that with the most in a layer, to one that a quarter, half and "
+        "three quarters of them surpass, and to that with the least."
+    )
+    return [Chart("Tokens of experts", drawn, note=note)]
 
 
 def _decoder(result: Result) -> list[Linear]:
@@ -217,7 +250,7 @@ def _bits(result: Result) -> tuple[str, Chart | None]:
     names = list(found)
     inner = _decoder(result)
     rows, depth = [_short(k) for k in _kinds(inner)], max(x.layer for x in inner) + 1
-    values = {(_short(x.kind), x.layer): x.scheme_name for x in inner}
+    values = {(_short(kind_of(x)), x.layer): x.scheme_name for x in inner}
     svg = charts.category_map("Scheme by kind and layer", rows, depth, values, names)
     return f"{said[:1].upper()}{said[1:]}.", Chart("Scheme by kind and layer", svg, list(enumerate(names)))
 
@@ -262,8 +295,16 @@ def _files(result: Result) -> Table:
 
 
 def _layers(result: Result) -> Table:
-    """Every quantized linear; the optional columns only where some layer has them."""
-    layers = result.layers
+    """Every quantized linear, and the worst of a layer's experts for all; the optional columns only where needed."""
+    together: dict[str, list[Linear]] = {}
+    for linear in result.layers:
+        expert = expert_of(linear.name)
+        name = linear.name if expert is None else f"{expert[0]}.*.{linear.kind}"
+        together.setdefault(name, []).append(linear)
+    layers = [
+        max(found, key=lambda x: x.loss or 0.0).having(name=name, bytes=sum(x.bytes for x in found))
+        for name, found in together.items()
+    ]
     extra = [k for k in ("scale_gain", "damp_raised_to") if any(getattr(layer, k) is not None for layer in layers)]
     rows = [
         [
