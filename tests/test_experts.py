@@ -32,6 +32,7 @@ LATENT: dict[str, Any] = {
 }
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 SHARED: dict[str, Any] = {"num_experts": 8, "shared_expert_intermediate_size": 64}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8},
     "qwen2_moe": SHARED | {"mlp_only_layers": [0]},
@@ -46,6 +47,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": GROUPED | LATENT | {"first_k_dense_replace": 1},
     "deepseek_v3": GROUPED | LATENT | {"first_k_dense_replace": 1},
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "sliding_window": 8,
+        "layer_types": WINDOWS,
+    },
     "laguna": SHARED | {"num_attention_heads": 8},  # a gate for each head
     "mellum": {"num_experts": 8},
 }

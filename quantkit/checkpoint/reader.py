@@ -43,6 +43,7 @@ class Entry:
     """Where a tensor lies: nbytes bytes at offset (from the beginning of the file) of a file in the directory.
 
     dtype: a name of `dtypes`
+    part: of another tensor, if it does not lie in one piece; the other fields are then those of a piece like it
     scaled: what is really stored, if the tensor is what that stands for. The other fields are then those of its numbers
     as if they began where the stored weight does.
     """
@@ -53,6 +54,25 @@ class Entry:
     offset: int
     nbytes: int
     scaled: Scaled | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a matrix, or numbers of a vector, that lie apart in the file: every `step`th from the first on.
+
+    transposed: whether they are then rows
+    """
+
+    source: Entry
+    first: int
+    step: int
+    transposed: bool
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of the source's tensor."""
+        found = whole[..., self.first :: self.step]
+        return found.T if self.transposed and found.dim() > 1 else found
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,9 @@ class Checkpoint:
         if entry is None:
             raise ModelError(f"{self.directory}: expected a tensor named {name}, found none; the model is incomplete")
         raw = torch.empty(entry.nbytes, dtype=torch.uint8) if room is None else room[: entry.nbytes]
+        if entry.part is not None:
+            whole = Checkpoint(self.directory, {name: entry.part.source}).read(name)
+            return raw.view(torch_dtype(entry.dtype)).view(entry.shape).copy_(entry.part.of(whole)).to(device)
         if entry.scaled is not None:
             tensor = raw.view(torch_dtype(entry.dtype)).view(entry.shape)
             return tensor.copy_(self._numbers(entry, entry.scaled)).to(device)

@@ -12,19 +12,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from quantkit.checkpoint.reader import Checkpoint, Entry
+from quantkit.checkpoint.reader import Checkpoint, Entry, Part
 from quantkit.errors import ModelError
+
+
+class Bare(nn.Linear):
+    """A linear that is not filled with random numbers first: there are thousands of them."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: it is filled from a file."""
 
 
 class Expert(nn.Module):
     """One expert: gate and up, their product as the architecture makes it, and down."""
 
-    def __init__(self, sizes: tuple[int, int], names: tuple[str, str, str], combine: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, sizes: tuple[int, int], bias: bool, names: tuple[str, str, str], combine: Callable[..., Tensor]
+    ) -> None:
         super().__init__()
         hidden, inner = sizes
         self.names, self.combine = names, combine
         for name, (rows, columns) in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
-            self.add_module(name, nn.Linear(columns, rows, bias=False, device="meta"))
+            self.add_module(name, Bare(columns, rows, bias=bias, device="meta"))
 
     def forward(self, hidden: Tensor, *, whole: bool = True) -> Tensor:
         """What it makes of tokens [n, hidden]; not whole: only what down reads."""
@@ -34,11 +43,16 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer, called as transformers calls its stacked ones; names: of gate, up and down."""
+    """The experts of a layer, called as transformers calls its stacked ones.
 
-    def __init__(self, experts: Iterable[Expert], names: tuple[str, str, str]) -> None:
+    names: of gate, up and down; apart: whether files that stack them have gate and up in turn, and rows as columns;
+    scales_through: whether down reads twice as much where up returns twice as much
+    """
+
+    def __init__(self, experts: Iterable[Expert], names: tuple[str, str, str], apart: bool) -> None:
         super().__init__(experts)
-        self.names = names
+        self.names, self.apart = names, apart
+        self.scales_through = _scales_through(cast(Expert, self[0]).combine)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [n, hidden], and for each the numbers and the weights [n, k] of its experts -> [n, hidden]."""
@@ -78,19 +92,28 @@ def unstack_experts(layer: nn.Module, names: tuple[str, str, str]) -> None:
 
 def _unstacked(name: str, module: Any, names: tuple[str, str, str]) -> Experts:
     odd = {
-        "biases": module.has_bias,
         "a norm behind each": getattr(module, "has_post_expert_norm", False),
-        "transposed weights": module.is_transposed,
+        "weights in an order that is not known": module.is_transposed == module.is_concatenated,
         "no gate": not module.has_gate,
     }
     if found := [what for what, is_so in odd.items() if is_so]:
         raise ModelError(f"{name}: experts with {' and '.join(found)}, which cannot be quantized here yet")
-    experts, hidden, inner = module.down_proj.shape
+    apart = module.is_transposed
+    experts, *sizes = module.down_proj.shape
+    inner, hidden = sizes if apart else reversed(sizes)
 
     def combine(gate: Tensor, up: Tensor) -> Tensor:
-        return cast(Tensor, module._apply_gate(torch.cat([gate, up], -1)))
+        both = torch.stack([gate, up], -1).flatten(-2) if apart else torch.cat([gate, up], -1)
+        return cast(Tensor, module._apply_gate(both))
 
-    return Experts((Expert((hidden, inner), names, combine) for _ in range(experts)), names)
+    return Experts((Expert((hidden, inner), module.has_bias, names, combine) for _ in range(experts)), names, apart)
+
+
+def _scales_through(combine: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether what is made of gate and up is twice as much where up is, also for large numbers."""
+    gate, up = 16 * torch.linspace(-1, 1, 64).unsqueeze(1), 16 * torch.linspace(-1, 1, 64)
+    gate, up = (each.contiguous() for each in torch.broadcast_tensors(gate, up))
+    return torch.equal(combine(gate, 2 * up), 2 * combine(gate, up))
 
 
 def experts_of(layer: nn.Module) -> dict[str, Experts]:
@@ -113,26 +136,47 @@ def unstacked(checkpoint: Checkpoint, blocks: Mapping[str, Experts], stacked: tu
     for block, experts in blocks.items():
         parent = block.rpartition(".")[0]
         for stack, leaves in zip(stacked, (experts.names[:2], experts.names[2:]), strict=True):
-            entry = entries.pop(f"{parent}.{stack}", None)
-            if entry is not None:
-                rows, columns = experts.get_parameter(f"0.{leaves[0]}.weight").shape
-                expected = (len(experts), rows * len(leaves), columns)
-                if entry.shape != expected:
-                    raise ModelError(
-                        f"{checkpoint.directory}: tensor {parent}.{stack} has shape {list(entry.shape)}, config.json "
-                        f"asks for {list(expected)}"
-                    )
-                parts = _parts(entry, [f"{leaf}.weight" for leaf in leaves])
-                entries |= {f"{block}.{name}": part for name, part in parts.items()}
+            rows, columns = experts.get_parameter(f"0.{leaves[0]}.weight").shape
+            rows *= len(leaves)
+            matrix = (columns, rows) if experts.apart else (rows, columns)
+            for kind, name, shape in (
+                ("weight", f"{parent}.{stack}", matrix),
+                ("bias", f"{parent}.{stack}_bias", (rows,)),
+            ):
+                entry = entries.pop(name, None)
+                if entry is not None:
+                    if entry.shape != (len(experts), *shape):
+                        raise ModelError(
+                            f"{checkpoint.directory}: tensor {name} has shape {list(entry.shape)}, config.json asks "
+                            f"for {[len(experts), *shape]}"
+                        )
+                    cut = _columns if experts.apart else _rows
+                    parts = cut(entry, [f"{leaf}.{kind}" for leaf in leaves])
+                    entries |= {f"{block}.{leaf}": part for leaf, part in parts.items()}
     return replace(checkpoint, entries=entries)
 
 
-def _parts(entry: Entry, names: list[str]) -> dict[str, Entry]:
-    """The parts of a stacked tensor [experts, rows, columns] by "number.name": equally many rows each, one after
-    the other.
+def _columns(entry: Entry, names: list[str]) -> dict[str, Entry]:
+    """The parts of a stacked tensor [experts, ..., columns] by "number.name", which take turns column by column; they
+    are rows then.
     """
-    experts, rows, columns = entry.shape
-    shape, nbytes = (rows // len(names), columns), entry.nbytes // (experts * len(names))
+    experts, *shape = entry.shape
+    nbytes, found = entry.nbytes // experts, {}
+    for number in range(experts):
+        whole = replace(entry, shape=tuple(shape), nbytes=nbytes, offset=entry.offset + number * nbytes)
+        for first, name in enumerate(names):
+            part = Part(whole, first, len(names), transposed=True)
+            sizes = (shape[-1] // len(names), *shape[:-1])
+            found[f"{number}.{name}"] = replace(whole, shape=sizes, nbytes=nbytes // len(names), part=part)
+    return found
+
+
+def _rows(entry: Entry, names: list[str]) -> dict[str, Entry]:
+    """The parts of a stacked tensor [experts, rows, ...] by "number.name": equally many rows each, one after the
+    other.
+    """
+    experts, rows, *columns = entry.shape
+    shape, nbytes = (rows // len(names), *columns), entry.nbytes // (experts * len(names))
     order = [f"{number}.{name}" for number in range(experts) for name in names]
     return {
         name: replace(entry, shape=shape, nbytes=nbytes, offset=entry.offset + place * nbytes)

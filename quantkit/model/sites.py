@@ -89,11 +89,11 @@ def _discover(model: StreamedModel, index: int, hidden: Tensor, generator: torch
 
 
 def expert_sites(block: str, experts: Experts) -> list[Site]:
-    """The sites of a mixture: of each expert gate and up, then down, whose inputs up can absorb a scale of."""
+    """The sites of a mixture: of each expert gate and up, then down, a scale of whose inputs up can mostly absorb."""
     found = []
     for number in range(len(experts)):
         gate, up, down = (f"{block}.{number}.{name}" for name in experts.names)
-        found += [Site((gate, up)), Site((down,), Fold(up, (down,)))]
+        found += [Site((gate, up)), Site((down,), Fold(up, (down,)) if experts.scales_through else None)]
     return found
 
 

@@ -164,6 +164,8 @@ def lay_out_job(
         seqlen = job.calibration.seqlen
         streamed = [ranks.most(tokens.samples) for tokens in (job.calibration, job.reference) if tokens]
         shapes += [(samples * (1 + job.tuning_copies), seqlen) for samples in streamed]
+        if any(expert_of(linear.local) for linear in job.plan.quantized):  # what enters a layer's experts is kept, too
+            shapes += [(samples, seqlen) for samples in streamed]
         if keeps and job.inputs == "quantized" and not job.options.tune:
             input_tokens = streamed[0] * seqlen
     streams = Streams(shapes, input_tokens)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quantkit.formats.names import expert_of
 from quantkit.hardware.batching import HEAD_ROWS, LOGITS_AT_ONCE, TOKENS_A_STEP, samples_per_sum, weights_at_once
 from quantkit.model.shapes import Shape, Shapes
 from quantkit.plan import LinearPlan
@@ -27,6 +28,7 @@ CUDA_BYTES = 768 * MIB  # of a GPU: its context, and the workspaces of libraries
 PINNED_ROUNDING = 2  # torch pins memory in powers of two
 WIDE_BYTES = 2**30  # of a GPU: what the large blocks of its column loops and split products hold
 SITE_COPIES = 2  # of a site's weights: scaled, together
+EVIDENCE = 7  # Gram matrices of an expert that leans on its layer: its own and the layer's in two parts, blends
 ROUNDING_COPIES = 6  # of those that are rounded together: corrected, steps, residual, a product, two at work
 DEQUANTIZING = 13  # bytes a weight of the head: its code; it, its zero point and its scale as floats
 TUNED_BYTES = 5 * 4 + 2 + 1  # a weight: its position, gradient, two moments, average; its offset; its code
@@ -150,6 +152,8 @@ def _rounding(site: Sequence[LinearPlan], work: Work) -> int:
         return 4 * 4 * weights
     copies = SITE_COPIES * weights + ROUNDING_COPIES * min(weights, weights_at_once(work.on_gpu))
     grams = (2 * 4 + 2 * work.on_gpu) * site[0].in_features ** 2
+    if expert_of(site[0].local):
+        grams += EVIDENCE * 4 * site[0].in_features ** 2
     return grams + _drift(site, work) + 4 * copies
 
 
