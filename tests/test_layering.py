@@ -69,8 +69,7 @@ ALLOWED: dict[str, str] = {
         " pipeline.runtime"
     ),
     "pipeline.fisher": (
-        "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime"
-        " pipeline.walk"
+        "errors hardware calibration model pipeline.activations pipeline.forward pipeline.runtime pipeline.walk"
     ),
     "pipeline.forward": "dtypes errors calibration model pipeline.activations pipeline.runtime",
     "pipeline.head": (
@@ -98,8 +97,7 @@ ALLOWED: dict[str, str] = {
     "pipeline.shards": "dtypes errors checkpoint model plan quantized pipeline.forward pipeline.job pipeline.layer",
     "pipeline.site_inputs": "hardware formats stats model pipeline.activations pipeline.forward",
     "pipeline.streams": (
-        "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards"
-        " pipeline.tuning"
+        "calibration model plan pipeline.activations pipeline.forward pipeline.job pipeline.shards pipeline.tuning"
     ),
     "pipeline.sweep": (
         "dtypes methods stats checkpoint model quantized pipeline.activations pipeline.compare"
@@ -141,8 +139,7 @@ ALLOWED: dict[str, str] = {
         " convert gguf report.terminal results commands.convert_from_gguf commands.verify"
     ),
     "commands.convert_from_gguf": (
-        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal"
-        " results"
+        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal results"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
@@ -150,8 +147,7 @@ ALLOWED: dict[str, str] = {
     ),
     "commands.doctor": "errors hardware text records quantized serving results commands.serve",
     "commands.fit": (
-        "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages"
-        " results"
+        "errors jsonfile checkpoint recipe records model plan quantized serving settings gguf report.pages results"
     ),
     "commands.inspect": "errors formats records plan quantized gguf results",
     "commands.process": "errors text",

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from quantkit.checkpoint.reader import Checkpoint, Entry, Part
 from quantkit.errors import ModelError
 
+ROWS = 32  # that a CPU multiplies of an expert's tokens at least: oneDNN keeps memory for every count that it meets
+
 
 class Bare(nn.Linear):
     """A linear that is not filled with random numbers first: there are thousands of them."""
@@ -38,8 +40,11 @@ class Expert(nn.Module):
     def forward(self, hidden: Tensor, *, whole: bool = True) -> Tensor:
         """What it makes of tokens [n, hidden]; not whole: only what down reads."""
         gate, up, down = map(self.get_submodule, self.names)
+        rows = len(hidden)
+        if hidden.device.type == "cpu":
+            hidden = nn.functional.pad(hidden, (0, 0, 0, -rows % ROWS))
         between = self.combine(gate(hidden), up(hidden))
-        return cast(Tensor, down(between)) if whole else between
+        return cast(Tensor, down(between) if whole else between)[:rows]
 
 
 class Experts(nn.ModuleList):
