@@ -454,3 +454,14 @@ def test_the_document_is_json_and_the_table_comes_from_it() -> None:
         "RAM",
     ):
         assert expected in text
+
+
+def test_latent_attention_keeps_what_keys_and_values_are_made_of() -> None:
+    sizes = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    changes = {"num_key_value_heads": 4, "max_position_embeddings": 64}
+    for kind, kept in (("minicpm3", 2 * 4 * (16 + 16)), ("deepseek_v3", 32 + 16)):
+        experts = {"first_k_dense_replace": 3} if kind == "deepseek_v3" else {}
+        model = tiny(model_type=kind, **sizes, **changes, **experts)
+        plan = make_plan(model, lambda name, _: Scheme(4, 32, False), FORMATS["compressed-tensors"])
+        result = fit(model, plan, budget=2**30, context=8)
+        assert result.kv_bytes_per_token == 3 * 2 * kept

@@ -45,6 +45,16 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128, "mamba_n_groups": 1, "head_dim": 16},
     "bamba": MAMBA | {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+    "nemotron_h": {  # without experts, of which its class has eight by default
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+        "head_dim": 16,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 8,
+    },
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,

@@ -180,6 +180,13 @@ LFM2_MLP = Part(
     )
 )
 
+# Latent attention: engines keep what keys and values are made of, on each card, and not those.
+LATENT = Family(
+    {},
+    fused=FUSED | {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")},
+    kept="kv_lora_rank + qk_rope_head_dim",
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         {EVERY: (_attention(SWITCHED), _gated_mlp("mlp_bias"))},
@@ -265,6 +272,8 @@ FAMILIES: dict[str, Family] = {
         },
         fused=W13,
     ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT),
+    "minicpm3": Family({}, kept="2 * num_key_value_heads * (qk_nope_head_dim + qk_rope_head_dim)"),
 }
 WITHOUT_ROW = Family({})
 

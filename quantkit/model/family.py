@@ -126,6 +126,7 @@ class Family:
     experts: what checkpoints call gate, up and down of an expert
     stacked: what they call gate and up of all experts, and down of all, where those are one tensor each
     gguf: None where llama.cpp's names are not known
+    kept: how many numbers a layer keeps of each token, where no part of it says so
 
     Linears are named here by the last part of their names.
     """
@@ -138,6 +139,7 @@ class Family:
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
     gguf: Gguf | None = None
+    kept: str = KEYS_AND_VALUES
 
     def types(self, config: Any, count: int) -> list[str]:
         """The type of each of the `count` layers: a key of `layers`, if there are any.
@@ -162,7 +164,7 @@ class Family:
     def per_token(self, kind: str) -> str:
         """How many numbers a layer of this type keeps of each token of a sequence, as arithmetic."""
         if kind not in self.layers:
-            return KEYS_AND_VALUES
+            return self.kept
         return " + ".join(part.per_token for part in self.layers[kind] if part.per_token) or "0"
 
     def state(self, kind: str) -> str:
