@@ -22,7 +22,7 @@ from quantkit.formats.blocks import pack
 from quantkit.gguf.architecture import rope_factors
 from quantkit.gguf.file import TensorInfo, Value, open_gguf, write_gguf
 from quantkit.gguf.reading import open_gguf_model
-from quantkit.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
+from quantkit.gguf.tokenizer import GPT2, PRE_TOKENIZERS, pre_tokenizer, tokenizer_metadata
 from quantkit.model.streaming import open_model
 from quantkit.quantized import open_quantized
 from quantkit.settings.request import Request
@@ -148,11 +148,18 @@ def test_pre_tokenizers_go_by_their_expression(tmp_path: Path) -> None:
     assert pre_tokenizer(demo, "demo") == "qwen2"
     for expressions, name in PRE_TOKENIZERS.items():
         changed = json.loads(json.dumps(demo))
-        splits = [{"type": "Split", "pattern": {"Regex": e}, "behavior": "Isolated"} for e in expressions]
+        splits: list[dict[str, Any]] = [
+            {"type": "Split", "pattern": {"Regex": e}, "behavior": "Isolated"} for e in expressions if e != GPT2
+        ]
         changed["pre_tokenizer"]["pretokenizers"][:-1] = splits
-        changed["pre_tokenizer"]["pretokenizers"][-1]["use_regex"] = not splits
+        changed["pre_tokenizer"]["pretokenizers"][-1]["use_regex"] = GPT2 in expressions
+        assert pre_tokenizer(changed, "changed") == name
+        for split in splits:  # what is between the pieces is removed: nothing
+            split |= {"behavior": "Removed", "invert": True}
         assert pre_tokenizer(changed, "changed") == name
     changed["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
+    assert pre_tokenizer(changed, "changed") == "smollm"  # as SmolLM2 says it
+    changed["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
     with pytest.raises(ModelError, match="name for its pre-tokenizer is not known"):
         pre_tokenizer(changed, "changed")
     with pytest.raises(ModelError, match="expected a byte-level BPE"):

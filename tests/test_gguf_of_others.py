@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from quantkit.commands.convert_gguf import ExportRequest, to_gguf
-from quantkit.gguf.file import open_gguf
+from quantkit.gguf.file import GGUFFile, open_gguf
+from quantkit.gguf.folder import tokenizer_files
+from quantkit.gguf.tokenizer import GPT2, PRE_TOKENIZERS, WHOLE_WORDS, tokenizer_metadata
 from quantkit.model.tokenizer_differences import tokenizer_differences
 from tests.gguf_models import QUIET, tiny
 from tests.running import done, quantkit
@@ -98,6 +100,29 @@ def test_a_file_becomes_a_16_bit_model_by_itself(tmp_path: Path, made: tuple[Pat
     tokens = torch.arange(64).view(2, 32)
     logits = [load_whole(folder)(tokens).logits for folder in (tmp_path / "out", model)]
     assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.05  # 8 bits
+
+
+@pytest.mark.parametrize("name", ["smollm", "tekken", "llama-bpe", "gpt-2"])
+def test_tokenizers_go_into_a_file_and_come_out(tmp_path: Path, name: str) -> None:
+    expressions = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
+    model = tiny(tmp_path / "model", "llama")
+    content = json.loads((model / "tokenizer.json").read_text())
+    splits = [{"type": "Split", "pattern": {"Regex": e}, "behavior": "Removed", "invert": True} for e in expressions]
+    splits = [split for split in splits if split["pattern"] != {"Regex": GPT2}]
+    if name == "smollm":
+        splits = [{"type": "Digits", "individual_digits": True}]
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": GPT2 in expressions}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, last]}
+    content["normalizer"] = None
+    content["model"]["ignore_merges"] = name in WHOLE_WORDS
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    raw = json.loads((model / "config.json").read_text())
+    metadata = tokenizer_metadata(model, raw["vocab_size"], raw)
+    assert metadata["tokenizer.ggml.pre"] == name
+    (tmp_path / "out").mkdir()
+    for file, written in tokenizer_files(GGUFFile(tmp_path / "x.gguf", metadata, {}, {})).items():
+        (tmp_path / "out" / file).write_text(json.dumps(written))
+    assert tokenizer_differences(tmp_path / "out", model) == []
 
 
 def test_other_targets_say_the_way(tmp_path: Path, made: tuple[Path, Path]) -> None:

@@ -8,7 +8,7 @@ from quantkit.dtypes import SERVED
 from quantkit.errors import ModelError
 from quantkit.gguf.architecture import ROPE_FACTORS
 from quantkit.gguf.file import GGUFFile
-from quantkit.gguf.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from quantkit.gguf.tokenizer import CONTROL, GPT2, PRE_TOKENIZERS, UNUSED, USER_DEFINED, WHOLE_WORDS
 from quantkit.model.architectures import FAMILIES
 
 TOKENIZER = "tokenizer.ggml."
@@ -95,7 +95,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, dict[str, Any]]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": name == "llama-bpe",
+            "ignore_merges": name in WHOLE_WORDS,
             "vocab": vocabulary,
             "merges": list(metadata.get(f"{TOKENIZER}merges") or []),
         },
@@ -112,8 +112,9 @@ def _pre_tokenizer(expressions: tuple[str, ...]) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
         for expression in expressions
+        if expression != GPT2
     ]
-    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": not steps}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": GPT2 in expressions}
     return {"type": "Sequence", "pretokenizers": [*steps, last]}
 
 

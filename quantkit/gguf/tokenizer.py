@@ -17,11 +17,18 @@ from quantkit.model.tokenizer import chat_template_of
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {  # the expressions of a tokenizer's splits -> the name
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+DIGIT = r"\p{N}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of a ByteLevel step itself
+PRE_TOKENIZERS = {  # the expressions that a tokenizer cuts by, one after the other -> the name
     (rf"{_WORDS}|\p{{N}}{_REST}",): "qwen2",
     (rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}",): "llama-bpe",
-    (): "gpt-2",
+    (rf"{_CASES}|\p{{N}}{_REST}".replace(r"[\r\n]*", r"[\r\n/]*"),): "tekken",  # Mistral Nemo, and those after it
+    (DIGIT, GPT2): "smollm",
+    (GPT2,): "gpt-2",
 }
+WHOLE_WORDS = ("llama-bpe", "tekken")  # llama.cpp takes a word that is a token as it is, without merging
 DEEPSEEK_BOS = "<｜begin▁of▁sentence｜>"  # Qwen's expression with this token: the distilled models of DeepSeek-R1
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -71,11 +78,8 @@ def pre_tokenizer(tokenizer: Mapping[str, Any], where: str) -> str:
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
     if model.get("type") != "BPE" or not byte_level:
         raise ModelError(f"{where}: expected a byte-level BPE; llama.cpp's other tokenizers are not written here")
-    splits = [step for step in steps if step.get("type") != "ByteLevel"]
-    expressions = tuple(str((step.get("pattern") or {}).get("Regex")) for step in splits)
-    alone = not splits and byte_level[0].get("use_regex", True)  # its own expression is GPT-2's
-    isolated = all(step.get("type") == "Split" and step.get("behavior") == "Isolated" for step in splits)
-    found = PRE_TOKENIZERS.get(expressions) if alone or (splits and isolated) else None
+    expressions = tuple(expression for step in steps for expression in _expressions(step))
+    found = PRE_TOKENIZERS.get(expressions)
     if found is None or byte_level[0].get("add_prefix_space", False):
         shown = " ".join(expressions) or str([step.get("type") for step in steps])
         raise ModelError(
@@ -83,6 +87,18 @@ def pre_tokenizer(tokenizer: Mapping[str, Any], where: str) -> str:
             f"known are those of {', '.join(PRE_TOKENIZERS.values())}"
         )
     return found
+
+
+def _expressions(step: Mapping[str, Any]) -> list[str]:
+    """What a step of a pre-tokenizer cuts out; its kind where that is not known here."""
+    kind, keeps = step.get("type"), (step.get("behavior"), bool(step.get("invert")))
+    if kind == "ByteLevel":
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits" and step.get("individual_digits"):
+        return [DIGIT]
+    if kind == "Split" and keeps in (("Isolated", False), ("Removed", True)):  # one as the other: nothing is between
+        return [str((step.get("pattern") or {}).get("Regex"))]
+    return [f"{kind} {step.get('behavior') or ''}".strip()]
 
 
 def _object(path: Path) -> dict[str, Any] | None:
