@@ -250,7 +250,7 @@ def read_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
         line = _line(root, first["loc"])
-        said = f"{first['msg']}, got {repr(first['input'])[:80]}"
+        said = f"{first['msg'].removeprefix('Value error, ')}, got {repr(first['input'])[:80]}"
         if first["type"] == "extra_forbidden":
             said = f"no such key{_meant(str(first['loc'][-1]), _keys(first['loc']))}"
         raise InputError(f"recipe {path}, line {line}: {place}: {said}") from error

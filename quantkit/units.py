@@ -6,30 +6,43 @@ import re
 from quantkit.errors import InputError
 
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SIZES = {
+    **{name.lower(): size for name, size in _BYTES.items()},
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,  # decimal, as disks and cards are sold
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+}
+_TOKENS = {"": 1, "k": 2**10, "m": 2**20}
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Read a size: "22GiB", "500MiB", "123456B".
+    """Read a size: "22GiB", "500MiB", "123456B"; "24GB" is 24 x 10**9, and "24G" is 24GiB.
 
     Raises:
         InputError: anything else.
     """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(B|KiB|MiB|GiB|TiB)", text.strip())
-    if not match:
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b|[kmgt])", text.strip().lower())
+    if not match or match[2] not in _SIZES:
         raise InputError(f"{option}: expected a size such as 22GiB, 500MiB or 123456B, got {text!r:.60}")
-    return int(float(match[1]) * _BYTES[match[2]]) if "." in match[1] else int(match[1]) * _BYTES[match[2]]
+    unit = _SIZES[match[2]]
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
 
 def parse_tokens(text: str, option: str) -> int:
-    """Read a number of tokens: "16k" is 16384, "8192" is itself.
+    """Read a number of tokens: "16k" is 16384, "1M" is 1048576, "8192" is itself.
 
     Raises:
         InputError: anything else, or zero.
     """
-    match = re.fullmatch(r"(\d{1,18})(k?)", text.strip().lower())
-    count = int(match[1]) * (1024 if match[2] else 1) if match else 0
+    match = re.fullmatch(r"(\d{1,18})([km]?)", text.strip().lower())
+    count = int(match[1]) * _TOKENS[match[2]] if match else 0
     if count < 1:
-        raise InputError(f"{option}: expected a number of tokens such as 8192 or 16k, got {text!r:.60}")
+        raise InputError(f"{option}: expected a number of tokens such as 8192, 16k or 1M, got {text!r:.60}")
     return count
 
 

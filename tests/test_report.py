@@ -214,11 +214,15 @@ def test_the_page_of_fit(options: dict[str, Any], says: str) -> None:
     asked = {"group_size": 128, "budget": 22 * GIB, "tensor_parallel": 1} | options
     said: dict[str, Any] = dict.fromkeys(("symmetric", "format", "recipe"))
     said |= {"bits": 4, "context": 12_288, "kv": "fp16"}
-    _, scheme, fit = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
-    page = render_fit(fit, "<b>", scheme)
+    result = fit_request(FitRequest(model="deepseek-r1-32b", offline=True, **asked, **said))
+    page = render_fit(result.fit, "<b>", result.scheme)
     parsed = Page(page)
     assert says in parsed.text
-    for part in ("<b>", f"total {formatting.size(fit.weights['total'])} {fit.weights['total']:,}", "To quantize"):
+    for part in (
+        "<b>",
+        f"total {formatting.size(result.fit.weights['total'])} {result.fit.weights['total']:,}",
+        "To quantize",
+    ):
         assert part in parsed.text
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)

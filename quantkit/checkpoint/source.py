@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint.download import HubModel
+from quantkit.checkpoint.meant import meant
 from quantkit.checkpoint.reader import INDEX, SINGLE, Checkpoint, open_checkpoint, shorten
 from quantkit.errors import ModelError
 
@@ -93,7 +94,9 @@ def find(
         raise ModelError(f"{target}: no such folder{hint}")
     if not HUB_ID.fullmatch(target):
         recipes = ", ".join(sorted(recipe_models)) or "none"
-        raise ModelError(f"{target!r}: not a recipe ({recipes}), not a folder, and not a hub id (org/name)")
+        near = meant(target, recipe_models)
+        known = "" if near else f" ({recipes})"
+        raise ModelError(f"{target!r}: not a recipe{known}, not a folder, and not a hub id (org/name){near}")
     return _from_hub(target, offline, revision, cache_dir)
 
 

@@ -15,6 +15,7 @@ import typer
 from quantkit import __version__
 from quantkit.cli import allocate, chat, convert, doctor, fit, inspect, models, push, quantize, serve, sweep, verify
 from quantkit.cli.console import PROBLEM, Commands, fail, processes, tell_bug
+from quantkit.cli.help import WORDS, Command, epilog
 from quantkit.hardware.launch import launch
 from quantkit.methods.table import METHODS
 
@@ -22,12 +23,15 @@ app = typer.Typer(
     cls=Commands,
     help="The most accurate quantized checkpoint that fits your card, with the measurements that prove it.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=WORDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for _method in METHODS.values():
-    app.command(_method.name, help=_method.help)(quantize.command_of(_method.name))
+    app.command(_method.name, help=_method.help, cls=Command, epilog=epilog(_method.name))(
+        quantize.command_of(_method.name)
+    )
 for _command in (
     fit.fit,
     verify.verify,
@@ -41,7 +45,7 @@ for _command in (
     push.push,
     models.models,
 ):
-    app.command()(_command)
+    app.command(cls=Command, epilog=epilog(_command.__name__))(_command)
 
 
 def _version(value: bool) -> None:

@@ -78,7 +78,7 @@ class Commands(TyperGroup):
 
 def answer(shown: RenderableType, *, json: bool = False, quiet: bool = False) -> None:
     """Print a command's answer on stdout; json: on stderr, since stdout holds the document."""
-    Screen(stderr=json, quiet=quiet).print(shown)
+    Screen(stderr=json, quiet=quiet).print(shown, crop=False)  # a command that is cut cannot be copied
 
 
 def print_json(document: Any) -> None:

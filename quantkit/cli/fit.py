@@ -71,6 +71,6 @@ def fit(
         if picture and picture.suffix not in (".html", ".htm"):
             raise InputError(f"--picture {picture}: expected a name that ends in .html")
         result = fit_request(request)
-        print_json(result.content()) if json else answer(table(result.fit))
+        print_json(result.content()) if json else answer(table(result.fit, result.would_fit))
         if picture:
             fit_page(result, picture)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fit command: from a name to the document of `fit.fit`, for a model, a recipe, or a folder that is quantized."""
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from quantkit.checkpoint.writer import write_text
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of, text_values
 from quantkit.plan import OUTSIDE, make_plan
@@ -55,21 +57,84 @@ class Named(NamedTuple):
     name: str
     scheme: str
     fit: Fit
+    would_fit: tuple[str, ...] = ()  # commands, where this does not
 
     def content(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"name": self.name, "scheme": self.scheme} | self.fit.content()
+        others = {"would_fit": list(self.would_fit)} if self.would_fit else {}
+        return {"name": self.name, "scheme": self.scheme} | self.fit.content() | others
+
+
+AS_STORED = "as stored"
+FEWER_BITS = ((4, 128), (3, 128), (2, 64))  # bits and groups to try where a model is too large
+MORE_CARDS = (2, 4, 8)
 
 
 def fit_request(request: FitRequest) -> Named:
     """Memory, context and engines of a model, a plan for it, or a folder; no weights are read.
 
+    Where it does not fit, what would.
+
     Raises:
         QuantkitError: a model, scheme, format or recipe that cannot be.
     """
+    result = _fit_as_asked(request)
+    return result if result.fit.fits else result._replace(would_fit=tuple(_would_fit(request, result)))
+
+
+def _would_fit(request: FitRequest, result: Named) -> Iterator[str]:
+    """Commands for what is nearest to a request that does not fit: one for each kind of change that is enough."""
+    fewer = [
+        {"bits": bits, "group_size": group, "scheme": None, "recipe": None, "format": None}
+        for bits, group in FEWER_BITS
+        if result.scheme != AS_STORED
+    ]
+    kinds: list[list[dict[str, Any]]] = [
+        [{"context": result.fit.longest_context // 1024 * 1024}] if result.fit.longest_context >= 1024 else [],
+        [{"kv": "fp8"}] if result.fit.kv != "fp8" else [],
+        fewer,
+        [{"tensor_parallel": cards} for cards in MORE_CARDS if cards > request.tensor_parallel],
+    ]
+    for changes in kinds:
+        for change in changes:
+            other = replace(request, **change)
+            try:
+                fit = _fit_as_asked(other).fit
+            except QuantkitError:
+                continue
+            loads = request.engine is not None or None in fit.engines.values()
+            if fit.fits and loads and not fit.tensor_parallel.problems:
+                yield _command(other)
+                break
+
+
+def _command(request: FitRequest) -> str:
+    """The command that asks for a request."""
+    options = {
+        "--w-bit": request.bits,
+        "--group": request.group_size,
+        "--scheme": request.scheme,
+        "--format": request.format,
+        "--recipe": request.recipe,
+        "--budget": _size(request.budget) if request.budget else None,
+        "--context": request.context,
+        "--kv": request.kv,
+        "--tensor-parallel": request.tensor_parallel if request.tensor_parallel > 1 else None,
+        "--for": request.engine,
+    }
+    words = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+    sym = [] if request.symmetric is None else ["--sym" if request.symmetric else "--asym"]
+    return shlex.join(["quantkit", "fit", request.model, *words, *sym, *(["--offline"] if request.offline else [])])
+
+
+def _size(count: int) -> str:
+    return f"{count}B" if count % 2**30 else f"{count // 2**30}GiB"
+
+
+def _fit_as_asked(request: FitRequest) -> Named:
     folder = Path(request.model)
     if _holds_gguf(folder):
-        return Named(folder.resolve().name, "as stored", _fit_gguf(request, folder))
+        return Named(folder.resolve().name, AS_STORED, _fit_gguf(request, folder))
     known = shipped().get(request.model)
     if known is not None and known.config is not None:
         model = shapes_in(known.config)
@@ -79,7 +144,7 @@ def fit_request(request: FitRequest) -> Named:
         if quantization_of(raw):
             name = request.model if source.hub else folder.resolve().name
             asked = _asked(request, positions(SimpleNamespace(**text_values(raw))))
-            return Named(name, "as stored", fit_checkpoint(source.directory, headers=source.headers(), **asked))
+            return Named(name, AS_STORED, fit_checkpoint(source.directory, headers=source.headers(), **asked))
         model = _shapes(source.directory)
     recipe = choose_recipe(request.recipe, request.model)
     method = usual_method(request.format)

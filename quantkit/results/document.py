@@ -38,9 +38,9 @@ def checked(document: dict[str, Any], path: Path) -> Result:
         return Result.model_validate(document)
     except ValidationError as error:
         first, more = error.errors()[0], len(error.errors()) - 1
-        place = ".".join(map(str, first["loc"]))
+        place, fault = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         found = "" if first["type"] == "missing" else f", got {repr(first['input'])[:60]}"
         others = f" ({more} more like it)" if more else ""
         raise OutputError(
-            f"{path}: {place}: {first['msg']}{found}{others}; the file is damaged: run the command that made it again"
+            f"{path}: {place}: {fault}{found}{others}; the file is damaged: run the command that made it again"
         ) from error

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `quantkit fit` prints: the answer, memory, the engine's flags, what quantizing needs, engines."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -24,10 +25,13 @@ WORKSPACE = {
 }
 
 
-def table(fit: Fit) -> Group:
-    """What `fit` said for a terminal."""
+def table(fit: Fit, alternatives: Sequence[str] = ()) -> Group:
+    """What `fit` said for a terminal; alternatives: commands of what would fit."""
     problems = fit.tensor_parallel.problems
-    parts: list[Any] = [_verdict(fit), _memory(fit)]
+    parts: list[Any] = [_verdict(fit)]
+    # A command that is cut into lines cannot be copied.
+    parts += [Text(f"  would fit: {line}", "yellow", no_wrap=True, overflow="ignore") for line in alternatives]
+    parts.append(_memory(fit))
     parts += [
         Text(f"cannot be cut over {fit.tensor_parallel.cards} cards: {problem}", style="red") for problem in problems
     ]
@@ -86,6 +90,9 @@ def _verdict(fit: Fit) -> Text:
     head = "DOES NOT FIT" if not fit.fits else "FITS, BUT CANNOT BE CUT" if cut else "FITS"
     text = Text(head, style="bold green" if fit.fits and not cut else "bold red")
     limit = "all that the model allows" if longest == allowed else f"the model allows {allowed:,}" if allowed else ""
+    spare = f"{format_bytes(abs(fit.margin_bytes))} {'left' if fit.margin_bytes >= 0 else 'too much'}"
+    where = f" {format_bytes(fit.budget_bytes)} with {fit.context:,} tokens of context, {spare}"
+    text.append(f"{' in' if fit.fits else ':'}{where}", style="default")
     text.append(f"; longest context that fits: {longest:,} tokens" if longest else "; no context fits", style="default")
     return text.append(f" ({limit})" if limit else "", style="default")
 
