@@ -23,6 +23,10 @@ from quantkit.errors import NumericsError
 from quantkit.hardware.matmul import accumulate_, accumulate_gram_, linear, mirror_, product, rounded, strips
 from quantkit.hardware.ranks import ALONE, Ranks
 
+ENOUGH_TOKENS = 65_536  # with which a Gram matrix is taken as it is,
+ENOUGH_FOR_WIDTH = 8  # if there are so many for each input
+SHRINKAGE = 4  # what fewer are shrunk by: times inputs over tokens, of the mean of the diagonal (LOG.md)
+
 
 @dataclass
 class SiteStats:
@@ -200,6 +204,19 @@ def require_finite_stats(stats: SiteStats, name: str) -> None:
         raise NumericsError(
             f"{name}: its Gram matrix overflowed float32 (largest input {largest:.3g}); check the model's weights"
         )
+
+
+def shrink_(stats: SiteStats) -> SiteStats:
+    """Shrink the Gram matrix of too few tokens towards a multiple of the identity, in place (Ledoit and Wolf, 2004).
+
+    The matrix of n tokens is off by about sqrt(in_features / n). Rounding that trusts it makes up for errors in
+    directions that other text does not have, and spends the grid on columns that few tokens happened to use.
+    """
+    width = len(stats.gram)
+    if stats.tokens < max(ENOUGH_TOKENS, ENOUGH_FOR_WIDTH * width):
+        ridge = SHRINKAGE * width / max(stats.tokens, 1)
+        stats.gram.diagonal().add_(ridge * stats.gram.diagonal().mean())
+    return stats
 
 
 def rescale_(gram: Tensor, scale: Tensor) -> Tensor:

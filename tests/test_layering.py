@@ -152,7 +152,7 @@ ALLOWED: dict[str, str] = {
     "commands.inspect": "errors formats records plan quantized gguf results",
     "commands.process": "errors text",
     "commands.quantize": (
-        "errors hardware units formats methods scheme calibration checkpoint recipe records model plan"
+        "errors hardware units formats methods scheme stats calibration checkpoint recipe records model plan"
         " serving settings gguf pipeline.job pipeline.memory pipeline.run pipeline.runtime report.terminal"
         " results commands.quantize_result"
     ),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What calibration sums up, against float64, and what it must stop at."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,16 @@ from hypothesis import strategies as st
 
 from quantkit.errors import NumericsError
 from quantkit.hardware.matmul import fast_bfloat16
-from quantkit.stats import Projection, SiteStats, collect, output_error, require_finite_stats, rescale_
+from quantkit.stats import (
+    Projection,
+    SiteStats,
+    collect,
+    empty_stats,
+    output_error,
+    require_finite_stats,
+    rescale_,
+    shrink_,
+)
 
 CPU = torch.device("cpu")
 
@@ -124,3 +135,19 @@ def test_the_drift_of_the_first_samples_stands_for_all(how: str, followed: int) 
     gram = torch.einsum("sti,stj->ij", x.double(), x.double())
     torch.testing.assert_close(stats.gram.double(), gram, rtol=1e-5, atol=1e-3)
     assert stats.tokens == 24 * 16
+
+
+@pytest.mark.parametrize(("tokens", "width", "share"), [(64, 8, 0.5), (8, 64, 32.0), (65_535, 8, 4 * 8 / 65_535)])
+def test_the_gram_matrix_of_few_tokens_is_shrunk(tokens: int, width: int, share: float) -> None:
+    stats = collected(torch.randn(tokens, width))
+    gram, mean = stats.gram.clone(), stats.gram.diagonal().mean()
+    shrunk = shrink_(stats)
+    assert torch.allclose(shrunk.gram - gram, share * mean * torch.eye(width), rtol=1e-3, atol=1e-3 * float(mean))
+
+
+def test_that_of_a_usual_run_is_taken_as_it_is() -> None:
+    """128 windows of 512 tokens, for linears of up to 8,192 inputs: no byte may change."""
+    for width in (8, 8192):
+        gram = torch.ones(width, 1).expand(width, width)
+        stats = replace(empty_stats(1, CPU), gram=gram, tokens=65_536)
+        assert bool((shrink_(stats).gram == 1).all())

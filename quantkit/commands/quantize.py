@@ -40,6 +40,7 @@ from quantkit.settings.defaults import (
 )
 from quantkit.settings.request import Request, config_options, limits_of, serving
 from quantkit.settings.tokens import tokens_of
+from quantkit.stats import ENOUGH_FOR_WIDTH, ENOUGH_TOKENS
 from quantkit.units import format_bytes
 
 
@@ -73,7 +74,13 @@ def quantize(request: Request, terminal: Terminal, ranks: Ranks = ALONE) -> tupl
     measured_on = [(ranks.most(evaluated.samples), evaluated.seqlen)] * 2 if evaluated else []
     layout = lay_out_job(job, measured_on, Allowance(request.vram, request.ram, request.place))
     job = laid_out(job, layout)
-    notes = [*unused, *_unused_drift(job), *_unmatched_rules(recipe, plan), *left_out(model.directory)]
+    notes = [
+        *unused,
+        *_unused_drift(job),
+        *_few_tokens(job),
+        *_unmatched_rules(recipe, plan),
+        *left_out(model.directory),
+    ]
     too_large = [_too_large(memory, evaluated)] if not memory.fits else []
     _announce(terminal, request, recipe, job, [*notes, *notes_of(calibrated, evaluated), *too_large])
     terminal.say(f"memory: {layout}")
@@ -183,6 +190,27 @@ def _unused_drift(job: Job) -> list[str]:
         return []
     why = "--quality best runs all" if job.options.tune else "no drift is made up for here"
     return [f"--drift-samples: {why}; left out"]
+
+
+def _few_tokens(job: Job) -> list[str]:
+    """Notes, where there is too little calibration for the width of linears, or for tuning."""
+    calibrated = [linear for linear in job.plan.quantized if METHODS[job.method_of(linear)].calibrates]
+    if job.calibration is None or not calibrated:
+        return []
+    tokens, seqlen = job.calibration.input_ids.numel() * job.runtime.ranks.size, job.calibration.seqlen
+    widest = max(calibrated, key=lambda linear: linear.in_features)
+    notes = []
+    if tokens < widest.in_features:
+        notes.append(
+            f"calibration: {tokens:,} tokens are fewer than the {widest.in_features:,} inputs of {widest.kind}, so "
+            f"rounding goes by them less; use --samples {-(-ENOUGH_FOR_WIDTH * widest.in_features // seqlen)} or more"
+        )
+    if job.options.tune and tokens < ENOUGH_TOKENS:
+        notes.append(
+            f"--quality best: {tokens:,} tokens are little to tune on, and may make it worse; use --samples "
+            f"{-(-ENOUGH_TOKENS // seqlen)} or more"
+        )
+    return notes
 
 
 def _unmatched_rules(recipe: Recipe, plan: Plan) -> list[str]:

@@ -20,7 +20,7 @@ from quantkit.pipeline.activations import Stream, regrouped
 from quantkit.pipeline.forward import ending_names
 from quantkit.pipeline.runtime import Runtime
 from quantkit.scheme import QuantizedTensor, Scheme, join_rows
-from quantkit.stats import SiteStats, collect, output_error, require_finite_stats
+from quantkit.stats import SiteStats, collect, output_error, require_finite_stats, shrink_
 
 
 def head_stats(
@@ -48,7 +48,7 @@ def head_stats(
         width = int(model.outside()[f"{head}.weight"][1])
         stats = collect(inputs(stream), width, device, None if reference is None else inputs(reference), ranks)
     require_finite_stats(stats, str(head))
-    return stats
+    return shrink_(stats)
 
 
 def quantize_head(

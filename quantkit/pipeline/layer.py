@@ -28,7 +28,7 @@ from quantkit.pipeline.mixtures import Routed, expert_stats, route
 from quantkit.pipeline.site_inputs import Passage, forget, inputs_of
 from quantkit.plan import LinearPlan
 from quantkit.scheme import QuantizedTensor
-from quantkit.stats import Projection, SiteStats, collect, require_finite_stats
+from quantkit.stats import Projection, SiteStats, collect, require_finite_stats, shrink_
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _collect(site: Site, calibration: Passage, original: Passage | None, *, last
         theirs = inputs_of(original, linear, last=last, returned=multiplied)
         originals = regrouped(ranks.in_turn(theirs), together)
     projection = Projection(weight, applied=multiplied) if few_rows else None
-    return collect(inputs, weight.shape[1], device, originals, ranks, projection)
+    return shrink_(collect(inputs, weight.shape[1], device, originals, ranks, projection))
 
 
 def _fold(

@@ -22,7 +22,7 @@ from quantkit.model.shortcuts import taken
 from quantkit.model.streaming import run_to
 from quantkit.pipeline.activations import Stream, open_stream
 from quantkit.pipeline.site_inputs import Passage
-from quantkit.stats import SiteStats, collect
+from quantkit.stats import SiteStats, collect, shrink_
 
 LAYER_TOKENS = 4  # of the layer for each input, that an expert with too few of its own is shown
 
@@ -82,7 +82,7 @@ def expert_stats(routed: Routed, site: Site) -> tuple[SiteStats, Evidence | None
     tokens = routed.tokens[found[1]]
     width = routed.passage.layer.module.get_parameter(f"{name}.weight").shape[1]
     if not is_starved(len(tokens), width):
-        return _summed(routed, name, tokens, drift=True), None
+        return shrink_(_summed(routed, name, tokens, drift=True)), None
     count = routed.stream.states.shape[:2].numel()
     every = torch.arange(0, count, max(1, count // (LAYER_TOKENS * width)), device=tokens.device)
     own, layer = ([_summed(routed, name, part) for part in _parts(each)] for each in (tokens, every))

@@ -22,7 +22,7 @@ from quantkit.model.shortcuts import Known, Shortcut, find_shortcuts, taken, wat
 from quantkit.model.streaming import run_to
 from quantkit.pipeline.activations import Stream
 from quantkit.pipeline.forward import Layer
-from quantkit.stats import SiteStats, Sums, empty_stats, require_finite_stats
+from quantkit.stats import SiteStats, Sums, empty_stats, require_finite_stats, shrink_
 
 
 @dataclass
@@ -152,4 +152,4 @@ def observe(layer: Layer, stream: Stream) -> tuple[SiteStats, ...]:
     stats = tuple(total.finish() for total in sums)
     for site, each in zip(layer.sites, stats, strict=True):
         require_finite_stats(each, f"{layer.name}.{site.linears[0]}")
-    return stats
+    return tuple(map(shrink_, stats))
