@@ -95,6 +95,20 @@ def test_equal_configs_in_other_spellings_pass(
     assert not [reason for reason in measured["reasons"] if "config" in reason]
 
 
+def test_a_base_that_only_older_readers_take_fails(
+    foreign: tuple[Path, torch.nn.Module], original: Path, ids: Path
+) -> None:
+    folder, _ = foreign
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_theta": 10000}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert "differences" not in verify(folder, against=str(original), evaluation=str(ids), **LOOSE)["verification"]
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_theta": 1e6}))
+    measured = verify(folder, against=str(original), evaluation=str(ids), **LOOSE)["verification"]
+    assert measured["verdict"] == "fail"
+    assert "rope_theta is 1000000.0" in measured["reasons"][0]
+
+
 def test_scaled_rotations_are_compared_by_value() -> None:
     base = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -151,6 +165,9 @@ def test_a_tokenizer_spelled_otherwise_is_the_same(tmp_path: Path) -> None:
     assert tokenizer_differences(other, original) == []
     (other / "tokenizer.json").unlink()
     assert tokenizer_differences(other, original) == []
+    for folder, content in ((original, b"a"), (other, b"b")):
+        (folder / "tokenizer.model").write_bytes(content)
+    assert tokenizer_differences(other, original) == ["tokenizer.model is not that of the original"]
 
 
 def test_verify_fails_by_the_tokenizer_alone(

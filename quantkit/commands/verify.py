@@ -29,7 +29,7 @@ from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
 from quantkit.gguf.metadata import metadata_differences, model_said
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
-from quantkit.model.config_differences import config_differences
+from quantkit.model.config_differences import config_differences, contradictions
 from quantkit.model.shapes import Shapes, text_values
 from quantkit.model.streaming import Architecture, StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
@@ -219,8 +219,10 @@ def _differences(quantized: QuantizedCheckpoint | GGUFModel, original: StreamedM
     if isinstance(quantized, GGUFModel):
         return metadata_differences(quantized.file, original)
     assert isinstance(quantized.model, Architecture)
+    config = quantized.model.model.config
     return [
-        *config_differences(quantized.model.model.config, original.model.config),
+        *config_differences(config, original.model.config),
+        *contradictions(quantized.raw, config),
         *tokenizer_differences(quantized.directory, original.directory),
     ]
 

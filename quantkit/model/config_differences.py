@@ -10,6 +10,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from quantkit.model.config import text_config
+from quantkit.model.older import older_rope_keys
+from quantkit.model.shapes import text_values
+
 # Keys of every config that the tokens of an answer depend on. All others that are of every config change no number.
 COMMON = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
 UNUSED = {  # keys that only training, caches or older transformers read
@@ -37,6 +41,20 @@ def config_differences(config: PretrainedConfig, original: PretrainedConfig) -> 
         difference(f"config.json: {key}", values[key], expected[key])
         for key in expected
         if key in values and not same_value(values[key], expected[key])
+    ]
+
+
+def contradictions(raw: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
+    """One line for each key by which transformers 4 reads another rotary embedding from a file than transformers 5.
+
+    raw: the file's content; config: what transformers 5 has read from it
+    """
+    text, values = text_config(config), text_values(raw)
+    older = older_rope_keys(text.model_type, getattr(text, ROPE, None) or {})
+    return [
+        f"config.json: {key} is {values[key]!r:.60}, and its {ROPE} come to {value!r:.60}: readers differ on it"
+        for key, value in older.items()
+        if isinstance(value, float | int) and values.get(key) is not None and not same_value(values[key], value)
     ]
 
 

@@ -17,6 +17,7 @@ from quantkit.jsonfile import read_object
 from quantkit.model.tokenizer import CONFIG, chat_template_of
 
 TOKENIZER = "tokenizer.json"
+VOCABULARIES = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")  # of tokenizers without such a file
 SPECIAL = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token")
 SAME_FIELDS = ("model", "normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens")
 # Texts that tokenizers cut in different ways: numbers, contractions, cases, spaces, lines, scripts, code, accents.
@@ -41,7 +42,11 @@ def tokenizer_differences(directory: Path, original: Path) -> list[str]:
 def _files(directory: Path, original: Path) -> list[str]:
     paths = [folder / TOKENIZER for folder in (directory, original)]
     if not all(path.is_file() for path in paths):
-        return []
+        pairs = [(directory / name, original / name) for name in VOCABULARIES]
+        both = [(own, right) for own, right in pairs if own.is_file() and right.is_file()]
+        return [
+            f"{own.name} is not that of the original" for own, right in both if own.read_bytes() != right.read_bytes()
+        ]
     contents = [path.read_bytes() for path in paths]
     if contents[0] == contents[1]:
         return []
