@@ -33,6 +33,7 @@ def test_a_folder_is_told_its_kernels_and_flags(tmp_path: Path) -> None:
     shown = " ".join(done("doctor", str(out)).stdout.split())
     assert "loads it: Marlin" in shown
     assert "--max-num-seqs 8" in shown
+    assert f"quantkit serve {out} --context 2048 " in f"{shown} "
 
 
 def test_every_trouble_has_a_command_that_exists() -> None:

@@ -77,8 +77,11 @@ class Commands(TyperGroup):
 
 
 def answer(shown: RenderableType, *, json: bool = False, quiet: bool = False) -> None:
-    """Print a command's answer on stdout; json: on stderr, since stdout holds the document."""
-    Screen(stderr=json, quiet=quiet).print(shown, crop=False)  # a command that is cut cannot be copied
+    """Print a command's answer on stdout; json: on stderr, since stdout holds the document.
+
+    Lines that must not wrap, as commands to copy, go on beyond the terminal's width.
+    """
+    Screen(stderr=json, quiet=quiet).print(shown, crop=False)
 
 
 def print_json(document: Any) -> None:

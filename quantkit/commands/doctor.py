@@ -186,21 +186,21 @@ def _troubles(out: str, fit: Fit | None) -> list[Trouble]:
             "starts the engine with the flags of fit; --kv fp8 halves the cache",
         ),
         (
-            "the answers got worse",
+            "answers got worse",
             ["quantkit", "verify", out],
             "measures its files again, against the original",
         ),
         (
-            "it is worse than you can accept",
+            "worse than you can accept",
             ["quantkit", "awq", "MODEL", "--quality", "best"],
             "tunes each layer; or --group 64, or more bits",
         ),
         (
-            "the first token is slow",
+            "a slow first token",
             ["quantkit", "serve", out, "--", "--max-num-batched-tokens", "8192"],
             "larger batches of the prompt, for more memory",
         ),
-        ("the engine does not load it", ["quantkit", "fit", out], "says why, for each engine, and what would load"),
-        ("is it the engine or the model?", ["quantkit", "chat", out, "--prompt", "TEXT"], "answers without an engine"),
+        ("an engine does not load it", ["quantkit", "fit", out], "says why, for each engine, and what would load"),
+        ("the engine or the model", ["quantkit", "chat", out, "--prompt", "TEXT"], "answers without an engine"),
     )
     return [Trouble(symptom=symptom, command=shlex.join(words), why=why) for symptom, words, why in rows]

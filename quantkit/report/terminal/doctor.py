@@ -31,16 +31,18 @@ def doctor_table(found: dict[str, Any]) -> Group:
     ):
         here.add_row(name, value)
     installed = _table("installed")
-    for name, value in ({"quantkit": found["quantkit"]} | machine["packages"] | machine["programs"]).items():
+    programs = {f"{name} (program)": path for name, path in machine["programs"].items()}
+    rows = {"quantkit": found["quantkit"], **machine["packages"], **programs}
+    for name, value in rows.items():
         installed.add_row(name, Text(value, style="green") if value else Text("no", style="dim"))
     parts: list[Any] = [here, installed]
     if found.get("fit"):
         parts.append(_folder(found["folder"], Fit.model_validate(found["fit"]), found.get("kernels", {})))
     parts += [Text(f"problem: {problem}", style="red") for problem in found.get("problems", [])]
-    troubles = _table("if")
     for trouble in found["troubles"]:
-        troubles.add_row(trouble["symptom"], Text(trouble["command"], no_wrap=True), trouble["why"])
-    return Group(*parts, troubles)
+        parts.append(Text(f"{trouble['symptom']}? {trouble['why']}"))
+        parts.append(Text(f"  {trouble['command']}", no_wrap=True, overflow="ignore"))  # to be copied, so not cut
+    return Group(*parts)
 
 
 def _folder(name: str, fit: Fit, kernels: dict[str, dict[str, str]]) -> Table:
