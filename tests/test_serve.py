@@ -7,6 +7,7 @@ The engine is a small program that takes vLLM's words: what is tested here is th
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -216,3 +217,26 @@ def test_the_balancer_hands_on_to_every_server_and_streams() -> None:
 )
 def test_only_loopback_needs_no_key(host: str, own: bool) -> None:
     assert is_loopback(host) == own
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+def test_replicas_behind_nginx_lose_nothing_when_one_ends(tmp_path: Path) -> None:
+    port = free_port()
+    words = command("serve", DEMO, "--engine-python", str(engine(tmp_path)), "--port", str(port))
+    with subprocess.Popen(
+        [*words, "--replicas", "2", "--nginx"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"http://127.0.0.1:{port}/v1\n"
+        first = int((tmp_path / "pids").read_text().split()[0])
+        os.kill(first, signal.SIGKILL)
+        for _ in range(20):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert not any(alive(int(word)) for word in (tmp_path / "pids").read_text().split())
