@@ -5,6 +5,7 @@ One unit of work is one shard: the embeddings first, then one per decoder layer,
 what is copied as it is.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -175,6 +176,49 @@ def head_linear(model: Shapes) -> LinearPlan | None:
     name = model.head_name
     shape = model.outside().get(f"{name}.weight", ())
     return LinearPlan(name, OUTSIDE, name, *shape, None) if name and len(shape) == 2 else None
+
+
+GROUPS = (128, 64, 32, 16, -1)  # what is tried, from the largest, where a group does not divide a width
+
+Resolve = Callable[[str, int], Scheme | None]
+
+
+def dividing(model: Shapes, resolve: Resolve, fmt: Format) -> tuple[Resolve, list[str]]:
+    """The schemes with smaller groups for the linears whose width the group does not divide, and a note for each width.
+
+    Each linear gets the largest group that divides its width. Where engines want one scheme for all, all get the
+    largest that divides every width.
+    """
+    linears = [replace(linear, scheme=resolve(linear.name, linear.layer)) for linear in decoder_linears(model)]
+    smaller: dict[str, Scheme] = {}
+    counts: Counter[tuple[int, int, int]] = Counter()
+    for scheme in dict.fromkeys(linear.scheme for linear in linears):
+        own = [linear for linear in linears if linear.scheme == scheme]
+        if scheme is None or not any(_is_odd(scheme, linear.in_features) for linear in own):
+            continue
+        alike = not fmt.usual_for(scheme, True)
+        every = {linear.in_features for linear in own}
+        for linear in own:
+            if alike or _is_odd(scheme, linear.in_features):
+                group = _largest_group(scheme, every if alike else {linear.in_features})
+                fitting = replace(scheme, group_size=group)
+                if fmt.why_not(fitting, linear.out_features, linear.in_features) is None:
+                    smaller[linear.name] = fitting
+                    counts[linear.in_features, scheme.group_size, group] += 1
+    notes = [
+        f"{count} linears of {width} columns: {f'groups of {group}' if group > 0 else 'whole rows'} instead of {usual}"
+        for (width, usual, group), count in counts.items()
+    ]
+    return lambda name, layer: smaller.get(name) or resolve(name, layer), notes
+
+
+def _largest_group(scheme: Scheme, widths: Iterable[int]) -> int:
+    """The largest group below the scheme's that divides all widths; -1 if none does."""
+    return next(g for g in GROUPS if g == -1 or (g < scheme.group_size and not any(width % g for width in widths)))
+
+
+def _is_odd(scheme: Scheme, width: int) -> bool:
+    return scheme.group_size > 0 and width % scheme.group_size > 0
 
 
 def make_plan(

@@ -55,6 +55,7 @@ class Scheme:
         if in_features % columns:
             fitting = [g for g in (256, 128, 64, 32) if in_features % g == 0 and g < columns]
             hint = f"use {' or '.join(map(str, fitting[:2]))}" if fitting else "use -1 (whole rows)"
+            hint += ", or --group auto"
             raise SchemeError(f"in_features {in_features} is not divisible by group_size {self.group_size}; {hint}")
         return in_features // columns
 

@@ -31,6 +31,16 @@ def choice(names: Collection[str]) -> dict[str, Any]:
     return {"parser": parse, "autocompletion": complete, "metavar": f"[{'|'.join(names)}]"}
 
 
+def group_size(text: str) -> int | None:
+    """Columns of a group; None: what divides."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number, nor auto.") from None
+
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A recipe name (deepseek-r1-32b, demo), a folder, or a hub id (org/name)."),
@@ -39,7 +49,13 @@ WBit = Annotated[
     int | None, typer.Option("--w-bit", min=MIN_BITS, max=MAX_BITS, help="Bits of a weight.  [default: 4]")
 ]
 Group = Annotated[
-    int | None, typer.Option("--group", help="Columns that share a scale; -1: whole rows.  [default: 128]")
+    int | None,
+    typer.Option(
+        "--group",
+        help="Columns that share a scale; -1: whole rows; auto: 128, or the largest that divides.  [default: auto]",
+        parser=group_size,
+        metavar="N|auto",
+    ),
 ]
 Sym = Annotated[
     bool | None, typer.Option("--sym/--asym", help="Fixed zero point or one per group.  [default: by method]")

@@ -12,7 +12,7 @@ from quantkit.checkpoint.writer import write_text
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.jsonfile import read_object
 from quantkit.model.shapes import Shapes, shapes_of, text_values
-from quantkit.plan import OUTSIDE, make_plan
+from quantkit.plan import OUTSIDE, dividing, make_plan
 from quantkit.quantized import quantization_of, read_config, shapes_in
 from quantkit.recipe import BudgetSpec, explained, resolver, shipped
 from quantkit.records import Fit
@@ -152,6 +152,8 @@ def _fit_as_asked(request: FitRequest) -> Named:
     scheme = choose_scheme(method, recipe, numbers, request.format)
     fmt = choose_format(request.format, method, scheme, recipe)
     resolve = resolver(recipe, scheme, model.family.sixteen_bit)
+    if request.group_size is None:
+        resolve, _ = dividing(model, resolve, fmt)
     with explained(recipe):
         plan = make_plan(model, resolve, fmt, head=resolve(model.head_name or "", OUTSIDE))
     result = fit(model, plan, **_asked(request, positions(model.config), recipe.budget))

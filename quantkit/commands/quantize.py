@@ -23,7 +23,7 @@ from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.run import run
 from quantkit.pipeline.runtime import Runtime
-from quantkit.plan import OUTSIDE, Plan, make_plan, resolved
+from quantkit.plan import OUTSIDE, Plan, dividing, make_plan, resolved
 from quantkit.recipe import Recipe, explained, method_resolver, resolver, unmatched
 from quantkit.records import Fit, Limits, Result
 from quantkit.report.terminal.screen import Terminal
@@ -75,6 +75,7 @@ def quantize(request: Request, terminal: Terminal, ranks: Ranks = ALONE) -> tupl
     layout = lay_out_job(job, measured_on, Allowance(request.vram, request.ram, request.place))
     job = laid_out(job, layout)
     notes = [
+        *asked.smaller_groups,
         *unused,
         *_unused_drift(job),
         *_few_tokens(job),
@@ -111,7 +112,10 @@ Tokens = tuple[TokenSet | None, TokenSet | None]  # to calibrate with, and to me
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a request comes to: known before any weight is read."""
+    """What a request comes to: known before any weight is read.
+
+    smaller_groups: see `plan.dividing`
+    """
 
     limits: Limits
     scheme: Scheme
@@ -120,6 +124,7 @@ class _Asked:
     memory: Fit
     tokens: Tokens
     out: Path
+    smaller_groups: list[str]
 
 
 def _resolve(request: Request, recipe: Recipe) -> _Asked:
@@ -130,11 +135,14 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
     out = request.out or default_out(request, scheme, fmt)
     require_another(out, source.directory)
 
-    def planned(model: Architecture) -> tuple[Plan, Fit, Tokens]:
+    def planned(model: Architecture) -> tuple[Plan, Fit, Tokens, list[str]]:
         if fmt.block_bytes is not None:
             check_architecture(model)  # and the tokenizer: what llama.cpp has no name for is told now
             tokenizer_metadata(source.directory, model.config.vocab_size, {})
         resolve = resolver(recipe, scheme, model.family.sixteen_bit)
+        smaller: list[str] = []
+        if request.group_size is None:
+            resolve, smaller = dividing(model, resolve, fmt)
         with explained(recipe):
             plan = make_plan(
                 model,
@@ -148,10 +156,10 @@ def _resolve(request: Request, recipe: Recipe) -> _Asked:
         if request.options.tune and not all(map(_calibrates, methods)):
             raise InputError("--quality best: tunes what is calibrated; the recipe has rules with method: rtn")
         memory = fit(model, plan, engine=request.engine, **serving(request, recipe, model))
-        return plan, memory, tokens_of(request, recipe, model, source.directory, methods)
+        return plan, memory, tokens_of(request, recipe, model, source.directory, methods), smaller
 
-    model, (plan, memory, tokens) = open_planned(source, planned)
-    return _Asked(limits, scheme, model, plan, memory, tokens, out)
+    model, (plan, memory, tokens, smaller) = open_planned(source, planned)
+    return _Asked(limits, scheme, model, plan, memory, tokens, out, smaller)
 
 
 def _refuse_together(request: Request, ranks: Ranks) -> None:
