@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interop.pairs import MODELS
 from interop.run import QUIET, WORK, client, figures, token_files
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ExportRequest
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.commands.quantize import quantize
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.model.streaming import open_model

@@ -35,8 +35,9 @@ from interop.environments import HOME, create, python
 from interop.pairs import CASES, MODELS, READERS, RESULTS, WRITERS, Case, Client, Foreign
 from interop.tables import unexpected, write_tables
 from quantkit.calibration.load import load_eval
-from quantkit.commands.convert import ConvertRequest, convert
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ConvertRequest, ExportRequest
+from quantkit.commands.convert import convert
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.commands.inspect import inspect_folder
 from quantkit.commands.quantize import quantize
 from quantkit.errors import QuantkitError
@@ -276,7 +277,7 @@ def conversions(folder: Path) -> dict[str, str | None]:
                 if target == "gguf":
                     to_gguf(ExportRequest(str(folder), "interop", out=Path(out) / "out", verify=False), QUIET)
                 else:
-                    convert(ConvertRequest(folder, target, "interop", Path(out) / "out"), QUIET)
+                    convert(ConvertRequest(str(folder), "interop", Path(out) / "out", to=target), QUIET)
                 found[target] = None
             except QuantkitError as error:
                 found[target] = _line(str(error))

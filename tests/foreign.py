@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantkit.commands.convert import ConvertRequest, convert
+from quantkit.commands.conversion import ConvertRequest
+from quantkit.commands.convert import convert
 from quantkit.commands.quantize import quantize
 from quantkit.formats import FORMATS, QuantizedLayer
 from quantkit.formats.reading import unpack
@@ -39,7 +40,7 @@ def run(model: Path, out: Path, **said: Any) -> dict[str, Any]:
 
 def to(folder: Path, target: str, out: Path, **said: Any) -> dict[str, Any]:
     command = f"quantkit convert {folder} --to {target}"
-    return convert(ConvertRequest(folder=folder, to=target, command=command, out=out, **said), QUIET)[0].content()
+    return convert(ConvertRequest(source=str(folder), to=target, command=command, out=out, **said), QUIET)[0].content()
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

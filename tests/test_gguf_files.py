@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ExportRequest
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.commands.quantize import quantize
 from quantkit.errors import InputError, ModelError
 from quantkit.formats.blocks import pack

@@ -14,7 +14,8 @@ from gguf import GGUFReader, quants
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ExportRequest
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.gguf.file import GGUFFile, open_gguf
 from quantkit.gguf.folder import tokenizer_files
 from quantkit.gguf.tokenizer import GPT2, PRE_TOKENIZERS, WHOLE_WORDS, tokenizer_metadata

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ExportRequest
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.commands.fit import FitRequest, fit_request
 from quantkit.commands.inspect import inspect_folder
 from quantkit.commands.quantize import quantize

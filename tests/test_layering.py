@@ -121,9 +121,9 @@ ALLOWED: dict[str, str] = {
     "__main__": "cli",
     "cli": (
         "errors hardware text units formats methods scheme calibration verdict serving settings hub"
-        " report.card report.terminal results commands.allocate commands.chat commands.convert"
-        " commands.convert_gguf commands.doctor commands.fit commands.inspect commands.quantize"
-        " commands.serve commands.sweep commands.verify"
+        " report.card report.terminal results commands.allocate commands.chat commands.conversion"
+        " commands.convert commands.convert_gguf commands.doctor commands.fit commands.inspect"
+        " commands.quantize commands.serve commands.sweep commands.verify"
     ),
     "commands.allocate": (
         "errors units methods calibration checkpoint recipe records model quantized settings allocation"
@@ -134,16 +134,18 @@ ALLOWED: dict[str, str] = {
         "errors jsonfile units calibration checkpoint model quantized settings gguf results commands.process"
         " commands.serve"
     ),
+    "commands.conversion": "errors checkpoint records plan report.terminal results commands.verify",
     "commands.convert": (
         "dtypes errors hardware formats checkpoint records verdict model plan quantized serving settings"
-        " convert gguf report.terminal results commands.convert_from_gguf commands.verify"
+        " convert gguf report.terminal results commands.conversion commands.convert_from_gguf"
     ),
     "commands.convert_from_gguf": (
-        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal results"
+        "dtypes errors hardware jsonfile checkpoint records model plan settings convert gguf report.terminal"
+        " results commands.conversion"
     ),
     "commands.convert_gguf": (
         "errors hardware formats methods checkpoint records quantized settings gguf report.terminal results"
-        " commands.quantize commands.verify"
+        " commands.conversion commands.quantize"
     ),
     "commands.doctor": "errors hardware text records quantized serving results commands.serve",
     "commands.fit": (

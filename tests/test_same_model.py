@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+from quantkit.commands.conversion import ExportRequest
+from quantkit.commands.convert_gguf import to_gguf
 from quantkit.gguf.file import open_gguf, write_gguf
 from quantkit.model.config import config_from_dict
 from quantkit.model.config_differences import config_differences

@@ -81,7 +81,8 @@ def convert(
         quiet_libraries()
         calibration, evaluation = sources(calib, eval, field)
         if to in FORMATS and FORMATS[to].in_one_file:
-            from quantkit.commands.convert_gguf import ExportRequest, to_gguf
+            from quantkit.commands.conversion import ExportRequest
+            from quantkit.commands.convert_gguf import to_gguf
 
             if engine not in (None, "llama.cpp", "transformers"):
                 raise InputError(f"--for {engine}: does not read {to} by itself; use --to compressed-tensors")
@@ -111,13 +112,13 @@ def convert(
         else:
             for name in [name for name in GGUF_ONLY if name in given(here)]:
                 raise InputError(f"{GGUF_ONLY[name]}: means something with --to gguf only; leave it out")
-            from quantkit.commands.convert import ConvertRequest
+            from quantkit.commands.conversion import ConvertRequest
             from quantkit.commands.convert import convert as convert_files
 
             heed_termination()
             result, folder = convert_files(
                 ConvertRequest(
-                    folder=Path(source),
+                    source=source,
                     to=to,
                     command=command(),
                     out=out,

@@ -8,7 +8,6 @@ measurements are carried over; otherwise they are void, and made again where the
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,19 @@ from quantkit.checkpoint.companions import left_out
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import require_disk
-from quantkit.commands.convert_from_gguf import FP16, convert_from_gguf
-from quantkit.commands.verify import measured_like, verify_files
+from quantkit.commands.conversion import FP16, ConvertRequest, measured_again, unfinished, weight_error
+from quantkit.commands.convert_from_gguf import convert_from_gguf
 from quantkit.convert.plan import Conversion, make_conversion
 from quantkit.convert.write import write_unit
 from quantkit.dtypes import SERVED
-from quantkit.errors import InputError, QuantkitError
+from quantkit.errors import InputError
 from quantkit.formats import FORMATS
 from quantkit.gguf.reading import find_gguf
 from quantkit.hardware.machine import device_name, peak_rss_bytes, versions
 from quantkit.model.config import with_dtype, with_older_keys
 from quantkit.plan import DISK_MARGIN, OUTSIDE
 from quantkit.quantized import architecture_in, open_quantized, writer
-from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification, WeightError
+from quantkit.records import BaseModelFacts, Converted, Fit, Linear, Numbers, Result, Verification
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
@@ -51,28 +50,6 @@ from quantkit.verdict import choose_limits, judged_again
 TARGETS = (*(name for name, row in FORMATS.items() if row.quant_method), FP16)
 
 
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What the user asked for.
-
-    against: the 16-bit model to measure with, where something is rounded again, on `evaluation` (None: as recorded);
-    engine: one that must load the result
-    """
-
-    folder: Path
-    to: str
-    command: str
-    out: Path | None = None
-    requantize: bool = False
-    fresh: bool = False
-    against: str | None = None
-    evaluation: str | None = None
-    eval_samples: int | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    offline: bool = False
-    engine: str | None = None
-
-
 def convert(request: ConvertRequest, terminal: Terminal) -> tuple[Result, Path]:
     """Convert a checkpoint and return what its quantkit.json says and the folder it is in.
 
@@ -86,17 +63,9 @@ def convert(request: ConvertRequest, terminal: Terminal) -> tuple[Result, Path]:
     began = time.monotonic()
     if request.to not in TARGETS:
         raise InputError(f"--to: expected {', '.join(TARGETS)}, got {request.to!r}")
-    folder = request.folder
+    folder = Path(request.source)
     if (file := find_gguf(folder, None)) is not None:
-        return convert_from_gguf(
-            file,
-            to=request.to,
-            command=request.command,
-            out=request.out,
-            against=request.against,
-            fresh=request.fresh,
-            terminal=terminal,
-        )
+        return convert_from_gguf(request, file, terminal)
     recorded = result_of(folder)
     source = open_quantized(folder, architecture_in)
     out = request.out or Path("outputs") / f"{folder.resolve().name}-{request.to}"
@@ -113,16 +82,13 @@ def convert(request: ConvertRequest, terminal: Terminal) -> tuple[Result, Path]:
     missing = [shard.file_bytes for shard in conversion.shards if not (out / shard.file).exists()]
     require_disk(out, sum(missing) + DISK_MARGIN)
     with open_journal(out, _identity(request, conversion, hashes), fresh=request.fresh) as journal:
-        for shard in conversion.shards:
-            unit = journal.finished.get(shard.unit)
-            if unit is not None and not journal.verify_unit(unit):
-                journal.drop_from(shard.unit)
-        left = [shard for shard in conversion.shards if shard.unit not in journal.finished]
-        for shard in terminal.steps(left, "convert"):
+        for shard in terminal.steps(unfinished(journal, conversion.shards), "convert"):
             journal.append(write_unit(conversion, shard))
         result = _finish(request, conversion, recorded, hashes, tuple(journal.finished.values()), began)
     if not conversion.lossless and conversion.format is not None:
-        result = _measured(request, recorded, result, out, terminal)
+        before = recorded.verification if recorded else None
+        offline = request.offline or request.against is None
+        result = measured_again(request, result, out, terminal, before, offline=offline)
     return result, out
 
 
@@ -151,7 +117,7 @@ def _identity(request: ConvertRequest, conversion: Conversion, hashes: Mapping[s
 def _announce(terminal: Terminal, request: ConvertRequest, conversion: Conversion) -> None:
     source = conversion.source
     rounded = [target for target in conversion.targets if target.obstacle is not None]
-    lines = [f"{request.folder} ({source.format.name}) -> {conversion.out} ({request.to})"]
+    lines = [f"{request.source} ({source.format.name}) -> {conversion.out} ({request.to})"]
     if conversion.lossless:
         lines.append("every code, scale and zero point stays as it is")
     elif conversion.format is None:
@@ -205,7 +171,7 @@ def _result(
     hashes: Mapping[str, str],
     units: tuple[Unit, ...],
 ) -> Result:
-    source, folder = conversion.source, request.folder
+    source, folder = conversion.source, Path(request.source)
     rows = [Linear.model_validate(row) for unit in units for row in unit.record["linears"]]
     errors = [row.weight_error for row in rows if row.weight_error is not None and not row.equal]
     known = {row.name: row for row in recorded.layers} if recorded else {}
@@ -244,7 +210,7 @@ def _result(
             lossless=conversion.lossless,
             equal=sum(bool(row.equal) for row in rows),
             rounded=len(errors),
-            weight_error=WeightError(mean=sum(errors) / len(errors), worst=max(errors)) if errors else None,
+            weight_error=weight_error(errors),
         ),
         verification=verification,
     )
@@ -300,34 +266,7 @@ def _carried(
         return None, "the source came without a verification: `quantkit verify` measures this folder"
     if not conversion.lossless:
         return None, "the source's verification is not that of these weights"
-    if changed := changed_files(request.folder, recorded):
+    if changed := changed_files(Path(request.source), recorded):
         return None, f"the source's verification is not that of its files: {changed[0]}"
     note = "measured before it was converted: codes, scales and zero points are equal, so these are its weights"
     return judged_again(before, choose_limits(before.limits), fit), note
-
-
-def _measured(
-    request: ConvertRequest, recorded: Result | None, result: Result, out: Path, terminal: Terminal
-) -> Result:
-    """The document with a new verification where the 16-bit model is at hand, else with a note that says why not."""
-    asked = measured_like(
-        recorded.verification if recorded else None,
-        out=out,
-        command=request.command,
-        against=request.against,
-        evaluation=request.evaluation,
-        eval_samples=request.eval_samples,
-        device=request.device,
-        offline=request.offline or request.against is None,
-    )
-    try:
-        measured = verify_files(asked, terminal)
-        assert isinstance(measured, Result)
-        return measured
-    except QuantkitError as error:
-        if request.against is not None:
-            raise
-        note = f"what the rounding costs was not measured: {error}"
-        result = result.having(fallbacks=[*result.fallbacks, note])
-        write_result(out, result)
-        return result

@@ -11,6 +11,7 @@ from typing import Any
 from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.writer import require_disk, write_index, write_json
+from quantkit.commands.conversion import FP16, ConvertRequest, unfinished, weight_error
 from quantkit.convert.from_gguf import plain_shards, write_plain
 from quantkit.dtypes import SERVED
 from quantkit.errors import InputError, ModelError
@@ -23,17 +24,13 @@ from quantkit.jsonfile import read_object
 from quantkit.model.config import config_from_dict, with_dtype, with_older_keys
 from quantkit.model.streaming import build, open_model
 from quantkit.plan import DISK_MARGIN, ShardPlan
-from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result, WeightError
+from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import copy_companions, file_records, require_another, sha256_of, write_result
 from quantkit.settings.defaults import find_model
 
-FP16 = "fp16"
 
-
-def convert_from_gguf(
-    path: Path, *, to: str, command: str, out: Path | None, against: str | None, fresh: bool, terminal: Terminal
-) -> tuple[Result, Path]:
+def convert_from_gguf(request: ConvertRequest, path: Path, terminal: Terminal) -> tuple[Result, Path]:
     """Write the folder, and return what its quantkit.json says and where it is.
 
     Raises:
@@ -41,40 +38,36 @@ def convert_from_gguf(
         OutputError: the folder cannot be written.
     """
     began = time.monotonic()
+    to, against = request.to, request.against
     if to != FP16:
         raise InputError(
             f"--to {to}: a .gguf becomes {FP16} first: quantkit convert {path} --to {FP16}; then quantize that folder"
         )
-    out = out or Path("outputs") / f"{path.stem}-{to}"
+    out = request.out or Path("outputs") / f"{path.stem}-{to}"
     require_another(out, path.parent, against)
-    opened, raw, original = _open(path, against)
+    opened, raw, original = _open(path, against, offline=request.offline)
     shards = plain_shards(opened.model)
     terminal.say(f"{path} -> {out} ({to})")
     require_disk(out, sum(shard.file_bytes for shard in shards if not (out / shard.file).exists()) + DISK_MARGIN)
     source = {path.name: sha256_of(path)}
-    with open_journal(out, {"quantkit": __version__, "convert": to, "source": source}, fresh=fresh) as journal:
-        for shard in shards:
-            unit = journal.finished.get(shard.unit)
-            if unit is not None and not journal.verify_unit(unit):
-                journal.drop_from(shard.unit)
-        missing = [shard for shard in shards if shard.unit not in journal.finished]
-        for shard in terminal.steps(missing, "convert"):
+    with open_journal(out, {"quantkit": __version__, "convert": to, "source": source}, fresh=request.fresh) as journal:
+        for shard in terminal.steps(unfinished(journal, shards), "convert"):
             journal.append(write_plain(opened, shard, out))
         units = tuple(journal.finished.values())
         files = {unit.file: unit.sha256 for unit in units} | _beside(opened, raw, original, shards, out)
-        result = _result(opened, shards, units, command, against or str(path)).having(
+        result = _result(opened, shards, units, request.command, against or str(path)).having(
             files=file_records(out, files), seconds=time.monotonic() - began
         )
         write_result(out, result)
     return result, out
 
 
-def _open(path: Path, against: str | None) -> tuple[GGUFModel, dict[str, Any], Path | None]:
+def _open(path: Path, against: str | None, *, offline: bool) -> tuple[GGUFModel, dict[str, Any], Path | None]:
     """The file, the content of its config.json, and the folder of the original if one is named."""
     if against is None:
         raw = config_of(open_gguf(path))
         return open_gguf_model(path, build(config_from_dict(raw))), raw, None
-    original = open_model(find_model(against, offline=True))
+    original = open_model(find_model(against, offline=offline))
     opened = open_gguf_model(path, original)
     if differences := metadata_differences(opened.file, original):
         raise ModelError(f"{path}: is not of {against}: {differences[0]}; leave out --against")
@@ -130,7 +123,7 @@ def _result(
             lossless=False,
             equal=0,
             rounded=len(rows),
-            weight_error=WeightError(mean=sum(errors) / len(errors), worst=max(errors)) if errors else None,
+            weight_error=weight_error(errors),
         ),
         verification=None,
     )

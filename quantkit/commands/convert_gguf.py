@@ -7,25 +7,22 @@ calibration, by a run as any other (`commands.quantize`).
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from quantkit import __version__
 from quantkit.checkpoint.journal import Unit, open_journal
 from quantkit.checkpoint.reader import fingerprint
 from quantkit.checkpoint.writer import write_json
+from quantkit.commands.conversion import ExportRequest, measured_again, weight_error
 from quantkit.commands.quantize import quantize
-from quantkit.commands.verify import measured_like, verify_files
-from quantkit.errors import InputError, ModelError, QuantkitError
+from quantkit.errors import InputError, ModelError
 from quantkit.formats.gguf import TYPES
 from quantkit.gguf.export import NOTES, export, open_source, types_of
 from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.hardware.machine import peak_device_bytes, peak_rss_bytes, versions
 from quantkit.methods.table import Options
 from quantkit.quantized import quantization_of, read_config, writer
-from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result, Verification, WeightError
+from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result, Verification
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.document import RESULT
 from quantkit.results.folder import (
@@ -41,34 +38,6 @@ from quantkit.settings.defaults import hub_id, label_of
 from quantkit.settings.request import Request
 
 DEFAULT_TYPE = "q4_k"
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What the user asked for. None: not said.
-
-    type: of the linears; outside: of the embedding and the head; against: the 16-bit model to measure a quantized
-    checkpoint with; nearest: round without error compensation; the rest as in `commands.quantize.Request`
-    """
-
-    source: str
-    command: str
-    type: str | None = None
-    outside: str = "f16"
-    out: Path | None = None
-    requantize: bool = False
-    nearest: bool = False
-    against: str | None = None
-    calib: str | None = None
-    samples: int | None = None
-    seqlen: int | None = None
-    seed: int = 0
-    evaluation: str | None = None
-    eval_samples: int | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    fresh: bool = False
-    offline: bool = False
-    verify: bool = True
 
 
 def to_gguf(request: ExportRequest, terminal: Terminal) -> tuple[Result, Path]:
@@ -134,7 +103,6 @@ def _keep_integers(request: ExportRequest, folder: Path, terminal: Terminal) -> 
         copy_companions(folder, out, NOTES)
     written = open_gguf_model(out / unit.file, source.model)
     equal, rounded = unit.record["equal"], unit.record["rounded"]
-    errors = list(rounded.values())
     before = recorded.verification if recorded else None
     result = _result(request, recorded, written, unit, str(request.against or folder)).having(
         layers=_layers(recorded, written, unit.record["types"]),
@@ -145,12 +113,12 @@ def _keep_integers(request: ExportRequest, folder: Path, terminal: Terminal) -> 
             lossless=not rounded,
             equal=equal,
             rounded=len(rounded),
-            weight_error=WeightError(mean=sum(errors) / len(errors), worst=max(errors)) if errors else None,
+            weight_error=weight_error(rounded.values()),
         ),
         seconds=time.monotonic() - began,
         verification=before if not rounded and request.outside == "f16" else None,
     )
-    _say(terminal, out / unit.file, f"{equal} linears keep their integers, {len(rounded)} are rounded")
+    terminal.say(f"{out / unit.file}: {equal} linears keep their integers, {len(rounded)} are rounded")
     return _finish(request, result, out, terminal, before), out
 
 
@@ -251,27 +219,6 @@ def _finish(
     """
     write_json(out / RESULT, result.content())
     if request.verify:
-        asked = measured_like(
-            before,
-            out=out,
-            command=request.command,
-            against=request.against,
-            evaluation=request.evaluation,
-            eval_samples=request.eval_samples,
-            device=request.device,
-            offline=request.offline,
-        )
-        try:
-            measured = verify_files(asked, terminal)
-            assert isinstance(measured, Result)
-            return measured
-        except QuantkitError as error:
-            if request.against is not None:
-                raise
-            result = result.having(fallbacks=[*result.fallbacks, f"not measured again: {error}"])
+        return measured_again(request, result, out, terminal, before, offline=request.offline)
     write_result(out, result)
     return result
-
-
-def _say(terminal: Terminal, path: Path, text: str) -> None:
-    terminal.say(f"{path}: {text}")
