@@ -61,7 +61,7 @@ class Clock:
         if not self.quiet:
             print(f"{layers} layers, {tokens} tokens, {dict(places)}", flush=True)
 
-    def layer(self, index: int) -> None:
+    def layer(self, index: int, stages: int) -> None:
         """A layer begins."""
         self.begun = time.perf_counter()
         self.stages.append({})

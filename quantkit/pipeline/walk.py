@@ -21,6 +21,8 @@ from quantkit.pipeline.forward import Layer
 from quantkit.pipeline.prefetch import ReadAhead, read_ahead
 from quantkit.pipeline.runtime import Progress, Runtime, Silent
 
+STAGES = 4  # of a layer: it is read, the streams run through it, it is written; each site has two
+
 
 @contextmanager
 def walk(
@@ -49,10 +51,11 @@ def _layers(
     sources: ReadAhead[dict[str, Tensor]],
 ) -> Iterator[Layer]:
     for index in order:
-        progress.layer(index)
+        own = sites[index] if sites else ()
+        progress.layer(index, STAGES + 2 * len(own))
         progress.stage("read")
         source = sources.take()
-        layer = Layer(runtime, index, progress, sites[index] if sites else (), source, runtime.loaded(source))
+        layer = Layer(runtime, index, progress, own, source, runtime.loaded(source))
         del source
         assign(layer.module, layer.weights)
         yield layer

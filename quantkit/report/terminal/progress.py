@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quantkit.units import format_bytes, format_seconds
 
+SILENCE = 60.0  # seconds, before a line within a layer
 WARM_UP = 1  # layers that say nothing about the time of later ones
 
 
@@ -27,10 +28,12 @@ class Display:
         self.rate = 0.0
         self.current = "reading"
         self.last = ""
+        self.title = ""
+        self.stages = self.stage_number = 0
         self.computed: list[float] = []  # seconds of the layers that were not taken from the disk
-        self.begun = self.layer_begun = time.monotonic()
+        self.begun = self.layer_begun = self.told_at = time.monotonic()
         self.bar = Progress(
-            TextColumn("[bold]layer {task.completed} of {task.total}"),
+            TextColumn("[bold]layer {task.fields[number]} of {task.total}"),
             BarColumn(),
             TimeElapsedColumn(),
             console=console,
@@ -42,15 +45,28 @@ class Display:
         self.layers, self.tokens = layers, tokens
         where = ", ".join(f"{name} in {place}" for name, place in places.items())
         self.console.print(f"{layers} layers, {tokens:,} tokens through each; hidden states: {where or 'none'}")
-        self.task = self.bar.add_task("layers", total=layers)
+        self.task = self.bar.add_task("layers", total=layers, number=1)
 
-    def layer(self, index: int) -> None:
-        """A layer begins."""
+    def layer(self, index: int, stages: int) -> None:
+        """A layer begins; stages: about how many it will have, until one has told."""
         self.index, self.layer_begun = index, time.monotonic()
+        self.stages, self.stage_number = max(self.stage_number, 1) if self.computed else stages, 0
 
     def stage(self, name: str) -> None:
         """A stage of the layer begins."""
         self.current = name
+        self.stage_number += 1
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.told_at >= SILENCE:
+            self.told_at = now
+            self.console.print(
+                f"layer {self.index + 1} of {self.layers}: {name} ({self.share():.0%} of it)  about {self.left()} left",
+                soft_wrap=True,
+            )
+
+    def share(self) -> float:
+        """How much of the current layer is done, by its stages."""
+        return min((self.stage_number - 1) / self.stages, 0.95) if self.stage_number else 0.0
 
     def finished(self, index: int, loss: float, reused: bool) -> None:
         """A layer is done: its worst relative output error, and whether it was taken from an earlier run."""
@@ -59,9 +75,9 @@ class Display:
             self.computed.append(seconds)
         self.done = index + 1
         self.rate = self.tokens / max(seconds, 1e-9)
-        self.last = f"layer {index}: worst output error {loss:.2%}" + (" (from disk)" if reused else "")
+        self.last = f"layer {self.done}: worst output error {loss:.2%}" + (" (from disk)" if reused else "")
         if self.task is not None:
-            self.bar.update(self.task, completed=self.done)
+            self.bar.update(self.task, completed=self.done, number=min(self.done + 1, self.layers))
         if not self.console.is_terminal:
             self.console.print(
                 f"layer {self.done} of {self.layers}  {format_seconds(seconds)}  left {self.left()}  "
@@ -71,17 +87,26 @@ class Display:
             )
 
     def ending(self, name: str) -> None:
-        """What comes after the last layer begins."""
+        """What comes before the first layer, or after the last, begins; off a terminal once for all its layers."""
         self.current = name
-        if not self.console.is_terminal:
-            self.console.print(f"{name} ...")
+        title, _, _ = name.partition(": ")
+        now = time.monotonic()
+        if not self.console.is_terminal and (title != self.title or now - self.told_at >= SILENCE):
+            self.console.print(f"{name} ..." if title == self.title else f"{title} ...")
+            self.title, self.told_at = title, now
 
     def left(self) -> str:
-        """The time that the remaining layers will take, or "?" before any has been computed."""
-        if not self.computed:
+        """The time that the remaining layers will take, or "?" where nothing tells it yet."""
+        begun, spent = self.share(), time.monotonic() - self.layer_begun
+        if self.computed:
+            known = self.computed[WARM_UP:] or self.computed
+            layer = sum(known) / len(known)
+            return format_seconds(
+                max(layer * (self.layers - self.done) - min(spent, layer) * (self.index >= self.done), 0)
+            )
+        if begun == 0:
             return "?"
-        known = self.computed[WARM_UP:] or self.computed
-        return format_seconds(sum(known) / len(known) * (self.layers - self.done))
+        return format_seconds(spent / begun * (self.layers - self.done) - spent)
 
     def memory(self) -> str:
         """What this process holds now."""
@@ -92,6 +117,8 @@ class Display:
 
     def __rich__(self) -> Group:
         """The picture, drawn anew a few times a second."""
+        if self.task is not None and self.index >= self.done:
+            self.bar.update(self.task, completed=self.done + self.share())
         status = f"{self.current}   left {self.left()}   {self.rate:,.0f} tokens/s   {self.memory()}"
         return Group(self.bar, Text(status, style="dim"), Text(self.last, style="dim"))
 
