@@ -103,7 +103,7 @@ def test_zero_points_are_unpacked_by_the_kernel_of_hopper_alone() -> None:
     hopper, ada, unknown = whole_32b(card=H200), whole_32b(card=RTX4090), whole_32b(card=None)
     grown = 31_205_621_760 // 128 * (2 - 0.5)
     assert hopper.workspace["loading"] - ada.workspace["loading"] == grown
-    assert unknown.workspace == hopper.workspace  # what is not known is not promised
+    assert unknown.workspace == ada.workspace  # the usual budget is that of such a card
 
 
 def test_other_engines_are_not_called_measured() -> None:

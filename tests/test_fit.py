@@ -156,8 +156,8 @@ def test_everything_counts_against_the_budget() -> None:
     # 18 GiB of weights and 4 GiB of cache fill 22 GiB: nothing is left for the engine.
     assert not fitted(model, plan_of(model), context=16384)["fits"]
     assert fitted(model, plan_of(model), context=16384, kv="fp8")["fits"]
-    # The peak of a prefill: gate and up, their product, and four hidden states, of 2048 tokens in 16 bit.
-    assert result["workspace"]["activations"] == 2048 * 2 * (3 * 27648 + 4 * 5120)
+    # The peak of a prefill: gate and up, their product, and four hidden states, of 1024 tokens in 16 bit.
+    assert result["workspace"]["activations"] == 1024 * 2 * (3 * 27648 + 4 * 5120)
 
 
 @given(room=st.integers(0, 30 * GIB), kv=st.sampled_from(["fp16", "fp8"]))

@@ -75,7 +75,12 @@ MEMORY: dict[str, EngineMemory] = {
     "vllm": EngineMemory(
         "0.24.0",
         "measured on one H200 held to 22 GiB, 2026-12-01 (docs/engine_memory.json)",
-        (Batch(2048, 8), Batch(2048, 8, eager=True), Batch(512, 8, eager=True, measured=False)),
+        (
+            Batch(2048, 8),
+            Batch(1024, 4, measured=False),
+            Batch(2048, 8, eager=True),
+            Batch(512, 8, eager=True, measured=False),
+        ),
         base_bytes=256 * MIB,
         compiles=True,
         loads=True,
@@ -191,8 +196,8 @@ def loading_bytes(load: Load) -> int:
     """By how much the tensors grow in vLLM, on one card.
 
     zero points   Machete, the kernel of cards of compute capability 9.0, keeps them as float16 of zero point x scale.
-                  Marlin, that of all others, leaves them packed, and drops those of symmetric files. Of a card that is
-                  not known the larger is counted
+                  Marlin, that of all others, leaves them packed, and drops those of symmetric files. Where no card is
+                  seen, one like the RTX 4090 is meant, as by the usual budget and share of it (`flags.USUAL_SHARE`)
     rounding      torch gives a large tensor whole segments
     rotary table  cosines and sines of all positions that the model allows
     LOADED_BYTES  what this does not explain
@@ -205,8 +210,8 @@ def loading_bytes(load: Load) -> int:
 
 
 def machete(card: Card | None) -> bool:
-    """Whether vLLM's kernel for a card is Machete; also where the card is not known."""
-    return card is None or card.capability == (9, 0)
+    """Whether vLLM's kernel for a card is Machete."""
+    return card is not None and card.capability == (9, 0)
 
 
 def _zero_points(load: Load) -> int:

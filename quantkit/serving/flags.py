@@ -99,5 +99,6 @@ def _llamacpp(batch: Batch, served: Served) -> list[Flag]:
 
 def _share_note(served: Served) -> str:
     if served.card is None:
-        return f"{format_bytes(served.budget)} of a card of {format_bytes(int(served.budget / USUAL_SHARE))}"
+        whole = format_bytes(int(served.budget / USUAL_SHARE))
+        return f"{format_bytes(served.budget)} of a card of {whole}, such as an RTX 4090; none is seen here"
     return f"{format_bytes(served.budget)} of {served.card.name}"
