@@ -219,7 +219,9 @@ def measure(said: argparse.Namespace, folder: Path, out: Path, ranks: Ranks = AL
     """Quantize the slab in `folder` without verification."""
     model = open_model(folder)
     scheme = choose_scheme(said.method, Recipe(), AskedScheme(4, 128))
-    plan = make_plan(model, resolver(Recipe(), scheme), FORMATS["gptq" if said.method == "gptq" else "awq"])
+    plan = make_plan(
+        model, resolver(Recipe(), scheme, model.family.sixteen_bit), FORMATS["gptq" if said.method == "gptq" else "awq"]
+    )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(said.vocabulary, (said.samples, said.seqlen), generator=generator)
     tokens = None if said.method == "rtn" else TokenSet(ids, "random", "random", "random")

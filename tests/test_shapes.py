@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import quantkit
 from quantkit.formats import FORMATS
-from quantkit.model.architectures import FAMILIES
+from quantkit.model.architectures import FAMILIES, family_of
 from quantkit.model.config import config_from_dict, load_config
 from quantkit.model.shapes import Shapes, shapes_of
 from quantkit.model.streaming import build
@@ -70,7 +70,9 @@ def test_what_is_answered_is_what_transformers_builds(kind: str, data: st.DataOb
     assert_equal_to_transformers(plain(kind, **changes))
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in shipped().items() if recipe.config is not None])
+@pytest.mark.parametrize(
+    "name", [n for n, r in shipped().items() if r.config and family_of(r.config["model_type"]).optional is not None]
+)
 def test_the_recipes_are_answered(name: str) -> None:
     config = shipped()[name].config
     assert config is not None

@@ -3,9 +3,8 @@
 
 With fewer tokens than inputs a Gram matrix says nothing of most directions, and with none it is zero: rounding by it
 would ruin the expert for every other text. So the expert leans on its layer: what all tokens of the layer would give it
-to read counts for as much as `PRIOR` tokens for each input. The layer's own sums are taken as if one more token for
-each input had come, alike in all directions: that matters where the whole layer has seen too little. Whether all this
-is better than rounding to nearest is seen on tokens that are kept back.
+to read counts for as much as `PRIOR` tokens for each input. Whether that is better than rounding to nearest is seen on
+tokens that are kept back.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from quantkit.grids.registry import dequantize
 from quantkit.methods.site import SiteInput, SiteResult, round_to_nearest
 from quantkit.methods.table import Options
-from quantkit.stats import SiteStats, output_error
+from quantkit.stats import SiteStats, output_error, shrink_
 
 ENOUGH = 2  # tokens for each input with which an expert speaks for itself
 PRIOR = 0.25  # tokens for each input that the layer's count for
@@ -68,17 +67,10 @@ def _error(site: SiteInput, result: SiteResult, judge: SiteStats) -> float:
 
 
 def _blended(own: SiteStats, layer: SiteStats) -> SiteStats:
-    """The expert's sums, and the layer's as if of `PRIOR` tokens for each input."""
-    width = len(own.gram)
-    tokens = PRIOR * width
-    even = torch.eye(width, device=own.gram.device) * layer.gram.diagonal().mean() / max(layer.tokens, 1)
-    share = tokens / max(layer.tokens, 1)
-    return SiteStats(
-        own.gram + tokens / (layer.tokens + width) * (layer.gram + width * even),
-        own.abs_sum + share * layer.abs_sum,
-        torch.maximum(own.abs_max, layer.abs_max),
-        own.tokens + round(tokens),
-    )
+    """The expert's sums, and the layer's as if of `PRIOR` tokens for each input; shrunk by what both have seen."""
+    share = PRIOR * len(own.gram) / max(layer.tokens, 1)
+    gram, abs_sum = own.gram + share * layer.gram, own.abs_sum + share * layer.abs_sum
+    return shrink_(SiteStats(gram, abs_sum, torch.maximum(own.abs_max, layer.abs_max), own.tokens + layer.tokens))
 
 
 def _sum(first: SiteStats, second: SiteStats) -> SiteStats:

@@ -24,7 +24,7 @@ from quantkit.pipeline.activations import Stream, open_stream
 from quantkit.pipeline.site_inputs import Passage
 from quantkit.stats import SiteStats, collect, shrink_
 
-LAYER_TOKENS = 4  # of the layer for each input, that an expert with too few of its own is shown
+LAYER_TOKENS = 8  # of the layer for each input, that an expert with too few of its own is shown
 
 
 @dataclass(frozen=True)
