@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from quantkit.commands.conversion import ExportRequest
 from quantkit.commands.convert_gguf import to_gguf
 from quantkit.gguf.file import open_gguf, write_gguf
-from quantkit.model.config import config_from_dict
-from quantkit.model.config_differences import config_differences
+from quantkit.model.config import config_from_dict, load_config
+from quantkit.model.config_differences import config_differences, contradictions
 from quantkit.model.tokenizer_differences import tokenizer_differences
+from quantkit.results.folder import quantized_config
 from quantkit.scheme import Scheme
 from tests.conftest import make_qwen2, make_tokenizer
 from tests.tiny import load_whole
@@ -123,6 +124,32 @@ def test_scaled_rotations_are_compared_by_value() -> None:
     assert "factor is 32.0, and 8.0 in the original" in line
     plain = config_from_dict(base | {"rope_theta": 5e5})
     assert any("rope_type" in line for line in config_differences(plain, older))
+
+
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "olmo3",
+    "nemotron",
+    "qwen3_next",
+    "lfm2",
+)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in CONFIG_MAPPING])
+def test_a_config_that_a_run_writes_is_the_originals(tmp_path: Path, kind: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    original = load_config(tmp_path)
+    raw = quantized_config(tmp_path, {"quant_method": "gptq"})
+    del raw["quantization_config"]
+    assert config_differences(config_from_dict(raw), original) == contradictions(raw, config_from_dict(raw)) == []
+    older = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
+    assert config_differences(config_from_dict(older), original) == []
 
 
 # ---------------------------------------------------------------- tokenizers

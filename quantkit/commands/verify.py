@@ -26,7 +26,7 @@ from quantkit.calibration.tokens import TokenSet, as_asked, record_of, require_p
 from quantkit.checkpoint.journal import JOURNAL, locked
 from quantkit.checkpoint.reader import Checkpoint, fingerprint, shorten
 from quantkit.errors import InputError, ModelError, NumericsError, QuantkitError
-from quantkit.gguf.metadata import metadata_differences, model_said
+from quantkit.gguf.metadata import metadata_differences, own_model
 from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.model.config_differences import config_differences, contradictions
@@ -208,7 +208,7 @@ def _open(
     """The weights of a GGUF file, or of a folder of safetensors."""
     if gguf is not None:
         opened = open_gguf_model(gguf, original)
-        return replace(opened, model=model_said(opened.file, original))
+        return replace(opened, model=own_model(opened.file, original))
     checkpoint = open_quantized(out, lambda raw, tensors: _same_model(raw, tensors, original))
     require_complete(checkpoint, original.ignored)
     return replace(checkpoint, cast=recorded.torch_dtype if recorded else None)

@@ -57,8 +57,8 @@ def _rope_scaling(file: GGUFFile, prefix: str) -> dict[str, Any]:
     if kind not in ("linear", "yarn") or factor in (None, 1.0):
         return {}
     more = {"original_context_length": "original_max_position_embeddings"}
-    said = {name: file.metadata[f"{prefix}{key}"] for key, name in more.items() if f"{prefix}{key}" in file.metadata}
-    return {"rope_scaling": {"rope_type": kind, "factor": factor} | (said if kind == "yarn" else {})}
+    lengths = {name: file.metadata[f"{prefix}{key}"] for key, name in more.items() if f"{prefix}{key}" in file.metadata}
+    return {"rope_scaling": {"rope_type": kind, "factor": factor} | (lengths if kind == "yarn" else {})}
 
 
 def tokenizer_files(file: GGUFFile) -> dict[str, dict[str, Any]]:

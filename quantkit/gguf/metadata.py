@@ -48,7 +48,7 @@ COMPARED = ("model", "pre", "bos_token_id", "eos_token_id", "add_bos_token", "ad
 UNUSED = 5  # the type of a token that fills the vocabulary up
 
 
-def model_said(file: GGUFFile, original: StreamedModel) -> Architecture:
+def own_model(file: GGUFFile, original: StreamedModel) -> Architecture:
     """The model that llama.cpp runs: the original, with what the file's metadata says in its place.
 
     Raises:
@@ -56,10 +56,10 @@ def model_said(file: GGUFFile, original: StreamedModel) -> Architecture:
     """
     if original.wrapped or not list(_hyperparameters(file, original)):
         return original
-    return build(config_said(file, original), original.checkpoint)
+    return build(own_config(file, original), original.checkpoint)
 
 
-def hyperparameters_said(file: GGUFFile, model: Shapes) -> dict[str, Any]:
+def own_hyperparameters(file: GGUFFile, model: Shapes) -> dict[str, Any]:
     """The hyperparameters that llama.cpp reads, without the architecture's name before them."""
     prefix = f"{gguf_of(model).name}."
     keys = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -78,13 +78,13 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(item == value[0] for item in value)
 
 
-def config_said(file: GGUFFile, model: Shapes) -> PretrainedConfig:
+def own_config(file: GGUFFile, model: Shapes) -> PretrainedConfig:
     """The original's config with what the file says in its place.
 
     Raises:
         ModelError: values that no model has.
     """
-    names, keys = gguf_of(model), hyperparameters_said(file, model)
+    names, keys = gguf_of(model), own_hyperparameters(file, model)
     config: PretrainedConfig = copy.deepcopy(model.config)
     for key, attribute in names.keys.items():
         value, present = keys.get(key), getattr(config, attribute, None)
@@ -128,7 +128,7 @@ def metadata_differences(file: GGUFFile, original: StreamedModel) -> list[str]:
 
 
 def _hyperparameters(file: GGUFFile, original: StreamedModel) -> Iterator[str]:
-    prefix, keys = f"{gguf_of(original).name}.", hyperparameters_said(file, original)
+    prefix, keys = f"{gguf_of(original).name}.", own_hyperparameters(file, original)
     expected = {key.removeprefix(prefix): value for key, value in hyperparameters(original).items()}
     expected = {key: value for key, value in expected.items() if key in keys or key != "vocab_size"}
     for key, neutral in NEUTRAL.items():
