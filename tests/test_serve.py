@@ -151,7 +151,7 @@ def test_it_answers_and_leaves_nothing_behind(started: tuple[subprocess.Popen[st
     assert shown.startswith(f"http://127.0.0.1:{port}/v1\ncurl http://127.0.0.1:{port}/v1/chat/completions")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
         words = json.load(answer)["words"]
-    assert words[:4] == ["-m", "vllm.entrypoints.cli.main", "serve", DEMO]
+    assert words[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", DEMO]
     pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
     assert all(map(alive, pids))
     process.send_signal(signal.SIGTERM)

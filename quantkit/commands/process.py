@@ -22,8 +22,9 @@ from quantkit.text import clean_line
 PAUSE = 0.2  # seconds between two looks at a server
 GRACE = 20.0  # seconds that a server gets to end by itself
 START = 3600.0  # seconds that it may take to load a model
-KV_TOKENS = re.compile(r"GPU KV cache size: ([\d,]+) tokens")
+KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 PROBLEM_LINE = re.compile(r"error|exception|cannot|failed|out of memory|no available|not found", re.IGNORECASE)
+RAISED = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*")
 TAIL = 256 * 1024  # bytes of a log that are looked through
 
 
@@ -173,10 +174,14 @@ def require_alive(running: Running, when: str) -> None:
 
 
 def last_problem(log: Path) -> str:
-    """The last line of a log that tells of a problem, or its last line."""
-    lines = [line for line in _tail(log).splitlines() if line.strip()]
+    """The last error that a log names, or its last line that tells of a problem, or its last line.
+
+    vLLM's own processes end with an error that only points at the one before it.
+    """
+    lines = [line for line in _tail(log).splitlines() if line.strip() and "root cause above" not in line]
+    errors = [found[0] for line in lines if (found := RAISED.search(line))]
     problems = [line for line in lines if PROBLEM_LINE.search(line)]
-    return clean_line((problems or lines or [""])[-1])
+    return clean_line((errors or problems or lines or [""])[-1])
 
 
 def kv_tokens(log: Path) -> int | None:

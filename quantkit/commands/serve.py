@@ -45,7 +45,10 @@ from quantkit.settings.defaults import choose_serving, positions
 from quantkit.text import one_line
 from quantkit.units import format_bytes
 
-MODULES = {"vllm": ("vllm.entrypoints.cli.main", "serve"), "sglang": ("sglang.launch_server", "--model-path")}
+MODULES = {
+    "vllm": ("vllm.entrypoints.openai.api_server", "--model"),
+    "sglang": ("sglang.launch_server", "--model-path"),
+}
 PACKAGES = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llama_cpp"}
 KEYS = {"vllm": "VLLM_API_KEY", "llama.cpp": "LLAMA_API_KEY"}
 INSTALL = {
