@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantkit.formats import FORMATS
 from quantkit.grids.registry import dequantize
@@ -20,8 +20,6 @@ from tests.tiny import load_whole
 
 def scaled(folder: Path, **factors: float) -> Path:
     """A tiny model whose layer 1 has some linears times a factor; named by the last part of their names."""
-    from safetensors.torch import save_file
-
     make_qwen2(folder)
     make_tokenizer(folder)
     for path in folder.glob("*.safetensors"):
@@ -111,3 +109,18 @@ def test_what_float16_holds_is_served_in_it(tmp_path: Path, qwen2: Path, ids: Pa
     assert 0 < result["verification"]["largest_activation"] < 65504
     assert "--dtype" not in (out / "README.md").read_text()
     assert "once more" not in told
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_what_float16_cannot_store_is_told_before_the_first_layer(name: str, tmp_path: Path, ids: Path) -> None:
+    model = make_qwen2(tmp_path / "model")
+    make_tokenizer(model)
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][3] = 1e5
+            save_file(tensors, path, {"format": "pt"})
+    answer = quantkit(*run_words("awq", model, tmp_path / "out", ids))
+    assert answer.returncode == 1
+    assert f"{name}: largest value" in " ".join(answer.stderr.split())
+    assert "layer 1 of" not in answer.stderr

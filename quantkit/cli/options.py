@@ -124,7 +124,12 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Leave out the compa
 MaxPpl = Annotated[
     str | None, typer.Option("--max-ppl-increase", help="The verdict's limit on perplexity.  [default: 5%]")
 ]
-MaxKl = Annotated[float | None, typer.Option("--max-kl", help="The verdict's limit on the KL divergence, in nats.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl", help="The verdict's limit on the KL divergence, in nats.  [default: 0.2, or by that on perplexity]"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Damp = Annotated[float, typer.Option("--damp", min=0.0, max=1.0, help="Damping, as a share of mean(diag(H)).")]
 ActOrder = Annotated[

@@ -33,7 +33,7 @@ from quantkit.methods.table import METHODS
 from quantkit.model.family import Site
 from quantkit.model.shortcuts import Known, Shortcut
 from quantkit.model.sites import sites_of
-from quantkit.model.streaming import assign, move_buffers, read_outside
+from quantkit.model.streaming import StreamedModel, assign, move_buffers, read_outside
 from quantkit.pipeline.activations import Peak, Stream
 from quantkit.pipeline.compare import compare_logits, few_strange, largest, relative_error, strange_linears
 from quantkit.pipeline.forward import Layer, ending_names
@@ -175,7 +175,7 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
     reused = len(shards.keys() & journal.finished.keys())
     copy_outside(job, journal, shards["embeddings"])
     copy_through(job, journal)
-    for name in model.outside():  # what cannot be stored is told now, not after the last layer
+    for name in _kept_vectors(model):  # what cannot be stored is told now, not after hours
         to_stored(name, read_outside(model, [name])[name])
     streams = open_run(job, reference, gram_samples)
     progress.start(len(model.layers), tokens, streams.places)
@@ -200,6 +200,11 @@ def _run(job: Job, sites: Sequence[Sequence[Site]], journal: Journal, progress: 
     most = tuple((rss, device) for rss, device in peaks)
     outcome = Outcome(units, measured, _fallbacks(job, journal, streams), most, reused, job.served)
     return outcome, largest(streams.all, runtime.ranks)
+
+
+def _kept_vectors(model: StreamedModel) -> list[str]:
+    """The tensors outside the layers, and what stays in 16 bit of each: norms and biases."""
+    return [name for name, shape in parameters(model).items() if name in model.outside() or len(shape) == 1]
 
 
 def _through_layers(
