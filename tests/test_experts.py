@@ -15,8 +15,14 @@ from transformers import CONFIG_MAPPING
 from quantkit.checkpoint.journal import JOURNAL
 from quantkit.errors import ModelError
 from quantkit.formats.names import expert_of
+from quantkit.grids.registry import dequantize
+from quantkit.methods.site import QUANTIZE, SiteInput
+from quantkit.methods.starved import Evidence, round_starved
+from quantkit.methods.table import Options
 from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.quantized import open_quantized, parameters
+from quantkit.scheme import Scheme
+from quantkit.stats import SiteStats, collect
 from tests.running import done, quantkit, run_words
 from tests.test_hybrids import DELTA_NET
 from tests.tiny import load_whole, random_ids, save_tiny, stream_logits
@@ -147,6 +153,24 @@ def test_experts_that_see_few_tokens_or_none_keep_their_function(tmp_path: Path)
         assert any(row["tokens"] == 0 for row in experts)
         assert all(row["fallback"] in ("layer", "nearest") for row in experts)
         assert kl(tmp_path / method) < 1.05 * kl(tmp_path / "rtn")
+
+
+@pytest.mark.parametrize("tokens", [0, 400])
+def test_a_starved_expert_leans_on_its_layer_or_is_rounded_to_nearest(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, mixing = torch.randn(16, 64, generator=generator), torch.randn(64, 64, generator=generator)
+
+    def read(count: int) -> SiteStats:
+        x = torch.randn(count, 64, generator=generator) @ mixing
+        return collect([x] if count else [], 64, torch.device("cpu"))
+
+    evidence = Evidence(read(0), read(0), read(tokens), read(tokens // 3))
+    site = SiteInput({"up": weight}, {"up": Scheme(4, 32, True)}, read(0), None)
+    result = round_starved(QUANTIZE["gptq"], site, Options(tune=True), evidence)
+    assert result.records["up"]["fallback"] == ("layer" if tokens else "nearest")
+    assert result.offsets["up"].shape == weight.shape
+    rounded = dequantize(result.quantized["up"])
+    assert float((rounded - weight).square().mean()) < 0.05  # by no means zeros
 
 
 def test_the_report_and_the_card_say_what_experts_saw(ids: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from quantkit.grids.registry import dequantize
 from quantkit.methods.site import SiteInput, SiteResult, round_to_nearest
 from quantkit.methods.table import Options
+from quantkit.methods.tune import offsets
 from quantkit.stats import SiteStats, output_error, shrink_
 
 ENOUGH = 2  # tokens for each input with which an expert speaks for itself
@@ -51,7 +52,8 @@ def round_starved(
         layer = _sum(evidence.layer, evidence.layer_kept_back)
         result, fallback = quantize(replace(site, stats=_blended(own, layer)), options), LAYER
     else:
-        result, fallback = nearest, NEAREST
+        starts = {n: offsets(site.weights[n].float(), q) for n, q in nearest.quantized.items() if options.tune}
+        result, fallback = replace(nearest, offsets=starts), NEAREST
     return replace(result, records={name: row | {"fallback": fallback} for name, row in result.records.items()})
 
 
