@@ -262,3 +262,18 @@ def test_a_router_that_gives_no_numbers_is_named(ids: Path, tmp_path: Path) -> N
     assert answer.returncode == 1
     assert "model.layers.1.mlp.gate.weight" in answer.stderr
     assert len(answer.stderr.split("quantkit: ")[1].strip().splitlines()) <= 4
+
+
+def test_recipes_give_experts_bits_of_their_own(ids: Path, tmp_path: Path) -> None:
+    model, out, recipe = saved("qwen2_moe", tmp_path / "model"), tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text('rules: [{match: "*.experts.*", bits: 3}, {match: "*.shared_expert.*", bits: 8}]')
+    done(*run_words("rtn", model, out, ids, "--recipe", str(recipe), "--format", "compressed-tensors"))
+    bits = {row["name"]: row["bits"] for row in records(out)}
+    assert {bits[name] for name in bits if expert_of(name)} == {3}
+    assert {bits[name] for name in bits if ".shared_expert." in name} == {8}
+    assert bits["model.layers.1.self_attn.q_proj"] == 4
+    recipe.write_text('rules: [{match: "*.experts.5.*", bits: 3}]')
+    words = run_words("rtn", model, tmp_path / "other", ids, "--recipe", str(recipe), "--format", "compressed-tensors")
+    answer = quantkit(*words)
+    assert answer.returncode == 1
+    assert "engines fuse them, so give both one scheme" in " ".join(answer.stderr.split())
