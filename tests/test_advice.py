@@ -56,6 +56,12 @@ def test_bits_follow_the_finest_groups() -> None:
     )
 
 
+def test_what_differs_from_the_original_is_no_matter_of_another_run() -> None:
+    other = {"differences": ["config.json: rms_norm_eps is 0.1, and 1e-06 in the original"], "verdict": "fail"}
+    (line,) = next_step(result("quantkit awq m", other, model="m"), "out")
+    assert line.endswith("; then: quantkit verify out --against m")
+
+
 def test_few_samples_come_first() -> None:
     few = example()["calibration"] | {"samples": 16}
     assert step(result("quantkit awq m --samples 16", calibration=few)) == (

@@ -24,6 +24,9 @@ def next_step(result: Result | Foreign, out: str) -> list[str]:
     close = close_to_limits(measured, measured.limits) if measured.verdict == "pass" else []
     if measured.verdict == "pass" and not close:
         return []
+    if measured.differences:  # no run mends what a config or tokenizer says
+        again = shlex.join(["quantkit", "verify", out, "--against", result.model])
+        return [f"mend what differs, or name the model that it was made from; then: {again}"]
     return [*close, f"try next: {_command(result, measured, out)}"]
 
 
