@@ -4,6 +4,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def test_zero_points_are_unpacked_by_the_kernel_of_hopper_alone() -> None:
     grown = 31_205_621_760 // 128 * (2 - 0.5)
     assert hopper.workspace["loading"] - ada.workspace["loading"] == grown
     assert unknown.workspace == ada.workspace  # the usual budget is that of such a card
+    told = whole_32b(card=replace(H200, disabled=("MacheteLinearKernel",)))
+    assert told.workspace["loading"] == ada.workspace["loading"]
 
 
 def test_other_engines_are_not_called_measured() -> None:

@@ -211,7 +211,7 @@ def loading_bytes(load: Load) -> int:
 
 def machete(card: Card | None) -> bool:
     """Whether vLLM's kernel for a card is Machete."""
-    return card is not None and card.capability == (9, 0)
+    return card is not None and card.capability == (9, 0) and "MacheteLinearKernel" not in card.disabled
 
 
 def _zero_points(load: Load) -> int:
