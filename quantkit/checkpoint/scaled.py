@@ -11,7 +11,6 @@ stored as its exponent + 127. gpt-oss has its experts so.
 import torch
 from torch import Tensor
 
-MX_BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
