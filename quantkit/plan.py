@@ -270,7 +270,7 @@ def described(
     """
     names = model.names.of_module
     layers = [QuantizedLayer(name, layer.scheme) for layer in quantized for name in names(layer.name)]
-    others = [other for name in (*kept, *model.copied_modules()) for other in names(name)]
+    others = [other for name in (*kept, *model.other_linears()) for other in names(name)]
     return fmt.config(layers, others, model.family.fused, **options)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random models of any family, small enough to run in milliseconds, and the whole of one streamed layer by layer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from quantkit.model.config import auto_class, config_from_dict
 from quantkit.model.streaming import (
     StreamedModel,
     assign,
@@ -49,10 +51,50 @@ def save_tiny(
     return folder
 
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "depth": 2,  # as others call them
+    "num_heads": 2,
+}
+IMAGES = {"gemma4": {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 2}}  # tokens that it looks up
+IMAGES["gemma4_unified"] = IMAGES["gemma4"]
+
+
+def tiny_tower(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> PretrainedConfig:
+    """The config of a small model with a vision tower; text, vision: what differs in the decoder, and in the tower."""
+    make: Any = CONFIG_MAPPING[kind]
+    usual = make()
+    config = make(
+        text_config={"model_type": usual.text_config.model_type, **SIZES, **text},
+        vision_config={"model_type": getattr(usual.vision_config, "model_type", f"{kind}_vision"), **TOWER, **vision},
+        **IMAGES.get(kind, {}),
+    )
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def save_tiny_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Path:
+    """A random model of a config, as `save_tiny` makes them."""
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
 def load_whole(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, in float32."""
     keyword = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # renamed in transformers 4.56
-    model = AutoModelForCausalLM.from_pretrained(folder, **{keyword: torch.float32}).eval()
+    config = config_from_dict(json.loads((folder / "config.json").read_text()))
+    model = auto_class(config).from_pretrained(folder, **{keyword: torch.float32}).eval()
     assert isinstance(model, PreTrainedModel)
     return model
 

@@ -114,14 +114,15 @@ class Shapes:
 
     def copied_parts(self) -> list[str]:
         """What is copied, in words: "model.visual", "mtp"."""
-        front = self.layers_name.partition(".")[0]
+        fronts = ("model", self.layers_name.partition(".")[0])
         names = (name.split(".") for name in self.copied)
-        return list(dict.fromkeys(".".join(parts[: 2 if parts[0] == front else 1]) for parts in names))
+        return list(dict.fromkeys(".".join(parts[: 2 if parts[0] in fronts else 1]) for parts in names))
 
-    def copied_modules(self) -> list[str]:
-        """The modules of what is copied that may be linears: those with a matrix as their weight."""
-        ends = ((name.removesuffix(".weight"), shape) for name, (_, shape) in self.copied.items())
-        return [name for name, shape in ends if len(shape) == 2 and name not in self.copied]
+    def other_linears(self) -> list[str]:
+        """The modules outside the layers that may be linears, but for the head: those with a matrix as their weight."""
+        shapes = self.outside() | {name: shape for name, (_, shape) in self.copied.items()}
+        names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+        return [n for n in names if n != self.head_name and n not in self.embeddings and f"{n}.weight" in shapes]
 
     def outside(self) -> dict[str, Shape]:
         """The stored tensors outside the decoder layers, by full name, with their shapes."""
