@@ -103,7 +103,7 @@ def _sizes(recipe: str) -> dict[str, Any]:
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     """Minutes for a whole model against its size, and seconds a layer of the 32B against samples and their length.
 
-    Dots are measured; dashes are `expected`.
+    Dots are measured, and AWQ's are joined; dashes are `expected`.
     """
     import matplotlib.pyplot as plt
 
@@ -121,14 +121,15 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         mine = [row for row in rows if row["method"] == method]
         usual = [row for row in mine if (row["samples"], row["seqlen"]) == (samples, seqlen)]
         large = [row for row in mine if row["recipe"] == LARGE]
-        dots = {"marker": "o", "linestyle": "", "color": color}
+        joined = "" if method == "gptq" else ":"  # the dashes are those of GPTQ
+        dots = {"marker": "o", "linestyle": joined, "color": color}
         y = [row["seconds_per_layer"] * row["layers"] / 60 for row in usual]
         by_size.plot([row["weights"] / 1e9 for row in usual], y, label=f"{method}, {samples} x {seqlen}", **dots)
         for axes, key, fixed, value in (
             (by_samples, "samples", "seqlen", seqlen),
             (by_length, "seqlen", "samples", samples),
         ):
-            line = [row for row in large if row[fixed] == value]
+            line = sorted((row for row in large if row[fixed] == value), key=lambda row: row[key])
             label = f"{method}, {value} tokens each" if fixed == "seqlen" else f"{method}, {value} samples"
             axes.plot([row[key] for row in line], [row["seconds_per_layer"] for row in line], label=label, **dots)
     by_size.set(xlabel="weights that are quantized, billions", ylabel="minutes for the whole model")
@@ -140,7 +141,9 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, loc="upper left")
     where = f"one {rows[0]['device']}, torch {rows[0]['torch']}, without verification"
-    figure.suptitle(f"{where}; dots: measured, dashes: from operations, at the rates of the 32B's dots", fontsize=11)
+    figure.suptitle(
+        f"{where}; dots: measured, dashes: GPTQ from operations, at the rates of the 32B's dots", fontsize=11
+    )
     figure.savefig(picture, dpi=110)
 
 

@@ -54,7 +54,9 @@ ALLOWED: dict[str, str] = {
     "quantized": "dtypes errors jsonfile formats grids scheme checkpoint records model plan",
     # engines
     "serving": "dtypes errors hardware jsonfile units formats scheme checkpoint records model plan quantized",
-    "settings": "errors hardware resources formats methods scheme calibration checkpoint recipe records verdict model",
+    "settings": (
+        "errors hardware resources units formats methods scheme calibration checkpoint recipe records verdict model"
+    ),
     # streams
     "allocation": (
         "errors files hardware units formats grids methods scheme stats calibration checkpoint recipe records"

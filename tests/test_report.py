@@ -99,7 +99,7 @@ def test_the_verdict_comes_first_then_the_parts_in_order() -> None:
         "Accuracy",
         "Error by layer",
         "Bits by layer",
-        "All 28 quantized linear layers are W4 g128 asym.",
+        "All 28 quantized linears are W4 g128 asym.",
         "What was run",
         "--w-bit 4",
         "9f86d081884c7d65",
@@ -182,7 +182,7 @@ def test_the_compression_counts_every_tensor() -> None:
 
 def test_a_mixed_checkpoint_shows_the_scheme_of_every_layer() -> None:
     page = render_report(example(3, bits=MIXED))
-    assert "9 layers W4 g128 asym, 9 layers W8 g128 asym, 3 layers W5 g128 asym." in Page(page).text
+    assert "9 linears W4 g128 asym, 9 linears W8 g128 asym, 3 linears W5 g128 asym." in Page(page).text
     assert "<title>layer 2, down: W5 g128 asym</title>" in page
 
 
@@ -205,7 +205,7 @@ def test_the_report_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "✓ Fits The longest context that fits is 12,667 tokens."),
+        ({}, "✓ Fits The longest context that fits is 12,850 tokens."),
         ({"budget": 12 * GIB}, "✗ Does not fit No context fits"),
         ({"group_size": 256, "tensor_parallel": 8}, "✗ Cannot be cut over 8 cards self_attn.o_proj: 640 in_features"),
     ],
@@ -364,3 +364,31 @@ def test_figures(value: float | None, says: str) -> None:
 )
 def test_durations(seconds: float, says: str) -> None:
     assert formatting.duration(seconds) == says
+
+
+def test_labels_of_a_scatter_chart_overlap_neither_each_other_nor_points() -> None:
+    marks = [charts.Mark(1 + i / 200, 0.02 - i / 2000, i % 3, f"W4 g{i}", "") for i in range(24)]
+    axes = charts.near_axis(1, 1.12, "GiB"), charts.log_axis(0.001, 0.1, "KL")
+    svg = charts.scatter_chart("x", marks, *axes, front=[], limit=None)
+    labels = [(float(x), float(y)) for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>W4', svg)]
+    dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert len(labels) > 2
+    width = 6 * charts.LETTER
+    for number, (x, y) in enumerate(labels):
+        assert not any(abs(x - other) < width and abs(y - at) < 12 for other, at in labels[:number])
+        assert not any(abs(x - other) < width / 2 and y - 12 < at < y + 2 for other, at in dots)
+
+
+def test_small_differences_are_not_shown_as_light_and_dark() -> None:
+    close = charts.heat_map("x", ["q"], 2, {("q", 0): 0.010, ("q", 1): 0.011})
+    first, second = (int(shade[:2], 16) for shade in re.findall(r'<rect[^>]*fill:#([0-9a-f]{6})"><title>layer', close))
+    assert abs(first - second) < 24
+    far = charts.heat_map("x", ["q"], 2, {("q", 0): 0.001, ("q", 1): 0.1})
+    first, second = (int(shade[:2], 16) for shade in re.findall(r'<rect[^>]*fill:#([0-9a-f]{6})"><title>layer', far))
+    assert abs(first - second) > 150
+
+
+def test_bits_are_shaded_in_their_order() -> None:
+    shades = charts.ordered_shades(4)
+    reds = [int(shade[1:3], 16) for shade in shades]
+    assert reds == sorted(reds, reverse=True)

@@ -16,6 +16,7 @@ from quantkit.commands.sweep import SweepRequest, sweep
 from quantkit.errors import InputError, OutputError
 from quantkit.pipeline.forward import Layer
 from quantkit.report.terminal.screen import Terminal
+from quantkit.settings.advice import best_of
 from quantkit.settings.request import Request
 from tests.conftest import make_qwen2
 
@@ -139,6 +140,26 @@ def test_files(result: dict[str, Any]) -> None:
         assert row["name"] in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_within_the_budget_is_named_with_its_command(result: dict[str, Any]) -> None:
+    best = result["best"]
+    lowest = min((row for row in measured(result) if row["fits"]), key=lambda row: row["kl_divergence"])
+    assert best["name"] == lowest["name"]
+    words = ["--w-bit", str(lowest["bits"]), "--group", str(lowest["group_size"])]
+    assert best["command"].split()[:2] == ["quantkit", lowest["method"]]
+    assert best["command"].split()[-4:] == words
+    assert best["command"] in (Path(result["out"]) / "sweep.html").read_text()
+
+
+def test_the_command_of_the_best_keeps_what_the_sweep_was_asked_for() -> None:
+    row = {"name": "x", "method": "gptq", "bits": 3, "group_size": 64, "fits": True, "kl_divergence": 0.1}
+    row |= {"total_bytes": 2**30}
+    command = "quantkit sweep org/m --method awq,gptq --w-bit=3,4 --samples 8 --out swept --fresh --sym"
+    best = best_of([row, row | {"kl_divergence": 0.01, "fits": False}], command)
+    assert best is not None
+    assert best["command"] == "quantkit gptq org/m --samples 8 --sym --w-bit 3 --group 64"
+    assert best_of([row | {"fits": False}], command) is None
 
 
 def test_the_front_is_what_nothing_beats(result: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ original` gives the same figures; a usual run calibrates on the quantized layers
 depends on the setting, so it cannot be shared.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -29,10 +27,11 @@ from quantkit.pipeline.runtime import Runtime
 from quantkit.pipeline.sweep import Setting, measure_settings
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, resolver
-from quantkit.report.pages.sweep import render_sweep
+from quantkit.report.pages.sweep import csv_of, picture_of, render_sweep
 from quantkit.report.terminal.screen import Terminal
 from quantkit.results.folder import require_another
 from quantkit.serving.fit import fit
+from quantkit.settings.advice import best_of
 from quantkit.settings.defaults import AskedScheme, choose_format, choose_scheme, find_source
 from quantkit.settings.request import Request, config_options, serving
 from quantkit.settings.tokens import tokens_of
@@ -70,10 +69,10 @@ def sweep(request: SweepRequest, terminal: Terminal) -> dict[str, Any]:
     assert evaluated is not None
     settings, refused = settings_of(request, model, serve, calibrated, evaluated, out)
     if not settings:
-        raise InputError(f"no setting of the sweep can be: {refused[0]['name']}: {refused[0]['why_not']}")
+        raise InputError(f"No setting of this sweep can be quantized: {refused[0]['name']}: {refused[0]['why_not']}")
     if not any(setting.document["fits"] for setting in settings):
-        told = f"no setting fits {format_bytes(serve['budget'])} with {serve['context']:,} tokens of context"
-        terminal.say(told)
+        line = f"no setting fits {format_bytes(serve['budget'])} with {serve['context']:,} tokens of context"
+        terminal.say(line)
     for row in refused:
         terminal.say(f"left out: {row['name']}: {row['why_not']}")
     terminal.say(SHARED_INPUTS)
@@ -108,6 +107,7 @@ def sweep(request: SweepRequest, terminal: Terminal) -> dict[str, Any]:
             "weights_16bit": fit(model, settings[0].job.plan, **serve).weights_16bit,
             "perplexity_fp16": rows[0]["perplexity_fp16"],
             "settings": [*_with_front(rows), *refused],
+            "best": best_of(rows, run.command),
             "shared_seconds": shared,
             "seconds": shared + sum(row["seconds"] for row in rows),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -119,7 +119,7 @@ def sweep(request: SweepRequest, terminal: Terminal) -> dict[str, Any]:
         write_text(out / "sweep.csv", csv_of(result["settings"]))
         write_text(out / "sweep.html", render_sweep(result))
         if find_spec("matplotlib"):
-            draw(result, out / "sweep.png")
+            write_chunks(out / "sweep.png", [picture_of(result)])
     return result | {"out": str(out)}
 
 
@@ -184,77 +184,3 @@ def _with_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-# ---------------------------------------------------------------- what is shown
-
-COLUMNS = (
-    "name",
-    "method",
-    "bits",
-    "group_size",
-    "symmetric",
-    "format",
-    "total_bytes",
-    "bits_per_weight",
-    "perplexity",
-    "kl_divergence",
-    "top1_agreement",
-    "seconds",
-    "longest_context",
-    "fits",
-    "pareto",
-    "loads",
-    "why_not",
-)
-
-
-def loads(row: Mapping[str, Any]) -> str:
-    """The engines that load a setting."""
-    return " ".join(engine for engine, reason in (row.get("engines") or {}).items() if reason is None)
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings as CSV, one line each; those that cannot be have only their reason."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dict(row) | {"loads": loads(row)} for row in rows)
-    return text.getvalue()
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """KL against size as a PNG: the methods, the Pareto front, and the most that weights may take of the budget."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in result["settings"] if row["why_not"] is None]
-    unit, name = (2**30, "GiB") if max(row["total_bytes"] for row in rows) >= 2**30 else (2**20, "MiB")
-    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for method, marker in zip(dict.fromkeys(row["method"] for row in rows), "osD^v", strict=False):
-        own = [row for row in rows if row["method"] == method]
-        axes.scatter(
-            [row["total_bytes"] / unit for row in own],
-            [row["kl_divergence"] for row in own],
-            marker=marker,
-            s=46,
-            label=method,
-            zorder=3,
-        )
-    front = sorted((row["total_bytes"] / unit, row["kl_divergence"], row) for row in rows if row["pareto"])
-    axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="0.45", linewidth=1, label="Pareto front")
-    for number, (x, y, row) in enumerate(front):
-        label = f"W{row['bits']} {'rows' if row['group_size'] == -1 else 'g' + str(row['group_size'])}"
-        below = -14 - 9 * (number % 2)
-        axes.annotate(label, (x, y), (0, below), textcoords="offset points", fontsize=8, ha="center")
-    room = rows[0]["total_bytes"] + result["budget"] - rows[0]["memory_bytes"]
-    low, high = axes.get_xlim()
-    if low <= room / unit <= high:
-        axes.axvline(room / unit, color="tab:red", linestyle="--", label=f"room in {format_bytes(result['budget'])}")
-    axes.margins(0.08, 0.12)
-    axes.set(yscale="log", xlabel=f"files of weights, {name}", ylabel="KL against FP16, nats", title=result["model"])
-    axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", metadata={"Software": None})
-    write_chunks(path, [image.getvalue()])

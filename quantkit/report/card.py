@@ -197,7 +197,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     facts = [
         ("Calibration", _token_set(result.calibration) if result.calibration else "none"),
         ("Experts", _experts(result)),
-        ("Schemes", ", ".join(f"{n:,} layers {name}" for name, n in schemes.items())),
+        ("Schemes", ", ".join(f"{n:,} linears {name}" for name, n in schemes.items())),
         ("Time", formatting.duration(result.seconds) if result.seconds is not None else ""),
         ("Versions", markdown(", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())))),
     ]

@@ -2,11 +2,13 @@
 """What to try next where the verdict is FAIL, or a PASS that came close to a limit, as a whole command."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantkit.methods.table import METHODS
 from quantkit.records import Foreign, Result, Verification
 from quantkit.settings.defaults import DEFAULT_SAMPLES
+from quantkit.units import format_bytes
 from quantkit.verdict import close_to_limits, objections
 
 FINEST_GROUP = 32
@@ -44,6 +46,26 @@ def usage(result: Result | Foreign, out: str) -> list[tuple[str, str]]:
     elif isinstance(result, Result):
         rows.append(("publish it", ["quantkit", "push", out, "ORG/NAME"]))
     return [(what, shlex.join(words)) for what, words in rows]
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], command: str) -> dict[str, str] | None:
+    """Of the measured settings of a sweep that fit the budget, the one with the lowest KL, and the command of its run.
+
+    command: the sweep's own
+    """
+    fitting = [row for row in rows if row["fits"] and row["kl_divergence"] is not None]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda row: (row["kl_divergence"], row["total_bytes"]))
+    words = _without(shlex.split(command), ["--method", "--w-bit", "--group", "--out"])
+    others = [word for word in words[2:] if word not in ("--fresh", "--json")]
+    numbers = ["--w-bit", str(best["bits"]), "--group", str(best["group_size"])]
+    return {
+        "name": best["name"],
+        "kl": f"{best['kl_divergence']:.4g}",
+        "size": format_bytes(best["total_bytes"]),
+        "command": shlex.join(["quantkit", best["method"], *others, *numbers]),
+    }
 
 
 def _command(result: Result | Foreign, measured: Verification, out: str) -> str:

@@ -14,6 +14,9 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 26, 42
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8f98")  # as the page's
+LETTER = 7.2  # units that a letter takes, also on a phone
+LEAST_SPAN = 10  # times: what differs by less is not shown as light and dark
 FARTHEST_BUDGET = 4  # times what is needed; a budget above that is named, as drawing it would flatten the rest
 RAMP = ((0xE8, 0xF1, 0xFA), (0x9E, 0xCA, 0xE1), (0x42, 0x92, 0xC6), (0x08, 0x51, 0x9C), (0x05, 0x1F, 0x4A))
 
@@ -179,16 +182,32 @@ def scatter_chart(
                 *at, mark.colour, mark.hover
             )
         )
-    taken: list[tuple[float, float]] = []  # labels stand below their points, where no other setting can be
+    dots = [(_x(x, mark.x), _y(y, mark.y)) for mark in marks]
+    taken: list[tuple[float, float]] = []
     for mark in sorted((mark for mark in marks if mark.label), key=lambda mark: mark.x):
-        middle, top = min(_x(x, mark.x), WIDTH - RIGHT - 22), _y(y, mark.y) + 16
-        while any(abs(top - other) < 12 and abs(middle - at) < 48 for at, other in taken):
-            top += 12
-        if top > HEIGHT - BOTTOM - 4:
-            top = _y(y, mark.y) - 10
-        taken.append((middle, top))
-        parts.append(text(middle, top, mark.label, "tick", "middle"))
+        at = (_x(x, mark.x), _y(y, mark.y))
+        place = next((p for p in _places(at, mark.label) if _is_free(p, mark.label, dots, taken)), None)
+        if place is not None:  # else it says its name on hovering, and stands in the table
+            taken.append(place)
+            parts.append(text(*place, mark.label, "tick", "middle"))
     return svg(title, joined(parts))
+
+
+def _places(at: tuple[float, float], label: str) -> list[tuple[float, float]]:
+    """Where a label may stand: below its point, left, above, right; the middle of its baseline."""
+    x, y = at
+    half = LETTER * len(label) / 2
+    return [(x - half - 4, y + 14), (x, y + 17), (x - half - 8, y + 4), (x, y - 9), (x + half + 8, y + 4), (x, y + 29)]
+
+
+def _is_free(
+    place: tuple[float, float], label: str, dots: Sequence[tuple[float, float]], taken: Sequence[tuple[float, float]]
+) -> bool:
+    """Whether a label is inside the frame, on no point, and on no other label."""
+    (x, y), half = place, LETTER * len(label) / 2
+    inside = x - half > LEFT and x + half < WIDTH - RIGHT + 12 and y - 9 > TOP and y < HEIGHT - BOTTOM - 2
+    covers = any(abs(px - x) < half + 4 and y - 13 < py < y + 4 for px, py in dots)
+    return inside and not covers and not any(abs(px - x) < 2 * half + 6 and abs(py - y) < 13 for px, py in taken)
 
 
 def near_axis(low: float, high: float, label: str, write: Callable[[float], str] = "{:g}".format) -> Axis:
@@ -307,6 +326,16 @@ def shade(share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
+def ordered_shades(count: int) -> list[str]:
+    """Colours for things that have an order, from light to dark."""
+    return [shade(0.15 + 0.85 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def colour(index: int) -> str:
+    """A colour of the page for things without an order."""
+    return f"var(--c{index % len(COLOURS)})"
+
+
 def grid_map(
     title: str,
     rows: Sequence[str],
@@ -351,6 +380,8 @@ def heat_map(title: str, rows: Sequence[str], columns: int, values: Mapping[tupl
     """Values (0 or more) by row name and layer, shaded by their logarithm; each says its value on hovering."""
     known = [value for value in values.values() if math.isfinite(value) and value > 0]
     low, high = (math.log(min(known)), math.log(max(known))) if known else (0.0, 0.0)
+    missing = max(math.log(LEAST_SPAN) - (high - low), 0.0)
+    low, high = low - missing / 2, high + missing / 2
 
     def colour(value: float) -> str:
         if not math.isfinite(value):
@@ -367,9 +398,7 @@ def heat_map(title: str, rows: Sequence[str], columns: int, values: Mapping[tupl
 def category_map(
     title: str, rows: Sequence[str], columns: int, values: Mapping[tuple[str, int], str], categories: Sequence[str]
 ) -> Markup:
-    """Categories by row name and layer; the page shows the legend, in the order of `categories`."""
-    cells = {
-        (row, layer): (f"var(--c{categories.index(value) % 7})", f"layer {layer}, {row}: {value}")
-        for (row, layer), value in values.items()
-    }
+    """Categories by row name and layer, shaded from the first to the last; the page shows the legend."""
+    shades = dict(zip(categories, ordered_shades(len(categories)), strict=True))
+    cells = {(row, layer): (shades[value], f"layer {layer}, {row}: {value}") for (row, layer), value in values.items()}
     return grid_map(title, rows, columns, cells)

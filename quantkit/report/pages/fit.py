@@ -22,6 +22,7 @@ def render_fit(fit: Fit, model: str, subtitle: str) -> str:
         verdict=verdict,
         problems=problems,
         longest=longest,
+        room=_room(fit),
         chart=chart,
         parts=parts,
         weights=_sizes("kind", fit.weights),
@@ -31,6 +32,13 @@ def render_fit(fit: Fit, model: str, subtitle: str) -> str:
         needs=_needs(fit),
         engines=Table(["", ""], engines, figures=False),
     )
+
+
+def _room(fit: Fit) -> str:
+    """The budget, and how much of it is left, in a sentence."""
+    spare = f"{formatting.size(abs(fit.margin_bytes))} {'left' if fit.margin_bytes >= 0 else 'too much'}"
+    context = f"{formatting.tokens(fit.context)} tokens of context ({fit.kv})"
+    return f"{spare} of the budget of {formatting.size(fit.budget_bytes)}, with {context}."
 
 
 def _sizes(name: str, sizes: Mapping[str, int]) -> Table:

@@ -23,11 +23,11 @@ class Card(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart with its heading, a legend of (colour index, name), and a line on how to read it."""
+    """A chart with its heading, a legend of (CSS colour, name), and a line on how to read it."""
 
     heading: str
     svg: Markup
-    legend: Sequence[tuple[int, str]] = ()
+    legend: Sequence[tuple[str, str]] = ()
     note: str = ""
 
 
@@ -59,7 +59,7 @@ def memory(fit: Fit) -> tuple[Chart, Table, str]:
             allowed=fit.max_position_embeddings,
             bends=[x.window for x in fit.kv_layers if x.window],
         ),
-        [(i, name) for i, (name, _) in enumerate(parts)],
+        [(charts.colour(i), name) for i, (name, _) in enumerate(parts)],
         "Stacked from below; the dashed line is the budget, the ring the context asked for, the dot the longest "
         "that fits.",
     )

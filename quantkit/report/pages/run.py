@@ -19,6 +19,9 @@ from quantkit.text import one_line
 SHARES = {"most": 1.0, "upper q.": 0.75, "median": 0.5, "lower q.": 0.25, "least": 0.0}  # of experts, in order
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# KL by bits of awq and of rounding to nearest: "How to read a KL divergence" in docs/verdict.md has the commands.
+USUAL_KL = {4: (0.0155, 0.0315), 3: (0.0611, 0.1585), 2: (0.2823, 1.440)}
+
 
 def render_report(result: Result, out: str | None = None) -> str:
     """The page; out: the folder of the checkpoint, as commands name it."""
@@ -33,6 +36,7 @@ def render_report(result: Result, out: str | None = None) -> str:
         cards=_cards(result),
         memory=memory(verification.fit) if verification and verification.fit else None,
         usage=usage(result, out) if out else [],
+        yardstick=_yardstick(result),
         accuracy=_accuracy(verification) if verification else None,
         depth=_depth(result),
         bits=_bits(result),
@@ -136,6 +140,19 @@ def _measured_on(verification: Verification) -> str:
     return f"{'; '.join(said)}."
 
 
+def _yardstick(result: Result) -> str:
+    """What KL is usual at these bits, in a sentence."""
+    bits = round(result.bits_per_weight - 0.25)  # without scales and zero points
+    usual = USUAL_KL.get(bits)
+    if usual is None or result.verification is None or result.verification.kl_divergence is None:
+        return ""
+    awq, nearest = usual
+    return (
+        f"A yardstick at {bits} bits: {awq} nats with awq, {nearest} rounded to nearest, "
+        "for a trained model of 26M parameters in groups of 128. Larger models lose less."
+    )
+
+
 def _protocol(tokens: Tokens | None) -> Table:
     """What a token set is: evaluation or calibration."""
     if tokens is None:
@@ -196,7 +213,7 @@ def _depth(result: Result) -> tuple[list[Chart], Table | None]:
     depth = max(layer.layer for layer in layers) + 1
     shown.append(
         Chart(
-            "Error of each linear layer",
+            "Error of each linear",
             charts.heat_map("Relative output error by kind and layer", [_short(k) for k in kinds], depth, values),
             note="Relative output error of each linear on its own input; darker is larger, on a logarithmic scale."
             + (" Of experts (exp) the worst of a layer is shown." if any(expert_of(x.name) for x in layers) else ""),
@@ -241,18 +258,20 @@ def _decoder(result: Result) -> list[Linear]:
 def _bits(result: Result) -> tuple[str, Chart | None]:
     """One sentence if all layers share a scheme, else a map of them."""
     layers = result.layers
-    found = formatting.schemes(layers)
-    if not found:
-        return "No layer is quantized.", None
-    if len(found) == 1:
-        return f"All {len(layers):,} quantized linear layers are {next(iter(found))}.", None
-    said = ", ".join(f"{count:,} layers {name}" for name, count in found.items())
-    names = list(found)
+    counts = formatting.schemes(layers)
+    if not counts:
+        return "No linear is quantized.", None
+    if len(counts) == 1:
+        return f"All {len(layers):,} quantized linears are {next(iter(counts))}.", None
+    sentence = ", ".join(f"{count:,} linears {name}" for name, count in counts.items())
+    of_name = {layer.scheme_name: layer for layer in layers}
+    names = sorted(counts, key=lambda name: (of_name[name].bits, -(of_name[name].group_size or 0)))
     inner = _decoder(result)
     rows, depth = [_short(k) for k in _kinds(inner)], max(x.layer for x in inner) + 1
     values = {(_short(kind_of(x)), x.layer): x.scheme_name for x in inner}
     svg = charts.category_map("Scheme by kind and layer", rows, depth, values, names)
-    return f"{said[:1].upper()}{said[1:]}.", Chart("Scheme by kind and layer", svg, list(enumerate(names)))
+    legend = list(zip(charts.ordered_shades(len(names)), names, strict=True))
+    return f"{sentence[:1].upper()}{sentence[1:]}.", Chart("Scheme by kind and layer", svg, legend)
 
 
 def _ran(result: Result) -> list[list[tuple[str, Table]]]:

@@ -95,6 +95,11 @@ def sweep_summary(result: Mapping[str, Any]) -> Group:
     lines: list[Any] = [table, key, *(Text(f"{mark} loads in {engines}") for engines, mark in marks.items())]
     lines += [*(Text(f"{row['name']}: {row['why_not']}", style="yellow") for row in refused)]
     lines += [Text(note, style="yellow") for note in result["fallbacks"]]
+    if best := result["best"]:
+        lines.append(
+            Text(f"best within the budget: {best['name']}, KL {best['kl']}, {best['size']}", style="bold green")
+        )
+        lines.append(Text(f"  {best['command']}", "yellow", no_wrap=True, overflow="ignore"))
     shared = format_seconds(result["shared_seconds"])
     lines.append(Text(f"took {format_seconds(result['seconds'])}, {shared} of it shared by all; {result['note']}"))
     lines.append(Text(f"pictures and tables: {result['out']}/sweep.html, sweep.json, sweep.csv"))
