@@ -88,11 +88,20 @@ def sites(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
     return list(found.values())
 
 
+def _different(linears: Sequence[LinearPlan]) -> list[list[LinearPlan]]:
+    """One of all sites that need the same: a mixture of experts has thousands."""
+    found = {
+        (expert_of(site[0].local) is None, *((x.out_features, x.in_features) for x in site)): site
+        for site in sites(linears)
+    }
+    return list(found.values())
+
+
 def _working(model: Shapes, work: Work) -> dict[str, int]:
     """Moment -> bytes where the work is."""
     largest = _largest_layer(model)
     at_work = max(
-        (max(_calibrating(site, model, work), _rounding(site, work)) for site in sites(work.linears)), default=0
+        (max(_calibrating(site, model, work), _rounding(site, work)) for site in _different(work.linears)), default=0
     )
     if work.tuned:
         step = TUNED_ACTIVATIONS * _activations(model, work, TOKENS_A_STEP)
