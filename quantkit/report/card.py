@@ -151,12 +151,12 @@ def _dataset(source: str) -> dict[str, str]:
 
 
 def _limits(limits: Limits) -> str:
-    said = []
+    parts = []
     if limits.max_ppl_increase is not None:
-        said.append(f"perplexity at most {formatting.limit(limits.max_ppl_increase)} above FP16")
+        parts.append(f"perplexity at most {formatting.limit(limits.max_ppl_increase)} above FP16")
     if limits.max_kl is not None:
-        said.append(f"KL divergence at most {limits.max_kl:g} nats")
-    return f"Limits: {', '.join(said)}." if said else ""
+        parts.append(f"KL divergence at most {limits.max_kl:g} nats")
+    return f"Limits: {', '.join(parts)}." if parts else ""
 
 
 def _table(result: Result) -> list[tuple[str, str, str, str]]:
@@ -164,8 +164,8 @@ def _table(result: Result) -> list[tuple[str, str, str, str]]:
     verification = result.verification
     if verification:
         rise = formatting.percent(verification.increase, signed=True)
-        found = [formatting.figure(figure) for figure in (verification.perplexity_fp16, verification.perplexity)]
-        rows.append(("Perplexity", *found, rise))
+        figures = [formatting.figure(figure) for figure in (verification.perplexity_fp16, verification.perplexity)]
+        rows.append(("Perplexity", *figures, rise))
         rows.append(("KL divergence, mean", "", formatting.figure(verification.kl_divergence), ""))
         rows += [
             (f"KL divergence, {markdown(name)}", "", formatting.figure(value), "")
@@ -186,10 +186,10 @@ def _token_set(tokens: Tokens | None) -> str:
     """A token set in words, with its hash."""
     if tokens is None:
         return "not named"
-    said = [markdown(tokens.source), f"{tokens.samples:,} windows of {tokens.seqlen:,} tokens"]
+    parts = [markdown(tokens.source), f"{tokens.samples:,} windows of {tokens.seqlen:,} tokens"]
     if tokens.protocol:
-        said.append(markdown(tokens.protocol))
-    return ", ".join([*said, f"sha256 of the token ids `{_in_span(tokens.sha256)}`"])
+        parts.append(markdown(tokens.protocol))
+    return ", ".join([*parts, f"sha256 of the token ids `{_in_span(tokens.sha256)}`"])
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
@@ -211,8 +211,8 @@ def _experts(result: Result) -> str:
         return ""
     least, median, most = tokens[0], tokens[len(tokens) // 2], tokens[-1]
     few = sum(x.fallback is not None for x in result.layers)
-    said = f"calibrated on the tokens sent to each: {least:,} at least, {median:,} in the middle, {most:,} at most"
-    return said + (f"; {few:,} of {len(tokens):,} linears saw too few by themselves" if few else "")
+    sentence = f"calibrated on the tokens sent to each: {least:,} at least, {median:,} in the middle, {most:,} at most"
+    return sentence + (f"; {few:,} of {len(tokens):,} linears saw too few by themselves" if few else "")
 
 
 # --- how to run it --------------------------------------------------------------------------------------------------

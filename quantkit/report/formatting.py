@@ -64,10 +64,10 @@ def schemes(layers: Iterable[Numbers]) -> dict[str, int]:
 
 def overall_scheme(result: Result) -> str:
     """The scheme of the whole checkpoint; "mixed" where its layers differ."""
-    found = schemes(result.layers)
-    if len(found) > 1:
+    counts = schemes(result.layers)
+    if len(counts) > 1:
         return f"mixed, {figure(result.bits_per_weight, 3)} bits per weight"
-    return next(iter(found), result.scheme.scheme_name)
+    return next(iter(counts), result.scheme.scheme_name)
 
 
 def short_name(model: object) -> str:

@@ -94,8 +94,8 @@ def _run_words(result: Result) -> list[str]:
     if words[:2] == ["quantkit", result.method]:
         return _without([word for word in words if word != "--fresh"], ["--out"])
     scheme = result.scheme
-    said = [] if scheme.group_size is None else ["--w-bit", str(scheme.bits), "--group", str(scheme.group_size)]
-    return ["quantkit", result.method, result.model, *said]
+    numbers = [] if scheme.group_size is None else ["--w-bit", str(scheme.bits), "--group", str(scheme.group_size)]
+    return ["quantkit", result.method, result.model, *numbers]
 
 
 def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:

@@ -144,11 +144,11 @@ def choose_serving(
     Raises:
         InputError: more context than the model allows.
     """
-    said = recipe or BudgetSpec()
+    spec = recipe or BudgetSpec()
     return {
-        "budget": budget or said.memory_bytes or DEFAULT_BUDGET,
-        "context": choose_context(context or said.context_tokens, limit),
-        "kv": kv or said.kv or "fp16",
+        "budget": budget or spec.memory_bytes or DEFAULT_BUDGET,
+        "context": choose_context(context or spec.context_tokens, limit),
+        "kv": kv or spec.kv or "fp16",
         "card": visible_card(),
     }
 

@@ -20,15 +20,15 @@ def tokens_of(
     request: Request, recipe: Recipe, model: Shapes, directory: Path, methods: Collection[str]
 ) -> tuple[TokenSet | None, TokenSet | None]:
     """The calibration tokens, if one of the methods needs them, and the evaluation tokens, if it is to be verified."""
-    said, limit = recipe.calibration, positions(model.config)
-    seqlen = choose_seqlen(limit, request.seqlen, said.seqlen)
-    samples = request.samples or said.samples or DEFAULT_SAMPLES
+    spec, limit = recipe.calibration, positions(model.config)
+    seqlen = choose_seqlen(limit, request.seqlen, spec.seqlen)
+    samples = request.samples or spec.samples or DEFAULT_SAMPLES
     vocabulary = model.config.vocab_size
     tokenizer = tokenizer_of(directory)
     calibrated = evaluated = None
     if any(METHODS[method].calibrates for method in methods):
         calibrated = load(
-            request.calib or said.source or "mix",
+            request.calib or spec.source or "mix",
             tokenizer,
             samples=samples,
             seqlen=seqlen,
@@ -36,7 +36,7 @@ def tokens_of(
             vocab_size=vocabulary,
             offline=request.offline,
         )
-        asked = request.samples or (None if request.calib else said.samples)  # a recipe's are of its own source
+        asked = request.samples or (None if request.calib else spec.samples)  # a recipe's are of its own source
         calibrated = as_asked(calibrated, samples=asked, seqlen=request.seqlen)
     if request.verify:
         evaluated = load_eval(

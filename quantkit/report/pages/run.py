@@ -52,19 +52,19 @@ def render_report(result: Result, out: str | None = None) -> str:
 def _passed_because(verification: Verification) -> str:
     """One sentence of the figures that were judged."""
     limits, fit = verification.limits, verification.fit
-    said = []
+    parts = []
     if verification.increase is not None:
         allowed = limits.max_ppl_increase
         tail = f" (limit {formatting.limit(allowed)})" if allowed is not None else ""
-        said.append(f"perplexity {formatting.percent(verification.increase, signed=True)} against FP16{tail}")
+        parts.append(f"perplexity {formatting.percent(verification.increase, signed=True)} against FP16{tail}")
     if limits.max_kl is not None:
-        said.append(f"KL {formatting.figure(verification.kl_divergence)} nats (limit {limits.max_kl:g})")
+        parts.append(f"KL {formatting.figure(verification.kl_divergence)} nats (limit {limits.max_kl:g})")
     if fit is not None:
-        said.append(
+        parts.append(
             f"{formatting.size(fit.total_bytes)} of the {formatting.size(fit.budget_bytes)} budget "
             f"at {formatting.tokens(fit.context)} context"
         )
-    return _sentence("; ".join(said))
+    return _sentence("; ".join(parts))
 
 
 def _sentence(text: str) -> str:
@@ -72,11 +72,11 @@ def _sentence(text: str) -> str:
 
 
 def _cards(result: Result) -> list[Card]:
-    found = []
+    cards = []
     verification = result.verification
     if verification:
         rise = formatting.percent(verification.increase, signed=True)
-        found += [
+        cards += [
             Card(
                 "Perplexity",
                 formatting.figure(verification.perplexity),
@@ -88,18 +88,18 @@ def _cards(result: Result) -> list[Card]:
     full, stored = formatting.bytes_in_16_bit(result), result.tensor_bytes
     smaller = f" · {full / stored:.2f}× smaller than 16 bit" if full and stored else ""
     bits = f"{formatting.figure(result.bits_per_weight, 3)} bits per weight{smaller}"
-    found.append(Card("Size", formatting.size(result.total_bytes), bits))
+    cards.append(Card("Size", formatting.size(result.total_bytes), bits))
     device, resident = result.peak_device_bytes, result.peak_rss_bytes
     if device:
-        found.append(
+        cards.append(
             Card("Peak memory", formatting.size(device), f"on {result.device} · {formatting.size(resident)} RAM")
         )
     elif resident:
-        found.append(Card("Peak memory", formatting.size(resident), "RAM of the whole run"))
+        cards.append(Card("Peak memory", formatting.size(resident), "RAM of the whole run"))
     if result.seconds is not None:
         took = "quantizing and verifying" if verification else ""
-        found.append(Card("Time", formatting.duration(result.seconds), took))
-    return found
+        cards.append(Card("Time", formatting.duration(result.seconds), took))
+    return cards
 
 
 def _accuracy(verification: Verification) -> tuple[str, Table, Chart | None]:
@@ -131,13 +131,13 @@ def _accuracy(verification: Verification) -> tuple[str, Table, Chart | None]:
 
 def _measured_on(verification: Verification) -> str:
     """The evaluation in a sentence: how many tokens of what, cut how, computed in what."""
-    tokens, said = verification.eval, [f"{verification.tokens:,} predicted tokens"]
+    tokens, parts = verification.eval, [f"{verification.tokens:,} predicted tokens"]
     if tokens:
-        said[0] += f" of {tokens.source}"
-        said.append(f"{tokens.samples:,} windows of {tokens.seqlen:,}")
-        said += [tokens.protocol] if tokens.protocol else []
-    said += [f"computed in {verification.dtype}"] if verification.dtype else []
-    return f"{'; '.join(said)}."
+        parts[0] += f" of {tokens.source}"
+        parts.append(f"{tokens.samples:,} windows of {tokens.seqlen:,}")
+        parts += [tokens.protocol] if tokens.protocol else []
+    parts += [f"computed in {verification.dtype}"] if verification.dtype else []
+    return f"{'; '.join(parts)}."
 
 
 def _yardstick(result: Result) -> str:
@@ -157,14 +157,14 @@ def _protocol(tokens: Tokens | None) -> Table:
     """What a token set is: evaluation or calibration."""
     if tokens is None:
         return Table(["", ""], [], figures=False)
-    said = [
+    rows = [
         ("source", tokens.source),
         ("windows", f"{tokens.samples:,} × {tokens.seqlen:,} tokens"),
         ("protocol", tokens.protocol),
         ("notes", "; ".join(tokens.notes)),
         ("sha256 of the token ids", tokens.sha256),
     ]
-    return Table(["", ""], [[name, value] for name, value in said if value], figures=False)
+    return Table(["", ""], [[name, value] for name, value in rows if value], figures=False)
 
 
 def _kinds(layers: Sequence[Linear]) -> list[str]:
@@ -321,8 +321,8 @@ def _layers(result: Result) -> Table:
         name = linear.name if expert is None else f"{expert[0]}.*.{linear.kind}"
         together.setdefault(name, []).append(linear)
     layers = [
-        max(found, key=lambda x: x.loss or 0.0).having(name=name, bytes=sum(x.bytes for x in found))
-        for name, found in together.items()
+        max(experts, key=lambda x: x.loss or 0.0).having(name=name, bytes=sum(x.bytes for x in experts))
+        for name, experts in together.items()
     ]
     extra = [k for k in ("scale_gain", "damp_raised_to") if any(getattr(layer, k) is not None for layer in layers)]
     rows = [

@@ -55,7 +55,7 @@ def _setting_label(row: Result) -> str:
 def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
     unit, name = (GIB, "GiB") if max(row["total_bytes"] for row in rows) >= GIB else (MIB, "MiB")
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = [(row, max(row["kl_divergence"], 1e-9)) for row in rows if row["kl_divergence"] is not None]
+    measured = [(row, max(row["kl_divergence"], 1e-9)) for row in rows if row["kl_divergence"] is not None]
     marks = [
         charts.Mark(
             row["total_bytes"] / unit,
@@ -64,7 +64,7 @@ def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
             _setting_label(row) if row["pareto"] else "",
             f"{row['name']}: {formatting.exact(row['total_bytes'])}, KL {kl:.4g}",
         )
-        for row, kl in found
+        for row, kl in measured
     ]
     room = rows[0]["total_bytes"] + sweep["budget"] - rows[0]["memory_bytes"]
     x = charts.near_axis(
@@ -84,7 +84,7 @@ def _sweep_chart(sweep: Result, rows: Sequence[Result]) -> Chart:
             marks,
             x,
             y,
-            front=sorted((row["total_bytes"] / unit, kl) for row, kl in found if row["pareto"]),
+            front=sorted((row["total_bytes"] / unit, kl) for row, kl in measured if row["pareto"]),
             limit=room / unit,
         ),
         [(charts.colour(number), method) for number, method in enumerate(methods)],
