@@ -32,7 +32,8 @@ from quantkit.methods.table import Options
 from quantkit.model.config import config_from_dict
 from quantkit.model.family import Site
 from quantkit.model.sites import sites_of
-from quantkit.model.streaming import build, open_model
+from quantkit.model.skeleton import build
+from quantkit.model.streaming import open_model
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.layer import kinds
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job

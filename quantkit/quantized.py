@@ -28,7 +28,7 @@ from quantkit.records import Result
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-    from quantkit.model.streaming import Architecture
+    from quantkit.model.skeleton import Architecture
     from quantkit.scheme import QuantizedTensor
 
 SETTINGS_FILES = {fmt.settings_file: fmt.quant_method for fmt in FORMATS.values() if fmt.settings_file}
@@ -183,7 +183,7 @@ def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> S
     checkpoint: its tensors, where they are there
 
     Raises:
-        ModelError: see `model.config.config_from_dict` and `model.streaming.build`.
+        ModelError: see `model.config.config_from_dict` and `model.skeleton.build`.
     """
     known = shapes_of(_unquantized(raw))
     return known if known is not None else architecture_in(raw, checkpoint)
@@ -192,7 +192,7 @@ def shapes_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> S
 def architecture_in(raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> Architecture:
     """The same with the modules of the model, on the meta device, and every default of its config."""
     from quantkit.model.config import config_from_dict  # takes seconds, and is seldom needed
-    from quantkit.model.streaming import build
+    from quantkit.model.skeleton import build
 
     return build(config_from_dict(_unquantized(raw)), checkpoint)
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from quantkit.errors import ModelError
 from quantkit.model.config import load_config
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 
 CHECKED_BY_5 = pytest.mark.skipif(Version(transformers.__version__).major < 5, reason="transformers 4 reads it later")
 

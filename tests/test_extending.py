@@ -23,7 +23,7 @@ from quantkit.model.architectures import FAMILIES
 from quantkit.model.config import load_config
 from quantkit.model.family import EVERY, KEYS_AND_VALUES, Family, Part, Site, folded_site
 from quantkit.model.shapes import shapes_of
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme, expand
 from quantkit.stats import output_error
 from tests.outputs import contents

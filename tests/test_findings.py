@@ -12,7 +12,7 @@ from interop.tables import BEGIN, END, PAGE, TABLE, render, summary, unexpected
 from quantkit.formats import FORMATS
 from quantkit.formats.gguf import GGUF
 from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 from quantkit.plan import OUTSIDE, make_plan
 from quantkit.recipe import read_recipe, resolver
 from quantkit.scheme import Scheme

@@ -20,7 +20,7 @@ from quantkit.dtypes import torch_dtype
 from quantkit.errors import InputError, ModelError
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import Architecture, build
+from quantkit.model.skeleton import Architecture, build
 from quantkit.plan import Plan, make_plan
 from quantkit.recipe import shipped
 from quantkit.records import Fit

@@ -11,7 +11,7 @@ from quantkit.commands.quantize import quantize
 from quantkit.errors import SchemeError
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 from quantkit.plan import dividing
 from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import Scheme

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING
 from quantkit.formats import FORMATS
 from quantkit.model.architectures import FAMILIES
 from quantkit.model.config import load_config
-from quantkit.model.streaming import build, open_model
+from quantkit.model.skeleton import build
+from quantkit.model.streaming import open_model
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe, Rule, resolver
 from quantkit.scheme import Scheme

@@ -15,7 +15,7 @@ import torch
 from quantkit.errors import InputError
 from quantkit.formats import FORMATS
 from quantkit.model.config import config_from_dict
-from quantkit.model.streaming import Architecture, build
+from quantkit.model.skeleton import Architecture, build
 from quantkit.pipeline.memory import Allowance, Layout, Streams, lay_out
 from quantkit.plan import OUTSIDE, LinearPlan, Plan, make_plan
 from quantkit.recipe import Recipe, resolver, shipped

@@ -17,7 +17,7 @@ from quantkit.formats import FORMATS
 from quantkit.model.architectures import FAMILIES, family_of
 from quantkit.model.config import config_from_dict, load_config
 from quantkit.model.shapes import Shapes, shapes_of
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 from quantkit.plan import make_plan
 from quantkit.recipe import shipped
 from quantkit.scheme import Scheme

@@ -28,7 +28,7 @@ from quantkit.formats.reading import unpack
 from quantkit.grids.registry import dequantize
 from quantkit.model.config import config_from_dict
 from quantkit.model.family import FUSED
-from quantkit.model.streaming import build
+from quantkit.model.skeleton import build
 from quantkit.plan import LinearPlan, make_plan
 from quantkit.report.terminal.screen import Terminal
 from quantkit.scheme import NAMED, QuantizedTensor, Scheme

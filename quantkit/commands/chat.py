@@ -23,7 +23,8 @@ from quantkit.errors import EngineError, InputError, ModelError
 from quantkit.gguf.reading import open_gguf_model
 from quantkit.jsonfile import read_object
 from quantkit.model.generate import Read, fill, generate, parameter_count, picker
-from quantkit.model.streaming import Architecture, open_model
+from quantkit.model.skeleton import Architecture
+from quantkit.model.streaming import open_model
 from quantkit.model.tokenizer import tokenizer_of
 from quantkit.quantized import architecture_in, open_quantized, quantization_of, read_config
 from quantkit.results.document import RESULT, read_result

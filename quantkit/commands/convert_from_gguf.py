@@ -22,7 +22,8 @@ from quantkit.gguf.reading import GGUFModel, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.jsonfile import read_object
 from quantkit.model.config import config_from_dict, with_dtype, with_older_keys
-from quantkit.model.streaming import build, open_model
+from quantkit.model.skeleton import build
+from quantkit.model.streaming import open_model
 from quantkit.plan import DISK_MARGIN, ShardPlan
 from quantkit.records import BaseModelFacts, Converted, Linear, Numbers, Result
 from quantkit.report.terminal.screen import Terminal

@@ -178,7 +178,7 @@ def _fit_gguf(request: FitRequest, folder: Path) -> Fit:
     from quantkit.gguf.folder import config_of
     from quantkit.gguf.reading import find_gguf, open_gguf_model
     from quantkit.model.config import config_from_dict, load_config
-    from quantkit.model.streaming import build
+    from quantkit.model.skeleton import build
 
     recorded = read_result(folder) if (folder / RESULT).is_file() else None
     path = find_gguf(folder, recorded)
@@ -204,6 +204,6 @@ def _shapes(directory: Path) -> Shapes:
     if known is not None:
         return known
     from quantkit.model.config import load_config  # takes seconds, and is seldom needed
-    from quantkit.model.streaming import build
+    from quantkit.model.skeleton import build
 
     return build(load_config(directory))

@@ -18,7 +18,8 @@ from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.hardware.ranks import ALONE, Ranks
 from quantkit.methods.table import METHODS, Options
 from quantkit.model.opening import open_planned
-from quantkit.model.streaming import Architecture, StreamedModel
+from quantkit.model.skeleton import Architecture
+from quantkit.model.streaming import StreamedModel
 from quantkit.pipeline.job import Job
 from quantkit.pipeline.memory import Allowance, keep, laid_out, lay_out_job
 from quantkit.pipeline.run import run

@@ -31,7 +31,8 @@ from quantkit.gguf.reading import GGUFModel, find_gguf, open_gguf_model
 from quantkit.hardware.machine import peak_rss_bytes, versions
 from quantkit.model.config_differences import config_differences, contradictions
 from quantkit.model.shapes import Shapes, text_values
-from quantkit.model.streaming import Architecture, StreamedModel, open_model
+from quantkit.model.skeleton import Architecture
+from quantkit.model.streaming import StreamedModel, open_model
 from quantkit.model.tokenizer import tokenizer_of
 from quantkit.model.tokenizer_differences import tokenizer_differences
 from quantkit.pipeline.measure import measure

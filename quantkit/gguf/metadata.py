@@ -20,7 +20,8 @@ from quantkit.gguf.tokenizer import tokenizer_metadata
 from quantkit.jsonfile import read_object
 from quantkit.model.config_differences import difference, same_value
 from quantkit.model.shapes import Shapes
-from quantkit.model.streaming import Architecture, StreamedModel, build
+from quantkit.model.skeleton import Architecture, build
+from quantkit.model.streaming import StreamedModel
 
 HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")  # hidden size over heads
 SCALING = "rope.scaling."

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import ModelError, NumericsError
-from quantkit.model.streaming import Architecture, assign, move_buffers
+from quantkit.model.skeleton import Architecture
+from quantkit.model.streaming import assign, move_buffers
 
 Read = Callable[[list[str]], Mapping[str, Tensor]]  # full names -> tensors
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from quantkit.checkpoint.source import Source
-from quantkit.model.streaming import Architecture, StreamedModel, described, open_model
+from quantkit.model.skeleton import Architecture, described
+from quantkit.model.streaming import StreamedModel, open_model
 
 T = TypeVar("T")
 

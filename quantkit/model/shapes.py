@@ -2,7 +2,7 @@
 """What a config.json says of a model's tensors: their names and shapes, and nothing that needs a module or a weight.
 
 For a family whose row says its sizes (`architectures`) a plan takes milliseconds. For all others, and for any config of
-these families that leaves something open, `streaming.build` asks transformers itself. Both give equal `Shapes`.
+these families that leaves something open, `skeleton.build` asks transformers itself. Both give equal `Shapes`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,15 +14,8 @@ from torch import Tensor
 
 from quantkit.calibration.tokens import TokenSet
 from quantkit.model.shapes import Shapes
-from quantkit.model.streaming import (
-    Architecture,
-    computing_as,
-    drop,
-    embedding_names,
-    move_buffers,
-    outside_loaded,
-    read_outside,
-)
+from quantkit.model.skeleton import Architecture
+from quantkit.model.streaming import computing_as, drop, embedding_names, move_buffers, outside_loaded, read_outside
 from quantkit.pipeline.compare import compare_logits, few_strange, largest, relative_error, strange_linears
 from quantkit.pipeline.forward import Layer, embed_original, embed_tokens, ending_names, open_streams
 from quantkit.pipeline.runtime import Progress, Runtime
