@@ -196,11 +196,21 @@ def test_an_engine_that_dies_at_the_start_is_told_with_its_log(tmp_path: Path) -
 
 def test_fewer_tokens_than_promised_are_told(tmp_path: Path) -> None:
     words = command("serve", DEMO, "--engine-python", str(engine(tmp_path, tokens="1,024")), "--port", str(free_port()))
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        try:
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert "KV cache: 1,024 tokens, fewer than the 2,048 that fit promised" in told
 
 
