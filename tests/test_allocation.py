@@ -190,7 +190,7 @@ def rounded_whole(
     """The model with one part rounded by GPTQ on its own inputs, everything in memory at once."""
     from quantkit.grids.registry import dequantize
     from quantkit.methods.site import QUANTIZE, SiteInput
-    from quantkit.stats import add_inputs, empty_stats
+    from quantkit.stats import add_inputs, empty_stats, shrink_
 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     layer = whole.get_submodule(streamed.layer_name(part[0]))
@@ -202,7 +202,7 @@ def rounded_whole(
         whole(ids)
         handle.remove()
         weights = {name: linear.get_parameter("weight").data for name, linear in linears.items()}
-        site = SiteInput(weights, dict.fromkeys(weights, scheme), stats, None)
+        site = SiteInput(weights, dict.fromkeys(weights, scheme), shrink_(stats), None)
         for name, quantized in QUANTIZE["gptq"](site, Options(refine=0)).quantized.items():
             linears[name].weight.data = dequantize(quantized)
     return whole

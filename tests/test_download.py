@@ -98,8 +98,8 @@ def other_shape(folder: Path) -> None:
     spoil_config(folder, intermediate_size=64)
 
 
-def mixture(folder: Path) -> None:
-    spoil_config(folder, num_experts=8)
+def encoder_decoder(folder: Path) -> None:
+    spoil_config(folder, is_encoder_decoder=True)
 
 
 def quantized_already(folder: Path) -> None:
@@ -122,7 +122,7 @@ def adapter(folder: Path) -> None:
 REFUSED = [
     (missing_tensor, [], "is missing; config.json asks for"),
     (other_shape, [], "has shape"),
-    (mixture, [], "mixture of experts"),
+    (encoder_decoder, [], "is an encoder-decoder"),
     (quantized_already, [], "already quantized"),
     (pickled, [], "only pickle weights"),
     (adapter, [], "LoRA adapter of org/base; merge it into its model first"),
